@@ -1,0 +1,199 @@
+"""Dilated attention: LongNet's branches and one softmax over all their keys."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dilax import dropout
+from dilax._types import refuse, stats_dtype
+from dilax.checks import (
+    check_array,
+    check_bool,
+    check_dropout,
+    check_index,
+    check_qkv,
+    check_scale,
+    segment_ids_of,
+)
+from dilax.partial import Partial, merge
+from dilax.select import choose
+from dilax.spec import Branch, Combine, DilatedSpec, HeadOffset, as_spec, branches_of
+
+
+def dilated_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_lengths: Any,
+    dilation_rates: Any = None,
+    *,
+    combine: Combine = "lse",
+    head_offset: HeadOffset = "interleaved",
+    pad_mode: str = "mask",
+    average_branches: bool | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    key_padding_mask: jax.Array | None = None,
+    q_start: int = 0,
+    k_start: int = 0,
+    bias_k: jax.Array | None = None,
+    bias_v: jax.Array | None = None,
+    zero_attn: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    deterministic: bool = True,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Dilated attention (LongNet) of any length, on one device.
+
+    A branch (W, R) cuts positions into segments of W; a query that its head keeps attends to the
+    keys of its own segment that the head keeps, one in R. All branches share one softmax.
+
+    Args:
+        query: [B, T, N, H], float32, bfloat16, float16 or float64; H a multiple of 8 up to 256.
+        key, value: [B, S, K, H] of the same dtype; N is a multiple of K.
+        segment_lengths, dilation_rates: W and R of each branch, in tokens, as sequences of ints,
+            or one `DilatedSpec` in place of both. Any lengths that do not decrease, any rates.
+        combine: "lse", every head takes part in every branch and the branches share one softmax
+            (a key that m branches see counts m times); "heads", the heads are split into
+            contiguous groups, one per branch, and what a group does not keep is 0.
+        head_offset: residue modulo R that head n keeps, with "lse": "interleaved", n mod R (the
+            paper); "blocked", n // ceil(N / R) (Microsoft's torchscale, for its weights). With
+            "heads", group i keeps i mod R.
+        pad_mode: "mask", short segments have fewer keys; "zeros", the padding of the last segment
+            up to W and of each segment up to a multiple of R are real keys with logit 0 and value
+            0 (torchscale, for its weights). Under causality padding follows every query, so both
+            are the same.
+        average_branches: divide the result by the number of branches; None: only with "heads".
+        is_causal: key position j is visible to query position i only if j <= i.
+        scale: factor on the logits, None for 1 / sqrt(H).
+        q_segment_ids, kv_segment_ids: int32 [B, T], [B, S]. Pairs with unlike ids do not attend, 0
+            is padding that nobody sees and that sees nobody. kv ids default to the query's when
+            T = S. Ids only mask: a packed document does not restart the segments.
+        key_padding_mask: bool [B, S], True where a key is real (as masks in JAX, unlike torch).
+        q_start, k_start: position of the first query and of the first key.
+        bias_k, bias_v: [K, H], one more key and value that every query of every head sees.
+        zero_attn: one more key with logit 0 and value 0 that every query of every head sees.
+        dropout_rate: share of probabilities dropped, in [0, 1), if not deterministic. Which ones
+            depends only on the key, example, head, positions and branch: see `dilax.dropout`.
+        dropout_key: a `jax.random` key, needed when dropout acts.
+        implementation: "xla", "pallas" or None, the fastest that takes the call.
+        return_lse: return (out, lse), lse [B, T, N] float32 (float64 for float64), the natural log
+            of the softmax's sum; it is differentiable.
+
+    Returns:
+        out [B, T, N, H] in the query's dtype. A query that sees no key gives 0, and lse -inf.
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what was wanted and what came.
+        UnsupportedError: the named implementation cannot take the call, with reasons.
+
+    Source: LongNet (arXiv:2307.02486), eq. 3-15; combine="heads" is that of the PyTorch libraries
+    dilated-attention-pytorch.
+
+    Example:
+        >>> import jax, dilax
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 4096, 8, 64))
+        >>> out = dilax.dilated_attention(q, k, v, [1024, 4096], [1, 4], is_causal=True)
+        >>> out.shape
+        (1, 4096, 8, 64)
+    """
+    check_qkv(query, key, value)
+    spec = as_spec(segment_lengths, dilation_rates)
+    T, N = query.shape[1:3]
+    branches = branches_of(spec, N, combine, head_offset)
+    for name, x in (("is_causal", is_causal), ("zero_attn", zero_attn), ("return_lse", return_lse)):
+        check_bool(name, x)
+    if average_branches is None:
+        average_branches = combine == "heads"
+    check_bool("average_branches", average_branches)
+    check_scale(scale)
+    q_start, k_start = check_index("q_start", q_start), check_index("k_start", k_start)
+    _check_extra_keys(key, bias_k, bias_v)
+    if pad_mode not in ("mask", "zeros"):
+        raise refuse("pad_mode", "'mask' or 'zeros'", pad_mode)
+    if pad_mode == "zeros" and (T != key.shape[1] or q_start or k_start):
+        raise refuse("pad_mode", "'mask' when T differs from S or a start is not 0", pad_mode)
+    drops = check_dropout(dropout_rate, dropout_key, deterministic)
+    rate, seed = (float(dropout_rate), dropout.seed_bits(dropout_key)) if drops else (0.0, None)
+    q_ids, kv_ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
+
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    extra = []
+    if pad_mode == "zeros" and not is_causal:
+        extra.append(_zero_keys(query, branches))
+    if zero_attn:
+        extra.append(_constant_key(query, jnp.zeros(query.shape[:-1], stats_dtype(query.dtype))))
+    if bias_k is not None:
+        extra.append(_bias_key(query, bias_k, bias_v, scale, q_start, rate, seed, len(branches)))
+    options = dict(
+        branches=branches,
+        is_causal=is_causal,
+        scale=scale,
+        q_segment_ids=q_ids,
+        kv_segment_ids=kv_ids,
+        q_start=q_start,
+        k_start=k_start,
+        dropout_rate=rate,
+        dropout_seed=seed,
+        carry=merge(*extra) if extra else None,
+    )
+    attend = choose(implementation, query, key, value, **options)
+    with jax.named_scope("dilax.dilated_attention"):
+        out, lse = attend(query, key, value, **options)
+    if average_branches:
+        out = out / len(branches)
+    out = out.astype(query.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _check_extra_keys(key: jax.Array, bias_k: Any, bias_v: Any) -> None:
+    if (bias_k is None) != (bias_v is None):
+        raise refuse("bias_v" if bias_v is None else "bias_k", "bias_k and bias_v together", None)
+    if bias_k is not None:
+        for name, x in (("bias_k", bias_k), ("bias_v", bias_v)):
+            check_array(name, x, key.shape[2:], (jnp.dtype(key.dtype).name,))
+
+
+def _constant_key(query: jax.Array, lse: jax.Array) -> Partial:
+    """A Partial over keys whose values are all 0."""
+    return Partial(jnp.zeros(query.shape, lse.dtype), lse)
+
+
+def _zero_keys(query: jax.Array, branches: tuple[Branch, ...]) -> Partial:
+    """pad_mode="zeros": the padding keys of all branches, each with logit 0 and value 0."""
+    B, T, N, _ = query.shape
+    counts = np.zeros((T, N))
+    position = np.arange(T)
+    for w, r, first, offsets in branches:
+        w = min(w, T)
+        offset = np.asarray(offsets)
+        length = np.minimum(T - position // w * w, w)[:, None]  # real tokens in the segment
+        real = np.maximum(-(-(length - offset) // r), 0)
+        kept = (position % w % r)[:, None] == offset
+        counts[:, first : first + len(offsets)] += np.where(kept, -(-w // r) - real, 0)
+    with np.errstate(divide="ignore"):
+        lse = jnp.asarray(np.log(counts), stats_dtype(query.dtype))
+    return _constant_key(query, jnp.broadcast_to(lse, (B, T, N)))
+
+
+def _bias_key(query, bias_k, bias_v, scale, q_start, rate, seed, number) -> Partial:
+    """The Partial over the one extra key that add_bias_kv gives every query."""
+    B, T, N, H = query.shape
+    stats = stats_dtype(query.dtype)
+    grouped = query.reshape(B, T, bias_k.shape[0], -1, H)
+    lse = jnp.einsum("BTKGH,KH->BTKG", grouped, bias_k, preferred_element_type=stats) * scale
+    lse = lse.reshape(B, T, N)
+    values = jnp.repeat(bias_v.astype(stats), N // bias_v.shape[0], axis=0)
+    out = jnp.broadcast_to(values, (B, T, N, H))
+    if rate > 0:
+        batch, head = np.arange(B)[:, None, None], np.arange(N)[:, None]
+        rows = dropout.row_bits(seed, batch, head, q_start + np.arange(T))
+        kept = dropout.keep(rows, dropout.column_bits(seed, np.array([-1]), number), rate)
+        out = jnp.where(jnp.swapaxes(kept, 1, 2), out / (1 - rate), 0)
+    return Partial(out, lse)
