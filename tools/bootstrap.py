@@ -159,8 +159,8 @@ def make_empty(python, folder):
         if quiet(way)[0] == 0 and quiet([env_python, "-m", "pip", "--version"])[0] == 0:
             return
     with tempfile.TemporaryDirectory() as borrowed:  # any pip of this machine can bring another
-        get = [sys.executable, "-m", "pip", "install", "--quiet", "--target", borrowed, "virtualenv"]
-        if quiet(get)[0] == 0:
+        pip = [sys.executable, "-m", "pip"]
+        if quiet([*pip, "install", "--quiet", "--target", borrowed, "virtualenv"])[0] == 0:
             environ = dict(clean_environ(), PYTHONPATH=borrowed)
             way = [sys.executable, "-m", "virtualenv", "--python", python, folder]
             if subprocess.run(way, env=environ, stdin=subprocess.DEVNULL).returncode == 0:
@@ -248,7 +248,8 @@ def oldest():
 
 def run(folder, *command):
     """Exit status of a command of the environment."""
-    environ = dict(clean_environ(), VIRTUAL_ENV=folder)
+    ours = folder != os.environ.get("DILAX_ENV")
+    environ = dict(clean_environ(), VIRTUAL_ENV=folder) if ours else dict(os.environ)
     binaries = os.path.join(folder, "bin")
     environ["PATH"] = binaries + os.pathsep + environ.get("PATH", "")
     say(" ".join(command))

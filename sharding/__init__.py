@@ -1,0 +1,1 @@
+"""Placement of attention on a mesh; nothing is here yet. Everything in `dilax` runs on one device."""
