@@ -11,6 +11,12 @@ from dilax._types import UnsupportedError, refuse, shown
 IMPLEMENTATIONS = ("pallas", "xla")  # the first that has no reason against it runs
 
 
+def check_implementation(implementation: Any) -> None:
+    """Refuse an implementation that is neither None nor the name of one."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise refuse("implementation", f"None or one of {IMPLEMENTATIONS}", implementation)
+
+
 def unsupported(name: str, query: Any, key: Any, value: Any, **options: Any) -> tuple[str, ...]:
     """Why an implementation cannot take this call; empty if it can. Never runs a kernel."""
     if name == "xla":
@@ -18,15 +24,16 @@ def unsupported(name: str, query: Any, key: Any, value: Any, **options: Any) -> 
     return ("no Pallas kernel is installed",)
 
 
-def choose(implementation: str | None, query: Any, key: Any, value: Any, **options: Any) -> Callable:
+def choose(
+    implementation: str | None, query: Any, key: Any, value: Any, **options: Any
+) -> Callable:
     """The `attend` function to call.
 
     Raises:
         ValueError: the name is unknown.
         UnsupportedError: the named implementation cannot take the call.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise refuse("implementation", f"None or one of {IMPLEMENTATIONS}", implementation)
+    check_implementation(implementation)
     reasons = {}
     for name in IMPLEMENTATIONS if implementation is None else (implementation,):
         reasons[name] = unsupported(name, query, key, value, **options)
