@@ -229,8 +229,8 @@ def environment(name, wishes):
             say(f"making {name} with {base}")
             make_empty(base, folder)
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
-        loud([*pip, "install", "--quiet", "--upgrade", "pip>=25.1"])  # the first with --group
-        loud([*pip, "install", "--quiet", "--upgrade", *wishes])
+        loud([*pip, "install", "-qq", "--upgrade", "pip>=25.1"])  # the first with --group
+        loud([*pip, "install", "-qq", "--upgrade", *wishes])
         write(stamp, wanted)
     return folder
 
