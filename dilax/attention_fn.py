@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def checkpointed(function: Callable, choice: Any) -> Callable:
     if isinstance(choice, bool):
         return jax.checkpoint(function) if choice else function
     if callable(choice):
-        return jax.checkpoint(function, policy=choice)
+        return jax.checkpoint(function, policy=cast(Callable[..., bool], choice))
     if not isinstance(choice, str) or choice not in POLICIES:
         wanted = f"True, False, a policy, or the name of one: {', '.join(POLICIES)}"
         raise refuse("use_gradient_checkpointing", wanted, choice)

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dilax._types import FLOAT_DTYPES, refuse, shown
+from dilax._types import FLOAT_DTYPES, refuse
 from dilax.attention_fn import DilatedAttention, check_positive, checkpointed
 from dilax.checks import check_array, check_bool, check_index, segment_ids_of
 from dilax.spec import Combine, HeadOffset
 
+_zeros = nnx.initializers.zeros_init()
 _xavier_normal = nnx.initializers.variance_scaling(1.0, "fan_avg", "normal")
 
 
@@ -98,7 +99,7 @@ class MultiheadDilatedAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         kernel_init: Callable = _xavier_normal,
         out_kernel_init: Callable | None = None,
-        bias_init: Callable = nnx.initializers.zeros_init(),
+        bias_init: Callable = _zeros,
         out_bias_init: Callable | None = None,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         out_kernel_metadata: Mapping[str, Any] | None = None,
@@ -137,11 +138,11 @@ class MultiheadDilatedAttention(nnx.Module):
         self.deterministic = deterministic
         if not isinstance(rngs, nnx.Rngs):
             raise refuse("rngs", "nnx.Rngs", rngs)
-        self.dtype = None if dtype is None else _float_dtype("dtype", dtype)
-        self.param_dtype = _float_dtype("param_dtype", param_dtype)
+        self.dtype = None if dtype is None else check_dtype("dtype", dtype)
+        self.param_dtype = check_dtype("param_dtype", param_dtype)
 
         inner = _Linear(
-            bias, kernel_init, bias_init, kernel_metadata, bias_metadata, dtype, param_dtype
+            bias, kernel_init, bias_init, kernel_metadata, bias_metadata, self.dtype, param_dtype
         )
         outer = dataclasses.replace(
             inner,
@@ -152,10 +153,13 @@ class MultiheadDilatedAttention(nnx.Module):
         )
         E, KH = self.embed_dim, self.num_kv_heads * self.head_dim
         slices = ((E, 1.0), (KH, 1.0), (KH, gamma_init))
-        self.qkv_proj = inner.make(E, slices, rngs) if fused_qkv else None
-        self.query_proj, self.key_proj, self.value_proj = (
-            None if fused_qkv else inner.make(E, (part,), rngs) for part in slices
-        )
+        self.fused_qkv = fused_qkv
+        if fused_qkv:
+            self.qkv_proj = inner.make(E, slices, rngs)
+        else:
+            self.query_proj = inner.make(E, slices[:1], rngs)
+            self.key_proj = inner.make(E, slices[1:2], rngs)
+            self.value_proj = inner.make(E, slices[2:], rngs)
         self.bias_k, self.bias_v = (
             self._extra_key(rngs) if add_bias_kv else None for _ in range(2)
         )
@@ -302,31 +306,26 @@ class MultiheadDilatedAttention(nnx.Module):
         return deterministic
 
     def _dropout_key(self, rngs: Any) -> jax.Array:
-        if rngs is None:
-            assert self.rngs is not None  # there is dropout
-            return self.rngs()
+        rngs = _first(rngs, self.rngs)
         if isinstance(rngs, nnx.Rngs):
             return rngs.dropout()
         return rngs() if isinstance(rngs, nnx.RngStream) else rngs
 
     def _heads(self, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """q [B, T, N, H] and k, v [B, S, K, H]."""
-        if self.qkv_proj is None:
+        E, KH = self.embed_dim, self.num_kv_heads * self.head_dim
+        if not self.fused_qkv:
             projections = (self.query_proj, self.key_proj, self.value_proj)
             parts = [f(x) for f, x in zip(projections, _three(inputs), strict=True)]
+        elif len(inputs) == 1:
+            parts = jnp.split(self.qkv_proj(inputs[0]), (E, E + KH), axis=-1)
         else:
-            E, KH = self.embed_dim, self.num_kv_heads * self.head_dim
-            cuts = (E, E + KH)
-            if len(inputs) == 1:
-                parts = jnp.split(self.qkv_proj(inputs[0]), cuts, axis=-1)
-            else:
-                columns = (slice(0, E), slice(E, E + KH), slice(E + KH, E + 2 * KH))
-                parts = [
-                    _columns(self.qkv_proj, x, part, self.dtype)
-                    for x, part in zip(_three(inputs), columns, strict=True)
-                ]
-        parts = [x.reshape(*x.shape[:2], -1, self.head_dim) for x in parts]
-        return tuple(parts)
+            columns = (slice(0, E), slice(E, E + KH), slice(E + KH, E + 2 * KH))
+            parts = [
+                _columns(self.qkv_proj, x, part, self.dtype)
+                for x, part in zip(_three(inputs), columns, strict=True)
+            ]
+        return tuple(x.reshape(*x.shape[:2], -1, self.head_dim) for x in parts)
 
 
 def _three(inputs: tuple) -> tuple:
@@ -340,7 +339,7 @@ def _columns(linear: nnx.Linear, x: jax.Array, part: slice, dtype: Any) -> jax.A
     bias = None if linear.bias is None else linear.bias[...][part]
     dtype = jnp.result_type(x, kernel) if dtype is None else dtype
     y = x.astype(dtype) @ kernel.astype(dtype)
-    return y if bias is None else y + bias.astype(dtype)
+    return y if bias is None else y + bias.astype(dtype)[None, None]
 
 
 def _first(x: Any, default: Any) -> Any:
@@ -354,7 +353,8 @@ def _positive(name: str, x: Any) -> int:
     return number
 
 
-def _float_dtype(name: str, x: Any) -> Any:
+def check_dtype(name: str, x: Any) -> Any:
+    """x as a dtype, refused unless it is a floating point one that attention takes."""
     try:
         dtype = jnp.dtype(x)
     except TypeError:

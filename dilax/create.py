@@ -1,0 +1,407 @@
+"""Attention by name: the factories of the PyTorch libraries, and an account of each choice.
+
+Three choices are kept apart: the variant (what is computed) is the user's alone; the implementation
+(how) and the placement (where) never change the numbers beyond the error budget.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dilax._types import UnsupportedError, refuse, shown
+from dilax.attention_fn import DilatedAttention, check_number
+from dilax.checks import check_bool, check_index, check_qkv
+from dilax.modules import MultiheadDilatedAttention, check_dtype
+from dilax.names import Kind, find_kind
+from dilax.select import IMPLEMENTATIONS, check_implementation, device_of, unsupported
+from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of
+
+SEGMENT_LENGTHS = (2048, 4096, 8192)
+DILATION_RATES = (1, 2, 4)
+
+
+def _refuse_unknown(options: dict[str, Any], valid: Iterable[str]) -> None:
+    """Refuse options that are not valid, naming those that are."""
+    names = sorted({*valid} - {"self", "options"})
+    for name, x in options.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise refuse(name, f"an option{hint}, one of {', '.join(names)}", x)
+
+
+def _refuse_absent(kind: str, need_speed: Any, ring_size: Any, **sparse: Any) -> None:
+    """Refuse what asks for a kind that this version does not have."""
+    check_bool("need_speed", need_speed)
+    if need_speed:
+        wanted = "False: speed beyond that of the exact result is 'block_sparse', not available yet"
+        raise refuse("need_speed", wanted, need_speed)
+    if ring_size is not None and (isinstance(ring_size, bool) or ring_size != 1):
+        raise refuse("ring_size", "None or 1: 'ring' is not available yet", ring_size)
+    for name, x in sparse.items():
+        if x is not None:
+            wanted = f"None with kind {kind!r}: 'block_sparse' takes it, which is not available yet"
+            raise refuse(name, wanted, x)
+
+
+def _implementation_of(row: Kind, implementation: Any, use_flash_attn: Any) -> str | None:
+    """What to run: the named implementation, else that of use_flash_attn, else the kind's."""
+    check_implementation(implementation)
+    if use_flash_attn is None:
+        return row.implementation if implementation is None else implementation
+    check_bool("use_flash_attn", use_flash_attn)
+    forced = "pallas" if use_flash_attn else "xla"
+    if implementation not in (None, forced):
+        wanted = f"None or {implementation == 'pallas'} with implementation={implementation!r}"
+        raise refuse("use_flash_attn", wanted, use_flash_attn)
+    return forced
+
+
+def _spec(segment_lengths: Any, dilation_rates: Any) -> DilatedSpec:
+    """The spec; the default lengths bring their rates along."""
+    if dilation_rates is None and segment_lengths is SEGMENT_LENGTHS:
+        dilation_rates = DILATION_RATES
+    return as_spec(segment_lengths, dilation_rates)
+
+
+def create_dilated_attention(
+    kind: str = "auto",
+    segment_lengths: Any = SEGMENT_LENGTHS,
+    dilation_rates: Any = None,
+    *,
+    dropout: float = 0.0,
+    attention_scale: float | None = None,
+    embed_dim: int | None = None,
+    num_heads: int | None = None,
+    bias: bool | None = None,
+    add_bias_kv: bool = False,
+    add_zero_attn: bool = False,
+    layer_norm: bool = False,
+    gamma_init: float | None = None,
+    ring_size: int | None = None,
+    use_flash_attn: bool | None = None,
+    use_gradient_checkpointing: Any = False,
+    sparsity_ratio: float | None = None,
+    block_size: int | None = None,
+    pattern_type: str | None = None,
+    need_speed: bool = False,
+    implementation: str | None = None,
+    **options: Any,
+) -> DilatedAttention:
+    """A callable (query, key, value, ...) -> out of the named kind, with its options fixed.
+
+    Args:
+        kind: "auto", "dilated" or "standard", "improved", or the class name that a PyTorch library
+            has for it. All compute the same; "dilated" runs in XLA, the others on the fastest
+            implementation that takes the call.
+        segment_lengths, dilation_rates: sequences of ints, or one DilatedSpec in place of both;
+            default (2048, 4096, 8192) and (1, 2, 4).
+        dropout: a call then needs `dropout_key`, or `deterministic=True`.
+        attention_scale: factor on the logits, None for 1 / sqrt(H).
+        embed_dim, num_heads: if given, calls are checked against them.
+        add_zero_attn: one key with logit 0 and value 0 that every query sees.
+        use_flash_attn: True demands "pallas", False "xla", None leaves the choice to `kind`.
+        use_gradient_checkpointing: as in `DilatedAttention`.
+        ring_size: None or 1, since this version has no ring.
+        bias, add_bias_kv, layer_norm, gamma_init: refused when they ask for parameters, which only
+            `create_multihead_dilated_attention` has (a call takes bias_k and bias_v).
+        sparsity_ratio, block_size, pattern_type, need_speed: refused, since this version has no
+            block-sparse attention.
+        implementation: "xla", "pallas" or None.
+        options: combine, head_offset, pad_mode, average_branches of `dilax.dilated_attention`.
+
+    Raises:
+        ValueError: a name or an option is wrong; the message says which and lists the valid ones.
+        UnsupportedError: the kind is known, but not available yet.
+
+    Source: the factories of the dilated-attention-pytorch libraries; LongNet (arXiv:2307.02486).
+
+    Example:
+        >>> create_dilated_attention("improved", [16, 32], [1, 2], dropout=0.1)
+        DilatedAttention(segment_lengths=(16, 32), dilation_rates=(1, 2), dropout=0.1)
+    """
+    row = find_kind(kind)
+    if row.module:
+        raise refuse("kind", "a function; create_multihead_dilated_attention makes modules", kind)
+    _refuse_absent(
+        kind,
+        need_speed,
+        ring_size,
+        sparsity_ratio=sparsity_ratio,
+        block_size=block_size,
+        pattern_type=pattern_type,
+    )
+    for name, x in (("add_bias_kv", add_bias_kv), ("layer_norm", layer_norm)):
+        check_bool(name, x)
+    parameters = {"bias": bias, "gamma_init": gamma_init}
+    parameters |= {"add_bias_kv": add_bias_kv or None, "layer_norm": layer_norm or None}
+    for name, x in parameters.items():
+        if x is not None:
+            wanted = "its default: create_multihead_dilated_attention makes what has parameters"
+            raise refuse(name, wanted, x)
+    fields = inspect.signature(DilatedAttention).parameters
+    own = inspect.signature(create_dilated_attention).parameters
+    _refuse_unknown(options, {*own, *fields})
+    spec = _spec(segment_lengths, dilation_rates)
+    return DilatedAttention(
+        spec.segment_lengths,
+        spec.dilation_rates,
+        dropout=dropout,
+        attention_scale=attention_scale,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        add_zero_attn=add_zero_attn,
+        use_gradient_checkpointing=use_gradient_checkpointing,
+        implementation=_implementation_of(row, implementation, use_flash_attn),
+        **options,
+    )
+
+
+def create_multihead_dilated_attention(
+    kind: str = "auto",
+    embed_dim: int = 768,
+    num_heads: int = 12,
+    segment_lengths: Any = SEGMENT_LENGTHS,
+    dilation_rates: Any = None,
+    *,
+    fused_qkv: bool | None = None,
+    layer_norm: bool | None = None,
+    ring_size: int | None = None,
+    use_flash_attn: bool | None = None,
+    sparsity_ratio: float | None = None,
+    block_size: int | None = None,
+    pattern_type: str | None = None,
+    need_speed: bool = False,
+    implementation: str | None = None,
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> MultiheadDilatedAttention:
+    """A `MultiheadDilatedAttention` of the named kind.
+
+    Args:
+        kind: "auto", "multihead_dilated" (also "dilated", "standard"), "improved_multihead" (also
+            "improved"), or the class name that a PyTorch library has for it. "improved_multihead"
+            has fused projections and a LayerNorm before the output projection; "multihead_dilated"
+            runs in XLA, the others on the fastest implementation that takes the call.
+        embed_dim, num_heads, segment_lengths, dilation_rates: as in `MultiheadDilatedAttention`;
+            default segments and rates are (2048, 4096, 8192) and (1, 2, 4).
+        fused_qkv, layer_norm: None for what the kind says.
+        ring_size, use_flash_attn, sparsity_ratio, block_size, pattern_type, need_speed,
+            implementation: as in `create_dilated_attention`.
+        rngs: None for nnx.Rngs(0).
+        options: every other option of `MultiheadDilatedAttention`.
+
+    Raises:
+        ValueError: a name or an option is wrong; the message says which and lists the valid ones.
+        UnsupportedError: the kind is known, but not available yet.
+
+    Source: the factories of the dilated-attention-pytorch libraries; LongNet (arXiv:2307.02486).
+
+    Example:
+        >>> layer = create_multihead_dilated_attention("improved", 64, 4, [16, 32], [1, 2])
+        >>> layer(jax.numpy.ones((1, 40, 64))).shape
+        (1, 40, 64)
+    """
+    row = find_kind(kind)
+    _refuse_absent(
+        kind,
+        need_speed,
+        ring_size,
+        sparsity_ratio=sparsity_ratio,
+        block_size=block_size,
+        pattern_type=pattern_type,
+    )
+    own = inspect.signature(create_multihead_dilated_attention).parameters
+    _refuse_unknown(
+        options, {*own, *inspect.signature(MultiheadDilatedAttention.__init__).parameters}
+    )
+    spec = _spec(segment_lengths, dilation_rates)
+    return MultiheadDilatedAttention(
+        embed_dim,
+        num_heads,
+        spec.segment_lengths,
+        spec.dilation_rates,
+        fused_qkv=row.fused if fused_qkv is None else fused_qkv,
+        layer_norm=row.fused if layer_norm is None else layer_norm,
+        implementation=_implementation_of(row, implementation, use_flash_attn),
+        rngs=nnx.Rngs(0) if rngs is None else rngs,
+        **options,
+    )
+
+
+def choose_implementation(seq_len: int, num_gpus: int = 1, need_speed: bool = False) -> str:
+    """The kind to give to `create_multihead_dilated_attention`, as the PyTorch library's function.
+
+    There long sequences get a block-sparse, ring or distributed kind. Only what this version has
+    is named here: "improved", for any length on one device.
+
+    Raises:
+        ValueError: an argument is wrong.
+        UnsupportedError: need_speed or several devices ask for kinds that are not available yet.
+
+    Example:
+        >>> choose_implementation(1_000_000)
+        'improved'
+    """
+    for name, x in (("seq_len", seq_len), ("num_gpus", num_gpus)):
+        if check_index(name, x) == 0:
+            raise refuse(name, "a positive int", x)
+    check_bool("need_speed", need_speed)
+    if need_speed:
+        find_kind("block_sparse")
+    if num_gpus > 1:
+        find_kind("ring")
+    return "improved"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What a call computes, how and where, and why every other candidate was passed over.
+
+    passed_over has (choice, candidate, reason), with choice "variant", "implementation" or
+    "placement". `str` makes a table of it.
+    """
+
+    kind: str
+    variant: str
+    implementation: str
+    placement: str
+    device_kind: str
+    passed_over: tuple[tuple[str, str, str], ...]
+
+    def __str__(self) -> str:
+        rows = []
+        for choice in ("variant", "implementation", "placement"):
+            rows.append((choice, getattr(self, choice), "chosen"))
+            rows += [("", name, why) for what, name, why in self.passed_over if what == choice]
+        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+        lines = [f"{a:{first}}  {b:{second}}  {c}" for a, b, c in rows]
+        return "\n".join([f"kind {self.kind!r} on {self.device_kind}", *lines])
+
+
+def explain(
+    kind: str = "auto",
+    *,
+    seq_len: int,
+    num_heads: int = 12,
+    head_dim: int = 64,
+    dtype: Any = "float32",
+    segment_lengths: Any = SEGMENT_LENGTHS,
+    dilation_rates: Any = None,
+    num_kv_heads: int | None = None,
+    kv_seq_len: int | None = None,
+    batch: int = 1,
+    combine: Combine = "lse",
+    head_offset: HeadOffset = "interleaved",
+    is_causal: bool = False,
+    packed: bool = False,
+    dropout: float = 0.0,
+    implementation: str | None = None,
+    use_flash_attn: bool | None = None,
+    device_kind: str | None = None,
+) -> Decision:
+    """What a call of these sizes would run, and why not something else. Computes nothing.
+
+    Args:
+        kind: as in `create_dilated_attention` and `create_multihead_dilated_attention`.
+        seq_len, kv_seq_len, num_heads, num_kv_heads, head_dim, batch, dtype: T, S (None: T), N, K
+            (None: N), H, B and the dtype of query, key and value.
+        segment_lengths, dilation_rates, combine, head_offset, is_causal, dropout, implementation:
+            as in `dilax.dilated_attention`.
+        packed: the call has segment ids or a key padding mask.
+        use_flash_attn: as in `create_dilated_attention`.
+        device_kind: `jax.Device.device_kind` of another device, such as "NVIDIA H100 80GB HBM3";
+            None for the default device of this process.
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what was wanted and what came.
+        UnsupportedError: the call would raise it: a kind that is not available yet, or a named
+            implementation that cannot take the call.
+
+    Example:
+        >>> print(explain("dilated", seq_len=4096, device_kind="cpu").implementation)
+        xla
+    """
+    row = find_kind(kind)
+    check_bool("packed", packed)
+    if device_kind is not None and not isinstance(device_kind, str):
+        raise refuse("device_kind", "None or the device_kind of a jax.Device", device_kind)
+    arrays, options = _abstract_call(
+        (batch, seq_len, seq_len if kv_seq_len is None else kv_seq_len),
+        (num_heads, num_heads if num_kv_heads is None else num_kv_heads, head_dim),
+        dtype,
+        packed,
+    )
+    spec = _spec(segment_lengths, dilation_rates)
+    check_bool("is_causal", is_causal)
+    check_number("dropout", dropout, 0.0, 1.0, "a Python number in [0, 1)")
+    options |= {
+        "branches": branches_of(spec, num_heads, combine, head_offset),
+        "is_causal": is_causal,
+        "dropout_rate": float(dropout),
+        "dropout_seed": jax.ShapeDtypeStruct((2,), jnp.uint32) if dropout else None,
+    }
+    named = _implementation_of(row, implementation, use_flash_attn)
+    taken, over = _implementations(kind, row, named, arrays, options, device_kind)
+    later = "not available yet, and changes the result: never chosen unasked"
+    over += [("variant", "block_sparse", later)]
+    over += [("placement", name, "not available yet") for name in ("ring", "head_parallel")]
+    return Decision(
+        kind=kind,
+        variant=f"dilated_attention, {spec.segment_lengths} every {spec.dilation_rates}",
+        implementation=taken,
+        placement="where the inputs lie",
+        device_kind=device_of(None).device_kind if device_kind is None else device_kind,
+        passed_over=tuple(over),
+    )
+
+
+def _abstract_call(lengths, heads, dtype, packed: bool) -> tuple[tuple, dict[str, Any]]:
+    """query, key and value of these sizes, and the primitive's options that follow from them."""
+    sizes = zip(
+        ("batch", "seq_len", "kv_seq_len", "num_heads", "num_kv_heads", "head_dim"),
+        (*lengths, *heads),
+        strict=True,
+    )
+    for name, x in sizes:
+        if check_index(name, x) == 0:
+            raise refuse(name, "a positive int", x)
+    (B, T, S), (N, K, H) = lengths, heads
+    dtype = check_dtype("dtype", dtype)
+    query = jax.ShapeDtypeStruct((B, T, N, H), dtype)
+    key = value = jax.ShapeDtypeStruct((B, S, K, H), dtype)
+    check_qkv(query, key, value)
+    q_ids, kv_ids = (
+        jax.ShapeDtypeStruct((B, length), jnp.int32) if packed else None for length in (T, S)
+    )
+    options = {"scale": H**-0.5, "q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
+    return (query, key, value), options | {"q_start": 0, "k_start": 0, "carry": None}
+
+
+def _implementations(
+    kind: str, row: Kind, named: str | None, arrays: tuple, options: dict, device_kind: str | None
+) -> tuple[str, list[tuple[str, str, str]]]:
+    """The implementation that runs, and what was passed over."""
+    reasons, over, taken = {}, [], None
+    for name in IMPLEMENTATIONS:
+        if named not in (None, name):
+            by_kind = named == row.implementation
+            who = f"kind {kind!r} runs" if by_kind else "the call names"
+            over.append(("implementation", name, f"{who} {named!r}"))
+            continue
+        if taken is not None:
+            over.append(("implementation", name, f"{taken!r} comes first and takes the call"))
+            continue
+        reasons[name] = unsupported(name, *arrays, device_kind=device_kind, **options)
+        if not reasons[name]:
+            taken = name
+        over += [("implementation", name, why) for why in reasons[name]]
+    if taken is None:
+        raise UnsupportedError(f"query {shown(arrays[0])}, key {shown(arrays[1])}", reasons)
+    return taken, over

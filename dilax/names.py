@@ -1,0 +1,133 @@
+"""The names of the PyTorch libraries' variants, and what each is here: one table."""
+
+import dataclasses
+from typing import Any
+
+from dilax._types import UnsupportedError, refuse
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One row of the table of names: what a kind is and how this library composes it."""
+
+    names: tuple[str, ...]  # short names, then class names
+    what: str
+    module: bool = False  # names a module with projections, not a function
+    fused: bool = False  # as a module: fused projections and a LayerNorm before the last one
+    implementation: str | None = None  # None: the fastest that takes the call
+    available: bool = True
+
+
+def _later(what: str, *names: str) -> Kind:
+    return Kind(names, what, available=False)
+
+
+KINDS = (
+    Kind(("auto",), "dilated attention on the fastest implementation"),
+    Kind(
+        ("dilated", "standard", "DilatedAttention"),
+        "dilated attention in XLA",
+        implementation="xla",
+    ),
+    Kind(
+        ("improved", "ImprovedDilatedAttention"),
+        "dilated attention on the fastest implementation",
+        fused=True,
+    ),
+    Kind(
+        ("multihead_dilated", "MultiheadDilatedAttention"),
+        "projections around dilated attention in XLA",
+        module=True,
+        implementation="xla",
+    ),
+    Kind(
+        ("improved_multihead", "ImprovedMultiheadDilatedAttention"),
+        "fused projections and a LayerNorm around dilated attention on the fastest implementation",
+        module=True,
+        fused=True,
+    ),
+    _later(
+        "dilated attention placed on a sequence axis",
+        "ring",
+        "RingDilatedAttention",
+        "RingDilatedAttentionHybrid",
+        "RingDilatedAttentionTrue",
+    ),
+    _later(
+        "another name for 'ring' (removed from its own library, where it was not a ring)",
+        "ring_production",
+        "RingDilatedAttentionProduction",
+    ),
+    _later("projections around 'ring'", "ring_multihead", "RingMultiheadDilatedAttentionHybrid"),
+    _later(
+        "block-sparse patterns, also inside dilated branches or on a ring",
+        "block_sparse",
+        "block_sparse_ring",
+        "BlockSparseRingDilatedAttention",
+    ),
+    _later(
+        "other names for 'block_sparse' (merged in or removed from their own library)",
+        "BlockSparseOptimized",
+        "BlockSparseTorchSparse",
+    ),
+    _later(
+        "projections around 'block_sparse'",
+        "block_sparse_multihead",
+        "BlockSparseRingMultiheadDilatedAttention",
+    ),
+    _later(
+        "'block_sparse' on a mesh of several hosts",
+        "block_sparse_distributed",
+        "BlockSparseRingDistributedDilatedAttention",
+    ),
+    _later("a block-sparse pattern of distance bands", "hierarchical", "BlockSparseHierarchical"),
+    _later("a block-sparse pattern with a learned router", "adaptive", "BlockSparseAdaptive"),
+    _later(
+        "projections and dilated attention under data and tensor parallel sharding",
+        "distributed",
+        "DistributedMultiheadDilatedAttention",
+    ),
+    _later(
+        "'ring' times data parallelism over several processes",
+        "ring_distributed",
+        "RingDistributedDilatedAttention",
+    ),
+    _later(
+        "'block_sparse' with Hilbert visiting order",
+        "hilbert_post_pattern",
+        "BlockSparseRingDilatedAttentionHilbertPostPattern",
+    ),
+    _later(
+        "'ring' with Hilbert token order", "ring_hilbert", "RingDilatedAttentionHilbertOptimized"
+    ),
+    _later(
+        "dilated attention with heads sharded by all-to-all",
+        "head_parallel",
+        "HeadParallelDilatedAttentionOptimized",
+    ),
+    _later("dilated attention on Hilbert-ordered tokens", "hilbert", "HilbertDilatedAttention"),
+    _later("'hilbert' on the Pallas kernel", "hilbert_pallas", "HilbertAttentionTritonFixed"),
+)
+
+
+def find_kind(kind: Any) -> Kind:
+    """The row of the table that has this name.
+
+    Raises:
+        ValueError: the name is in no row.
+        UnsupportedError: the name is known, but this version does not have that kind.
+
+    Example:
+        >>> find_kind("ImprovedDilatedAttention").what
+        'dilated attention on the fastest implementation'
+    """
+    valid = [name for row in KINDS if row.available for name in row.names]
+    for row in KINDS:
+        if kind in row.names:
+            if not row.available:
+                why = f"{row.what}: a known name that this version does not have yet"
+                raise UnsupportedError(
+                    f"kind {kind!r}", {kind: (why, f"available are {', '.join(valid)}")}
+                )
+            return row
+    raise refuse("kind", f"one of {', '.join(valid)}", kind)
