@@ -192,8 +192,9 @@ def _bias_key(query, bias_k, bias_v, scale, q_start, rate, seed, number) -> Part
     values = jnp.repeat(bias_v.astype(stats), N // bias_v.shape[0], axis=0)
     out = jnp.broadcast_to(values, (B, T, N, H))
     if rate > 0:
-        batch, head = np.arange(B)[:, None, None], np.arange(N)[:, None]
-        rows = dropout.row_bits(seed, batch, head, q_start + np.arange(T))
-        kept = dropout.keep(rows, dropout.column_bits(seed, np.array([-1]), number), rate)
+        batch, head, row = np.ogrid[:B, :N, q_start : q_start + T]
+        rows = dropout.row_bits(seed, batch, head, row)
+        column = dropout.column_bits(seed, np.array([[[-1]]]), number)
+        kept = dropout.keep(rows, column, rate)
         out = jnp.where(jnp.swapaxes(kept, 1, 2), out / (1 - rate), 0)
     return Partial(out, lse)

@@ -99,16 +99,14 @@ def dilated_attention(
     dropping = dropout_rate > 0 and not deterministic
     seed = dropout.seed_bits(dropout_key) if dropping else None
     if dropping:
-        rows = dropout.row_bits(
-            seed, np.arange(B)[:, None, None], np.arange(N)[:, None], q_position
-        )
+        rows = dropout.row_bits(seed, *np.ogrid[:B, :N, q_start : q_start + T])
     for i, branch in enumerate(branches):
         sees = np.stack([_sees(branch, n, q_position, k_position) for n in range(N)])
         logits.append(dots)
         visible.append(shared[:, None] & sees[None])
         values.append(value)
         if dropping:
-            columns = dropout.column_bits(seed, k_position, i)
+            columns = dropout.column_bits(seed, k_position[None, None], i)
             kept.append(dropout.keep(rows, columns, dropout_rate))
     if pad_mode == "zeros" and not is_causal:
         for branch in branches:
@@ -124,7 +122,7 @@ def dilated_attention(
         visible.append(jnp.ones((B, N, T, 1), bool))
         values.append(jnp.broadcast_to(bias_v, (B, 1, N, H)))
         if dropping:
-            column = dropout.column_bits(seed, np.array([-1]), len(branches))
+            column = dropout.column_bits(seed, np.array([[[-1]]]), len(branches))
             kept.append(dropout.keep(rows, column, dropout_rate))
     if zero_attn:
         logits.append(jnp.zeros((B, N, T, 1), query.dtype))
