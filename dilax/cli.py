@@ -1,0 +1,235 @@
+"""The command line: it parses and prints; what it does lives in the modules it calls."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dilax._types import UnsupportedError
+
+SUMMARIES = {
+    "train": "train a LongNet language model on text, beside byte bigrams on the same files",
+    "generate": "continue a text with a trained model",
+    "explain": "say which implementation a call would run, and why not the others",
+    "show": "draw which keys each query of each head sees",
+    "bench": "time the implementations on this machine",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Draw which keys each query of each head sees, as a PNG picture."""
+
+    segment_lengths: tuple[int, ...] = (8, 16, 32)
+    """Segment length W of each branch, in tokens."""
+    dilation_rates: tuple[int, ...] = (1, 2, 4)
+    """Dilation rate R of each branch."""
+    length: int = 32
+    """Number of tokens, up to 1024."""
+    num_heads: int = 4
+    """Number of heads, up to 16."""
+    combine: str = "lse"
+    """lse: every head takes part in every branch; heads: each branch has heads of its own."""
+    head_offset: str = "interleaved"
+    """Which residue a head keeps: interleaved (the paper) or blocked (torchscale)."""
+    causal: bool = False
+    """A query sees no key after it."""
+    out: Path = Path("pattern.png")
+    """The picture to write."""
+
+    def run(self) -> None:
+        """Write the picture and say so."""
+        from dilax import plotting
+
+        figure = plotting.draw_pattern(
+            self.segment_lengths,
+            self.dilation_rates,
+            length=self.length,
+            num_heads=self.num_heads,
+            combine=self.combine,  # pyright: ignore[reportArgumentType]  checked there
+            head_offset=self.head_offset,  # pyright: ignore[reportArgumentType]
+            is_causal=self.causal,
+        )
+        figure.savefig(self.out)
+        print(f"wrote {self.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explain:
+    """Say what a call would run, and why not something else. Computes nothing."""
+
+    kind: str = "auto"
+    """Any name that create_dilated_attention knows."""
+    seq_len: int = 16384
+    """T, queries."""
+    kv_seq_len: int | None = None
+    """S, keys; None for T."""
+    batch: int = 1
+    """B."""
+    num_heads: int = 12
+    """N, query heads."""
+    num_kv_heads: int | None = None
+    """K, key and value heads; None for N."""
+    head_dim: int = 64
+    """H."""
+    dtype: str = "bfloat16"
+    """Of queries, keys and values."""
+    segment_lengths: tuple[int, ...] = (2048, 4096, 8192)
+    """Segment length W of each branch, in tokens."""
+    dilation_rates: tuple[int, ...] = (1, 2, 4)
+    """Dilation rate R of each branch."""
+    combine: str = "lse"
+    """lse: every head takes part in every branch; heads: each branch has heads of its own."""
+    head_offset: str = "interleaved"
+    """Which residue a head keeps: interleaved (the paper) or blocked (torchscale)."""
+    is_causal: bool = False
+    """A query sees no key after it."""
+    packed: bool = False
+    """The call has segment ids or a key padding mask."""
+    dropout: float = 0.0
+    """Share of attention probabilities dropped."""
+    implementation: str | None = None
+    """Name one instead of leaving the choice to the library."""
+    device_kind: str | None = None
+    """Of another machine, such as "NVIDIA H100 80GB HBM3"; None for this one."""
+
+    def run(self) -> None:
+        """Print the decision."""
+        from dilax.create import explain
+
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        print(explain(**fields))
+
+
+def _explain() -> Any:
+    return Explain
+
+
+def _show() -> Any:
+    return Show
+
+
+def _bench() -> Any:
+    from dilax.bench import BenchConfig
+
+    @dataclasses.dataclass(frozen=True)
+    class Bench(BenchConfig):
+        """Time the implementations on this machine, beside dense attention."""
+
+        json: Path | None = None
+        """Also write the table to this file, as JSON."""
+
+        def run(self) -> None:
+            _run_bench(self, self.json)
+
+    return Bench
+
+
+def _run_bench(config: Any, path: Path | None) -> None:
+    from dilax import bench
+
+    machine = bench.machine()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    header = f"{'length':>9}  {'attention':<18}{'work':<18}{'ms':>12}{'tokens/s':>14}"
+    print(header, "-" * len(header), sep="\n")
+    rows = []
+    for row in bench.measure(config):
+        rows.append(row)
+        named = f"{row.length:>9}  {row.name:<18}{row.work:<18}"
+        if row.seconds is None:
+            print(f"{named}  not run: {row.reason}")
+        else:
+            print(f"{named}{row.seconds * 1e3:>12,.2f}{row.tokens_per_second:>14,.0f}", flush=True)
+    if path is not None:
+        settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(bench.BenchConfig)}
+        table = {
+            "machine": machine,
+            "settings": settings,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        path.write_text(json.dumps(table, indent=2) + "\n")
+        print(f"wrote {path}")
+
+
+# Each imports what its command needs and no other does, and returns a dataclass with a `run`.
+COMMANDS: dict[str, Callable[[], Any]] = {
+    "explain": _explain,
+    "show": _show,
+    "bench": _bench,
+}
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that the arguments ask for, with its settings: call its `run`.
+
+    Raises:
+        SystemExit: the arguments are wrong, or ask for help.
+
+    Example:
+        >>> parse(["show", "--length", "64"]).length
+        64
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"dilax-attention {version('dilax-attention')}")
+        raise SystemExit(0)
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise SystemExit(_failure(f"command: wanted one of {', '.join(COMMANDS)}, got {name!r}"))
+    import tyro
+
+    command = COMMANDS[name]()
+    return tyro.cli(command, prog=f"dilax {name}", args=list(arguments[1:]))
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{SUMMARIES[name]}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "usage: dilax COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "dilax COMMAND --help lists the options.",
+        ]
+    )
+
+
+def _failure(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; an argument that the library refuses is one line and exit status 2.
+
+    Example:
+        >>> main(["show", "--length", "0"])
+        2
+    """
+    try:
+        parse(sys.argv[1:] if arguments is None else arguments).run()
+    except UnsupportedError as error:
+        return _failure(str(error))
+    except ValueError as error:
+        if ": wanted " not in str(error):  # not one of our refusals: a defect, so show where
+            raise
+        return _failure(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in ("grain", "matplotlib", "optax", "orbax", "rich", "tyro"):
+            raise
+        return _failure(f"{error.name}: wanted it installed (dilax-attention[train]), got nothing")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
