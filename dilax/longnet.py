@@ -1,0 +1,426 @@
+"""LongNet: encoder, decoder and language model of dilated attention layers.
+
+Layers are pre-norm with the sub-LayerNorms of MAGNETO. All layers of a model are one module whose
+parameters have a leading layer axis, created by nnx.vmap and run by nnx.scan: a deep model
+compiles as fast as a shallow one. Letters as in `dilax._types`; E is the embedding dim.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dilax._types import FLOAT_DTYPES, refuse
+from dilax.attention_fn import POLICIES, check_number, check_positive
+from dilax.checks import check_array, check_bool
+from dilax.modules import MultiheadDilatedAttention
+from dilax.positions import RotaryPosition, XPos
+from dilax.select import IMPLEMENTATIONS
+from dilax.spec import DilatedSpec
+
+_POSITIONS = (None, "rope", "xpos")
+
+
+@dataclasses.dataclass(frozen=True)
+class LongNetConfig:
+    """Everything that decides what a LongNet model computes; frozen, hashable, validated.
+
+    The defaults are the base model of the paper.
+
+    Args:
+        embed_dim: E, a multiple of num_heads with a head dim that is a multiple of 8 up to 256.
+        num_heads, num_kv_heads: N and K; None for K = N.
+        num_layers, ffn_dim: number of layers, width of their feed-forward networks.
+        segment_lengths, dilation_rates, head_offset, pad_mode, implementation: as in
+            `dilax.dilated_attention`.
+        vocab_size: number of tokens; only `LongNetLM` needs it.
+        tied_embeddings: the language model's output projection is its embedding.
+        position: "rope", "xpos" or None, on queries and keys of every layer.
+        rope_theta: base of the wave lengths of both; xpos_scale_base: see `dilax.positions.XPos`.
+        dropout: of embeddings and of what attention and feed-forward network add.
+        attention_dropout: of attention probabilities.
+        layer_norm_eps: epsilon of every LayerNorm.
+        final_norm: normalise the output of the last layer.
+        remat: None, or the name of the policy in `jax.checkpoint_policies` by which every layer
+            is computed again in the backward pass.
+        dtype: of the computation, None for that of the parameters; param_dtype: of those.
+
+    Raises:
+        ValueError: a field is wrong; the message says which, what was wanted and what came.
+
+    Source: LongNet (arXiv:2307.02486), section 4 and table 3.
+
+    Example:
+        >>> LongNetConfig(embed_dim=64, num_heads=4).head_dim
+        16
+    """
+
+    embed_dim: int = 768
+    num_heads: int = 12
+    num_layers: int = 12
+    ffn_dim: int = 3072
+    segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)
+    num_kv_heads: int | None = None
+    vocab_size: int | None = None
+    tied_embeddings: bool = False
+    position: str | None = "rope"
+    rope_theta: float = 10000.0
+    xpos_scale_base: float = 512.0
+    head_offset: str = "interleaved"
+    pad_mode: str = "mask"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    final_norm: bool = True
+    remat: str | None = None
+    dtype: str | None = None
+    param_dtype: str = "float32"
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("embed_dim", "num_heads", "num_layers", "ffn_dim"):
+            _check_size(name, getattr(self, name))
+        for name in ("num_kv_heads", "vocab_size"):
+            if getattr(self, name) is not None:
+                _check_size(name, getattr(self, name))
+        E, N = self.embed_dim, self.num_heads
+        if E % N or E // N % 8 or E // N > 256:
+            wanted = f"a multiple of num_heads={N} with a head dim that is a multiple of 8 up to 256"
+            raise refuse("embed_dim", wanted, E)
+        if self.num_kv_heads is not None and N % self.num_kv_heads:
+            raise refuse("num_kv_heads", f"a divisor of num_heads={N}", self.num_kv_heads)
+        spec = DilatedSpec(self.segment_lengths, self.dilation_rates)
+        object.__setattr__(self, "segment_lengths", spec.segment_lengths)
+        object.__setattr__(self, "dilation_rates", spec.dilation_rates)
+        for name in ("tied_embeddings", "final_norm"):
+            check_bool(name, getattr(self, name))
+        for name in ("rope_theta", "xpos_scale_base", "layer_norm_eps"):
+            check_positive(name, getattr(self, name))
+        for name in ("dropout", "attention_dropout"):
+            check_number(name, getattr(self, name), 0, 1, "a Python number in [0, 1)")
+        dtypes, implementations = (None, *FLOAT_DTYPES), (None, *IMPLEMENTATIONS)
+        for name, choices in (
+            ("position", _POSITIONS),
+            ("head_offset", ("interleaved", "blocked")),
+            ("pad_mode", ("mask", "zeros")),
+            ("remat", (None, *POLICIES)),
+            ("dtype", dtypes),
+            ("param_dtype", FLOAT_DTYPES),
+            ("implementation", implementations),
+        ):
+            if getattr(self, name) not in choices:
+                raise refuse(name, f"one of {choices}", getattr(self, name))
+
+    @property
+    def head_dim(self) -> int:
+        """H, the size of a head."""
+        return self.embed_dim // self.num_heads
+
+
+def _check_size(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, int) or x < 1:
+        raise refuse(name, "a positive int", x)
+
+
+def _position(config: LongNetConfig) -> Any:
+    if config.position == "rope":
+        return RotaryPosition(config.rope_theta)
+    if config.position == "xpos":
+        return XPos(config.xpos_scale_base, theta=config.rope_theta)
+    return None
+
+
+def _norm(config: LongNetConfig, size: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        size,
+        epsilon=config.layer_norm_eps,
+        dtype=config.dtype and jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def _dropped(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+    """Dropout by flax, acting only when there is a source of randomness."""
+    if rate == 0 or rngs is None:
+        return x
+    return nnx.Dropout(rate, deterministic=False)(x, rngs=rngs)
+
+
+class FeedForward(nnx.Module):
+    """fc2(LayerNorm(gelu(fc1(x)))) on [..., E]: the feed-forward network with MAGNETO's sub-LN.
+
+    GELU is the exact one and computed in float32 (float64 for float64).
+
+    Source: MAGNETO (arXiv:2210.06423).
+
+    Example:
+        >>> FeedForward(LongNetConfig(64, 4, ffn_dim=96), rngs=nnx.Rngs(0))(jnp.ones((2, 64))).shape
+        (2, 64)
+    """
+
+    def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.variance_scaling(_gain(config) ** 2, "fan_avg", "normal")
+        E, F = config.embed_dim, config.ffn_dim
+        options = dict(
+            kernel_init=init,
+            dtype=config.dtype and jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+        self.fc1, self.fc2 = nnx.Linear(E, F, **options), nnx.Linear(F, E, **options)
+        self.norm = _norm(config, F, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., E] -> [..., E]."""
+        x = self.fc1(x)
+        inner = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return self.fc2(self.norm(jax.nn.gelu(inner, approximate=False).astype(x.dtype)))
+
+
+def _gain(config: LongNetConfig) -> float:
+    """MAGNETO's gain of an encoder-only or decoder-only model on v, out, fc1 and fc2."""
+    return math.sqrt(math.log(2 * config.num_layers))
+
+
+class LongNetLayer(nnx.Module):
+    """One layer: x + attention(LayerNorm(x)), then x + feed_forward(LayerNorm(x)).
+
+    Source: LongNet (arXiv:2307.02486) on MAGNETO (arXiv:2210.06423).
+
+    Example:
+        >>> layer = LongNetLayer(
+        ...     LongNetConfig(64, 4, 2, 96, (8, 16), (1, 2)), is_causal=True, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((1, 20, 64))).shape
+        (1, 20, 64)
+    """
+
+    def __init__(self, config: LongNetConfig, *, is_causal: bool, rngs: nnx.Rngs):
+        self.is_causal, self.dropout = is_causal, config.dropout
+        self.attention_norm = _norm(config, config.embed_dim, rngs)
+        self.attention = MultiheadDilatedAttention(
+            config.embed_dim,
+            config.num_heads,
+            config.segment_lengths,
+            config.dilation_rates,
+            num_kv_heads=config.num_kv_heads,
+            layer_norm=True,
+            layer_norm_eps=config.layer_norm_eps,
+            gamma_init=_gain(config),
+            dropout=config.attention_dropout,
+            head_offset=config.head_offset,
+            pad_mode=config.pad_mode,
+            position=_position(config),
+            implementation=config.implementation,
+            dtype=config.dtype and jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+        self.ffn_norm = _norm(config, config.embed_dim, rngs)
+        self.ffn = FeedForward(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """[B, T, E] -> [B, T, E]; dropout acts when there are rngs."""
+        added = self.attention(
+            self.attention_norm(x),
+            is_causal=self.is_causal,
+            q_segment_ids=segment_ids,
+            positions=positions,
+            deterministic=rngs is None,
+            rngs=rngs,
+        )
+        x = x + _dropped(added, self.dropout, rngs)
+        return x + _dropped(self.ffn(self.ffn_norm(x)), self.dropout, rngs)
+
+
+def _stacked_layers(config: LongNetConfig, is_causal: bool, rngs: nnx.Rngs) -> LongNetLayer:
+    """All layers as one, every parameter with a leading layer axis and its own random start."""
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs):
+        return LongNetLayer(config, is_causal=is_causal, rngs=rngs)
+
+    return create(rngs)
+
+
+def _run_layers(config, layers, norm, x, segment_ids, positions, rngs):
+    """x through dropout, all layers, by one scan, and the final norm."""
+    keys = None if rngs is None else jax.random.split(rngs.dropout(), config.num_layers)
+
+    def step(x, layer, key):
+        layer_rngs = None if key is None else nnx.Rngs(dropout=key)
+        return layer(x, segment_ids=segment_ids, positions=positions, rngs=layer_rngs)
+
+    if config.remat is not None:
+        step = nnx.remat(step, policy=getattr(jax.checkpoint_policies, config.remat))
+    x = _dropped(x, config.dropout, rngs)
+    x = nnx.scan(step, in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)(x, layers, keys)
+    return x if norm is None else norm(x)
+
+
+def _active_rngs(config: LongNetConfig, deterministic: bool, rngs: Any) -> nnx.Rngs | None:
+    """The rngs if dropout acts, None if not; refused when it should act and there are none."""
+    check_bool("deterministic", deterministic)
+    if deterministic or not (config.dropout or config.attention_dropout):
+        return None
+    if not isinstance(rngs, nnx.Rngs):
+        raise refuse("rngs", "nnx.Rngs with a dropout stream when dropout acts", rngs)
+    return rngs
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, LongNetConfig):
+        raise refuse("config", "a LongNetConfig", config)
+
+
+class LongNetEncoder(nnx.Module):
+    """Bidirectional LongNet: embeddings [B, T, E] -> [B, T, E].
+
+    Args:
+        config: see `LongNetConfig`.
+        rngs: "params" starts the weights.
+
+    Call:
+        x: [B, T, E], any T.
+        segment_ids: int32 [B, T], packed documents; 0 is padding (its outputs mean nothing).
+        positions: int32 [T] or [B, T] for rope and xpos; None for 0, 1, ...
+        deterministic: False for dropout, which needs `rngs` with a "dropout" stream.
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what was wanted and what came.
+
+    Source: LongNet (arXiv:2307.02486).
+
+    Example:
+        >>> config = LongNetConfig(64, 4, 2, 96, (8, 16), (1, 2))
+        >>> LongNetEncoder(config, rngs=nnx.Rngs(0))(jnp.ones((1, 20, 64))).shape
+        (1, 20, 64)
+    """
+
+    def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
+        _check_config(config)
+        self.config = config
+        self.layers = _stacked_layers(config, False, rngs)
+        self.norm = _norm(config, config.embed_dim, rngs) if config.final_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deterministic: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """[B, T, E] -> [B, T, E]; see the class."""
+        check_array("x", x, (None, None, self.config.embed_dim), FLOAT_DTYPES)
+        rngs = _active_rngs(self.config, deterministic, rngs)
+        return _run_layers(self.config, self.layers, self.norm, x, segment_ids, positions, rngs)
+
+
+class LongNetDecoder(nnx.Module):
+    """Causal LongNet: embeddings [B, T, E] -> [B, T, E]; arguments as of `LongNetEncoder`.
+
+    Position t depends on positions 0 to t only.
+
+    Source: LongNet (arXiv:2307.02486).
+
+    Example:
+        >>> config = LongNetConfig(64, 4, 2, 96, (8, 16), (1, 2))
+        >>> LongNetDecoder(config, rngs=nnx.Rngs(0))(jnp.ones((1, 20, 64))).shape
+        (1, 20, 64)
+    """
+
+    def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
+        _check_config(config)
+        self.config = config
+        self.layers = _stacked_layers(config, True, rngs)
+        self.norm = _norm(config, config.embed_dim, rngs) if config.final_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deterministic: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """[B, T, E] -> [B, T, E]; see `LongNetEncoder`."""
+        check_array("x", x, (None, None, self.config.embed_dim), FLOAT_DTYPES)
+        rngs = _active_rngs(self.config, deterministic, rngs)
+        return _run_layers(self.config, self.layers, self.norm, x, segment_ids, positions, rngs)
+
+
+class LongNetLM(nnx.Module):
+    """Causal language model: tokens int32 [B, T] -> logits [B, T, vocab_size] of the next token.
+
+    Args:
+        config: see `LongNetConfig`; vocab_size is needed.
+        rngs: "params" starts the weights.
+
+    Call:
+        tokens: int32 [B, T], any T; the other arguments as of `LongNetEncoder`.
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what was wanted and what came.
+
+    Source: LongNet (arXiv:2307.02486), section 4.
+
+    Example:
+        >>> config = LongNetConfig(64, 4, 2, 96, (8, 16), (1, 2), vocab_size=258)
+        >>> LongNetLM(config, rngs=nnx.Rngs(0))(jnp.zeros((1, 20), jnp.int32)).shape
+        (1, 20, 258)
+    """
+
+    def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
+        _check_config(config)
+        if config.vocab_size is None:
+            raise refuse("vocab_size", "a positive int in a language model", None)
+        self.config = config
+        normal = nnx.initializers.normal(config.embed_dim**-0.5)
+        options = dict(
+            dtype=config.dtype and jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+        E, V = config.embed_dim, config.vocab_size
+        self.embed = nnx.Embed(V, E, embedding_init=normal, **options)
+        self.decoder = LongNetDecoder(config, rngs=rngs)
+        head = None
+        if not config.tied_embeddings:
+            head = nnx.Linear(E, V, use_bias=False, kernel_init=normal, **options)
+        self.head = head
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deterministic: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """int32 [B, T] -> [B, T, vocab_size]; see the class."""
+        check_array("tokens", tokens, (None, None), ("int32",))
+        x = self.decoder(
+            self.embed(tokens),
+            segment_ids=segment_ids,
+            positions=positions,
+            deterministic=deterministic,
+            rngs=rngs,
+        )
+        return self.embed.attend(x) if self.head is None else self.head(x)

@@ -1,0 +1,570 @@
+"""Training of LongNet language models: one optax step, Orbax checkpoints, exact resume.
+
+Every random choice of step i comes from (seed, i), the order of the data from (seed, state of the
+data iterator); both are in the checkpoint, so that an interrupted and resumed run computes the
+same numbers, bit for bit, as one that was not interrupted.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from dilax import data
+from dilax._types import refuse
+from dilax.attention_fn import check_number, check_positive
+from dilax.checks import check_bool, check_index
+from dilax.longnet import LongNetConfig, LongNetLM
+
+# The fields that may change between the parts of one run: they do not change the numbers.
+_FREE = ("checkpoint_dir", "checkpoint_every", "keep_checkpoints", "validate_every")
+
+
+def default_model() -> LongNetConfig:
+    """The model of `dilax train`: small enough to learn something in two minutes on two cores.
+
+    Example:
+        >>> default_model().segment_lengths
+        (256, 1024, 4096)
+    """
+    return LongNetConfig(
+        embed_dim=128,
+        num_heads=4,
+        num_layers=2,
+        ffn_dim=512,
+        segment_lengths=(256, 1024, 4096),
+        dilation_rates=(1, 4, 16),
+        vocab_size=data.VOCAB_SIZE,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a training run computes; frozen, hashable, validated.
+
+    Args:
+        model: the language model, with the vocabulary of `dilax.data`.
+        text: files and directories to train on; None: the standard library's own source files.
+        sequence_length, batch_size: T and B of a step.
+        steps: number of steps of the whole run.
+        learning_rate: the highest one, after warmup_steps of a linear rise; then it falls along a
+            cosine to final_learning_rate at the last step.
+        weight_decay: of AdamW, on matrices only (no norms, no biases).
+        beta1, beta2: of AdamW.
+        clip_norm: gradients are scaled down to this global norm.
+        seed: of weights, data order and dropout.
+        validation_fraction: share of files that is held out.
+        validation_rows: how many packed sequences of the held-out files are evaluated; None: all.
+        validate_every: steps between evaluations; None: only at the end.
+        checkpoint_dir: None for no checkpoints.
+        checkpoint_every: steps between checkpoints; None: only at the end or when interrupted.
+        keep_checkpoints: how many are kept, the latest ones.
+
+    Raises:
+        ValueError: a field is wrong; the message says which, what was wanted and what came.
+
+    Source: optimizer as in LongNet (arXiv:2307.02486), table 3.
+
+    Example:
+        >>> TrainConfig(steps=10, warmup_steps=2).sequence_length
+        4096
+    """
+
+    model: LongNetConfig = dataclasses.field(default_factory=default_model)
+    text: tuple[str, ...] | None = None
+    sequence_length: int = 4096
+    batch_size: int = 1
+    steps: int = 300
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 1e-4
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_norm: float = 2.0
+    seed: int = 0
+    validation_fraction: float = 0.1
+    validation_rows: int | None = 24
+    validate_every: int | None = None
+    checkpoint_dir: str | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        if not isinstance(self.model, LongNetConfig):
+            raise refuse("model", "a LongNetConfig", self.model)
+        if self.model.vocab_size is None or self.model.vocab_size < data.VOCAB_SIZE:
+            wanted = f"at least {data.VOCAB_SIZE}, the tokens of dilax.data"
+            raise refuse("model.vocab_size", wanted, self.model.vocab_size)
+        if self.text is not None:
+            if isinstance(self.text, str | pathlib.Path) or not self.text:
+                raise refuse("text", "None or a sequence of paths", self.text)
+            object.__setattr__(self, "text", tuple(str(path) for path in self.text))
+        for name in ("sequence_length", "batch_size", "steps", "keep_checkpoints"):
+            _check_count(name, getattr(self, name))
+        for name in ("validation_rows", "validate_every", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        for name in ("learning_rate", "clip_norm"):
+            check_positive(name, getattr(self, name))
+        for name in ("final_learning_rate", "weight_decay"):
+            x = getattr(self, name)
+            check_number(name, x, 0, math.inf, "a Python number that is not negative")
+        for name in ("beta1", "beta2"):
+            check_number(name, getattr(self, name), 0, 1, "a Python number in [0, 1)")
+        check_positive("validation_fraction", self.validation_fraction)
+        check_number("validation_fraction", self.validation_fraction, 0, 1, "less than 1")
+        check_index("seed", self.seed)
+        if check_index("warmup_steps", self.warmup_steps) >= self.steps:
+            raise refuse("warmup_steps", f"less than steps={self.steps}", self.warmup_steps)
+        if self.checkpoint_dir is not None:
+            object.__setattr__(self, "checkpoint_dir", str(self.checkpoint_dir))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON-able dicts and lists; `from_dict` is the inverse."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
+        """The config of which `fields` is the `to_dict`.
+
+        Example:
+            >>> TrainConfig.from_dict(TrainConfig(seed=3).to_dict()).seed
+            3
+        """
+        return cls(**{**fields, "model": LongNetConfig(**fields["model"])})
+
+
+def _check_count(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, int) or x < 1:
+        raise refuse(name, "a positive int", x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What `train` tells its callback after every step.
+
+    Args:
+        step, steps: steps done so far, and in all.
+        bits_per_byte: of this step's batch, before its update.
+        learning_rate: of this step.
+        tokens: predicted so far in this call of `train`.
+        tokens_per_second: since the first step, without compilation.
+        validation_bits_per_byte: of the held-out files, if this step evaluated them.
+    """
+
+    step: int
+    steps: int
+    bits_per_byte: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    validation_bits_per_byte: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a call of `train` did.
+
+    Args:
+        model: the trained model.
+        step: steps done, in all calls together.
+        bits_per_byte: of every step of this call.
+        validation_bits_per_byte, bigram_bits_per_byte: of the model and of byte bigrams counted on
+            the files trained on, both on the same held-out tokens; None if interrupted.
+        tokens: predicted in this call.
+        seconds: wall time of this call.
+        checkpoint: directory of the last checkpoint's run, None without checkpoints.
+        interrupted: whether a signal or a KeyboardInterrupt ended it before the last step.
+    """
+
+    model: LongNetLM
+    step: int
+    bits_per_byte: tuple[float, ...]
+    validation_bits_per_byte: float | None
+    bigram_bits_per_byte: float | None
+    tokens: int
+    seconds: float
+    checkpoint: str | None
+    interrupted: bool
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Gradient clipping and AdamW with the schedule of `config`; decay on matrices only.
+
+    Example:
+        >>> make_optimizer(TrainConfig()).init({"kernel": jnp.ones((2, 2))}) is not None
+        True
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            _schedule(config),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=_decayed,
+        ),
+    )
+
+
+def _schedule(config: TrainConfig) -> optax.Schedule:
+    peak, warmup = config.learning_rate, config.warmup_steps
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (warmup + 1),
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=config.steps,
+        end_value=min(config.final_learning_rate, peak),
+    )
+
+
+def _decayed(params: Any) -> Any:
+    """True on projections and embeddings. Names tell: stacked norms and biases have two axes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "embedding"), params
+    )
+
+
+def loss_sums(
+    model: LongNetLM, batch: data.Batch, rngs: nnx.Rngs | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy in nats over the predicted tokens of a batch, and their number.
+
+    Args:
+        model: the language model.
+        batch: tokens, segment_ids, positions, int32 [B, T + 1].
+        rngs: with a "dropout" stream for dropout; None for none.
+
+    Example:
+        >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
+        >>> batch = {name: jnp.ones((1, 9), jnp.int32)
+        ...          for name in ("tokens", "segment_ids", "positions")}
+        >>> int(loss_sums(LongNetLM(config, rngs=nnx.Rngs(0)), batch)[1])
+        8
+    """
+    logits = model(
+        jnp.asarray(batch["tokens"][:, :-1]),
+        segment_ids=jnp.asarray(batch["segment_ids"][:, :-1]),
+        positions=None if model.config.position is None else jnp.asarray(batch["positions"][:, :-1]),
+        deterministic=rngs is None,
+        rngs=rngs,
+    )
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+    chosen = data.predicted(batch)
+    return jnp.where(chosen, nats, 0).sum(), chosen.sum()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _train_step(config: TrainConfig, graphdef, params, optimizer_state, rest, batch, step):
+    """One update; the loss sums are those before it."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+
+    def loss(params):
+        model = _merged(graphdef, params, rest)
+        total, number = loss_sums(model, batch, nnx.Rngs(dropout=key))
+        return total / jnp.maximum(number, 1), (total, number)
+
+    gradients, sums = jax.grad(loss, has_aux=True)(params)
+    optimizer = make_optimizer(config)
+    updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+    return optax.apply_updates(params, updates), optimizer_state, sums
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluation_step(graphdef, state, batch):
+    return loss_sums(nnx.merge(graphdef, state), batch)
+
+
+def evaluate(model: LongNetLM, batches: Iterable[data.Batch]) -> float:
+    """Bits per predicted token (bytes, and one end mark per document) of packed batches.
+
+    Raises:
+        ValueError: no token is predicted in the batches.
+
+    Example:
+        >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
+        >>> held_out = data.validation_batches(
+        ...     [data.Document("a", b"text")], sequence_length=8, batch_size=1)
+        >>> 5 < evaluate(LongNetLM(config, rngs=nnx.Rngs(0)), held_out) < 15
+        True
+    """
+    graphdef, state = nnx.split(model)
+    nats, number = 0.0, 0
+    for batch in batches:
+        total, count = _evaluation_step(graphdef, state, batch)
+        nats, number = nats + float(total), number + int(count)
+    if not number:
+        raise refuse("batches", "at least one predicted token", number)
+    return nats / number / math.log(2)
+
+
+def _computed(config: TrainConfig) -> TrainConfig:
+    """The config without the fields that do not change the numbers."""
+    return dataclasses.replace(config, **{name: _DEFAULTS[name] for name in _FREE})
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+
+
+class _Checkpoints:
+    """The checkpoints of one run: parameters, optimizer state, and what the run reads and is."""
+
+    def __init__(self, directory: str, keep: int | None = None):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, create=keep is not None
+        )
+        self.directory = pathlib.Path(directory).absolute()
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, params: Any, optimizer_state: Any, run: dict[str, Any]) -> None:
+        if self.manager.latest_step() != step:
+            args = ocp.args
+            items = args.Composite(
+                params=args.StandardSave(params),
+                optimizer=args.StandardSave(optimizer_state),
+                run=args.JsonSave(run),
+            )
+            self.manager.save(step, args=items)
+
+    def run(self, step: int) -> dict[str, Any]:
+        return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+
+    def restore(self, step: int, **like: Any) -> Any:
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        return self.manager.restore(step, args=ocp.args.Composite(**items))
+
+
+def load_model(checkpoint_dir: str, step: int | None = None) -> tuple[LongNetLM, TrainConfig]:
+    """The model of a checkpoint directory that `train` wrote, and the run's config.
+
+    Args:
+        checkpoint_dir: as in the run's `TrainConfig`.
+        step: which checkpoint; None: the latest.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    if not pathlib.Path(checkpoint_dir).is_dir():
+        raise refuse("checkpoint_dir", "a directory with checkpoints", str(checkpoint_dir))
+    checkpoints = _Checkpoints(checkpoint_dir)
+    steps = checkpoints.manager.all_steps()
+    if not steps:
+        raise refuse("checkpoint_dir", "a directory with checkpoints", str(checkpoint_dir))
+    if step is not None and step not in steps:
+        raise refuse("step", f"one of {sorted(steps)}", step)
+    step = max(steps) if step is None else step
+    config = TrainConfig.from_dict(checkpoints.run(step)["config"])
+    graphdef, params, rest = _new_model(config)
+    params = checkpoints.restore(step, params=params).params
+    return _merged(graphdef, params, rest), config
+
+
+def _new_model(config: TrainConfig) -> tuple[Any, Any, Any]:
+    """Graph, parameters as nested dicts, and the rest of a freshly started model."""
+    graphdef, params, rest = nnx.split(
+        LongNetLM(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param, ...
+    )
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def _merged(graphdef: Any, params: Any, rest: Any) -> LongNetLM:
+    return nnx.merge(graphdef, nnx.State(params), nnx.State(rest))
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(self, config: TrainConfig, resume: bool):
+        self.config = config
+        self.corpus = data.load_corpus(
+            config.text, validation_fraction=float(config.validation_fraction)
+        )
+        self.batches = data.training_batches(
+            self.corpus.train,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        self.checkpoints = None
+        latest = None
+        if config.checkpoint_dir is not None:
+            self.checkpoints = _Checkpoints(config.checkpoint_dir, config.keep_checkpoints)
+            latest = self.checkpoints.manager.latest_step()
+        if resume and latest is None:
+            raise refuse("resume", "a checkpoint_dir with checkpoints", config.checkpoint_dir)
+        if not resume and latest is not None:
+            wanted = "a directory without checkpoints, or resume=True"
+            raise refuse("checkpoint_dir", wanted, config.checkpoint_dir)
+        if resume:
+            self._check_same(latest)
+        self.graphdef, self.params, self.rest = _new_model(config)
+        self.optimizer_state = make_optimizer(config).init(self.params)
+        self.step = 0
+        if resume:
+            saved = self.checkpoints.restore(
+                latest, params=self.params, optimizer=self.optimizer_state
+            )
+            self.params, self.optimizer_state = saved.params, saved.optimizer
+            self.batches.set_state(self.checkpoints.run(latest)["data"])
+            self.step = latest
+
+    def _check_same(self, step: int) -> None:
+        """Refuse to resume a run of another config or of another text."""
+        saved = self.checkpoints.run(step)
+        then = _computed(TrainConfig.from_dict(saved["config"])).to_dict()
+        now = _computed(self.config).to_dict()
+        unlike = [name for name in now if now[name] != then[name]]
+        if unlike:
+            was = ", ".join(f"{name}={then[name]!r}" for name in unlike)
+            now = ", ".join(f"{name}={now[name]!r}" for name in unlike)
+            raise refuse("config", f"the checkpoint's ({was}) when resuming", now)
+        if saved["text"] != self.corpus.fingerprint:
+            raise refuse("text", "the files of the checkpoint, unchanged, when resuming", "others")
+
+    def save(self) -> None:
+        if self.checkpoints is not None:
+            run = {
+                "config": self.config.to_dict(),
+                "data": self.batches.get_state(),
+                "text": self.corpus.fingerprint,
+            }
+            self.checkpoints.save(self.step, self.params, self.optimizer_state, run)
+
+    def advance(self) -> tuple[float, int]:
+        """One step; the mean loss in bits and the number of predicted tokens."""
+        batch = next(self.batches)
+        self.params, self.optimizer_state, (total, number) = _train_step(
+            _computed(self.config),
+            self.graphdef,
+            self.params,
+            self.optimizer_state,
+            self.rest,
+            batch,
+            self.step,
+        )
+        bits = float(total) / max(int(number), 1) / math.log(2)
+        if not math.isfinite(bits):
+            raise FloatingPointError(f"the loss of step {self.step + 1} is {bits}")
+        self.step += 1
+        return bits, int(number)
+
+    def model(self) -> LongNetLM:
+        return _merged(self.graphdef, self.params, self.rest)
+
+    def held_out(self) -> Iterator[data.Batch]:
+        return data.validation_batches(
+            self.corpus.validation,
+            sequence_length=self.config.sequence_length,
+            batch_size=self.config.batch_size,
+            max_rows=self.config.validation_rows,
+        )
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, so that a step in flight ends first.
+
+    Only the main thread may set handlers; in another one the event is never set.
+    """
+    stop = threading.Event()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    on_step: Callable[[Progress], None] | None = None,
+) -> TrainResult:
+    """Train a language model, or go on training one.
+
+    SIGINT (Ctrl-C), SIGTERM and a KeyboardInterrupt of the callback end the run after the step in
+    flight, with a checkpoint if there is a checkpoint_dir; the result says so.
+
+    Args:
+        config: see `TrainConfig`.
+        resume: go on from the latest checkpoint in config.checkpoint_dir; the losses are those of
+            a run that was not interrupted, bit for bit on a CPU.
+        on_step: called after every step.
+
+    Raises:
+        ValueError: the text is too short, resuming without a checkpoint or with another config or
+            text, or a checkpoint_dir that has checkpoints without `resume`.
+        FloatingPointError: the loss is not finite.
+    """
+    if not isinstance(config, TrainConfig):
+        raise refuse("config", "a TrainConfig", config)
+    check_bool("resume", resume)
+    begin = time.perf_counter()
+    run = _Run(config, resume)
+    with _stop_requests() as stop:
+        bits, tokens, validation = _train_loop(run, stop, on_step)
+        run.save()
+    finished = run.step == config.steps
+    bigram = None
+    if finished:
+        if validation is None:
+            validation = evaluate(run.model(), run.held_out())
+        bigram = data.bigram_bits_per_byte(data.bigram_counts(run.corpus.train), run.held_out())
+    return TrainResult(
+        model=run.model(),
+        step=run.step,
+        bits_per_byte=tuple(bits),
+        validation_bits_per_byte=validation if finished else None,
+        bigram_bits_per_byte=bigram,
+        tokens=tokens,
+        seconds=time.perf_counter() - begin,
+        checkpoint=config.checkpoint_dir,
+        interrupted=not finished,
+    )
+
+
+def _train_loop(run: _Run, stop: threading.Event, on_step: Callable[[Progress], None] | None):
+    """Steps until the last one or a request to stop: bits of each, tokens, last evaluation."""
+    config, schedule = run.config, _schedule(run.config)
+    bits, tokens, counted, validation, start = [], 0, 0, None, time.perf_counter()
+    try:
+        while run.step < config.steps and not stop.is_set():
+            rate = float(schedule(run.step))
+            loss, number = run.advance()
+            bits.append(loss)
+            tokens += number
+            if len(bits) == 1:
+                start = time.perf_counter()  # the first step compiles
+            else:
+                counted += number
+            seconds = time.perf_counter() - start
+            validation = None
+            if config.validate_every and run.step % config.validate_every == 0:
+                validation = evaluate(run.model(), run.held_out())
+            if config.checkpoint_every and run.step % config.checkpoint_every == 0:
+                run.save()
+            if on_step is not None:
+                speed = counted / seconds if counted else 0.0
+                on_step(Progress(run.step, config.steps, loss, rate, tokens, speed, validation))
+    except KeyboardInterrupt:
+        pass
+    return bits, tokens, validation
