@@ -1,0 +1,148 @@
+"""Tile sizes and launch plans: pure functions of device, dtype, head size and lengths."""
+
+import dataclasses
+
+from pallas_kernels import schedule
+
+SHARED_BYTES = 232448 - 2048  # of one Hopper multiprocessor, less barriers and reductions
+ROWS = 64
+CONSUMERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Rows of an away tile and how many of them are in flight."""
+
+    away: int
+    stages: int
+
+
+def is_hopper(device_kind: str) -> bool:
+    """Whether a `jax.Device.device_kind` names a Hopper GPU.
+
+    Example:
+        >>> is_hopper("NVIDIA H100 80GB HBM3"), is_hopper("NVIDIA A100-SXM4-80GB")
+        (True, False)
+    """
+    return any(name in device_kind for name in ("H100", "H200", "H800", "GH200", "H20"))
+
+
+def multiprocessors(device_kind: str) -> int:
+    """Blocks of the persistent grid: one for each multiprocessor.
+
+    Example:
+        >>> multiprocessors("NVIDIA H200")
+        132
+    """
+    if "H20" in device_kind and "H200" not in device_kind and "GH200" not in device_kind:
+        return 78
+    return 114 if "PCIe" in device_kind else 132
+
+
+def _first_fit(options: tuple[tuple[int, int], ...], fixed: int, per_row: int) -> Blocks | None:
+    for away, stages in options:
+        if fixed + per_row * away * stages <= SHARED_BYTES:
+            return Blocks(away, stages)
+    return None
+
+
+def forward_blocks(head_dim: int, out_bytes: int, causal: bool) -> Blocks | None:
+    """Away tile of the forward kernel, or None if no tile fits shared memory.
+
+    out_bytes: size of one output element (4 when a float32 partial result is continued).
+
+    Example:
+        >>> forward_blocks(128, 2, causal=True)
+        Blocks(away=128, stages=2)
+    """
+    fixed = CONSUMERS * ROWS * head_dim * (2 + out_bytes)
+    options = ((128, 2), (64, 2), (64, 1))
+    if head_dim <= 64 and not causal:
+        options = ((256, 2), *options)
+    elif head_dim <= 96:
+        options = ((128, 3), *options)
+    elif head_dim > 128:
+        options = ((64, 2), (64, 1))
+    return _first_fit(options, fixed, 2 * 2 * head_dim)
+
+
+def queries_blocks(head_dim: int) -> Blocks | None:
+    """Away (key) tile of the queries' gradient kernel, or None if none fits.
+
+    Example:
+        >>> queries_blocks(128)
+        Blocks(away=128, stages=2)
+    """
+    fixed = CONSUMERS * ROWS * head_dim * 2 * 3
+    options = ((128, 2), (64, 2), (64, 1)) if head_dim <= 128 else ((64, 2), (64, 1))
+    return _first_fit(options, fixed, 2 * 2 * head_dim)
+
+
+def keys_blocks(head_dim: int, fused: bool) -> Blocks | None:
+    """Away (query) tile of the keys' and values' gradient kernel, or None if none fits.
+
+    Example:
+        >>> keys_blocks(64, fused=True)
+        Blocks(away=128, stages=2)
+    """
+    fixed = CONSUMERS * ROWS * head_dim * 2 * 3
+    if fused:
+        fixed += 128 * head_dim * 4 + CONSUMERS * ROWS * 128 * 2
+        return _first_fit(((128, 2),), fixed, 2 * 2 * head_dim)
+    return _first_fit(((64, 2), (64, 1)), fixed, 2 * 2 * head_dim)
+
+
+def fuses_backward(head_dim: int) -> bool:
+    """Whether the keys' kernel may also add up the queries' gradient.
+
+    Each of two warpgroups then takes 64 of 128 query rows; beyond 64 columns its accumulators no
+    longer fit the registers.
+    """
+    return head_dim <= 64
+
+
+def partition(launch: schedule.Launch, *, split: bool) -> tuple[tuple[int, ...], ...]:
+    """Splits the branches of a launch into groups that run one after the other.
+
+    Branches of one group share a tile, whose rows are stepped by the group's common stride, so
+    that nothing is read back and merged; but such a tile spans more positions, and what causality
+    or unaligned segments hide from only part of it is computed in vain. Takes the cheapest of the
+    partitions that run some first branches alone and the rest together.
+
+    split: only groups of branches of one rate. Returns tuples of indices into launch.rates.
+    """
+    count = len(launch.rates)
+    singles = tuple((i,) for i in range(count))
+    if split or count == 1:
+        return singles
+    candidates = [singles]
+    for alone in range(count - 1):
+        candidates.append((*singles[:alone], tuple(range(alone, count))))
+
+    def cost(groups: tuple[tuple[int, ...], ...]) -> float:
+        total = 0.0
+        for group in groups:
+            part = subset(launch, group)
+            steps = schedule.steps(part)
+            rows = schedule.participation(part) != 0
+            # A tile costs its start and end (2 steps), a launch its ramp (4 steps a block).
+            total += steps.sum() + 2.0 * rows.sum() * part.tiles + 4.0 * 132
+        return total
+
+    return min(candidates, key=cost)
+
+
+def subset(launch: schedule.Launch, group: tuple[int, ...]) -> schedule.Launch:
+    """The launch of some branches only, with their own common stride."""
+    rates, lengths, offsets, numbers = (
+        tuple(values[i] for i in group)
+        for values in (launch.rates, launch.lengths, launch.offsets, launch.numbers)
+    )
+    return dataclasses.replace(
+        launch,
+        rates=rates,
+        lengths=lengths,
+        offsets=offsets,
+        numbers=numbers,
+        stride=schedule.common_stride(rates),
+    )

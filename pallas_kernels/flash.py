@@ -1,0 +1,446 @@
+"""Dilated flash attention on Hopper: one differentiable function and the reasons against it."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import backward, config, forward, schedule
+from pallas_kernels.compat import interpreting
+
+LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Everything static about one call of `attend`."""
+
+    branches: tuple[tuple[int, int, int, tuple[int, ...]], ...]
+    causal: bool
+    scale: float
+    q_start: int | None
+    k_start: int | None
+    rate: float
+    keep: Any
+    out_dtype: Any
+    deterministic: bool
+    ids: bool
+    device_kind: str
+    interpret: bool
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    branches: Sequence[tuple[int, int, int, tuple[int, ...]]],
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_start: int | jax.Array = 0,
+    k_start: int | jax.Array = 0,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
+    keep: Any = None,
+    carry: tuple[jax.Array, jax.Array] | None = None,
+    deterministic: bool | None = None,
+    out_dtype: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over the union of the branches' keys, in one softmax, by Pallas Mosaic GPU kernels.
+
+    Differentiable in query, key, value and carry, also through lse. Rows that see nothing have out
+    0, lse -inf and zero gradients.
+
+    Args:
+        query: `[B, T, N, H]`, bfloat16 or float16.
+        key, value: `[B, S, K, H]` of the same dtype; N is a multiple of K.
+        branches: tuples (segment length w, rate r, first head, offsets): head first + i keeps the
+            positions p with (p % w) % r == offsets[i]; query and key must share p // w.
+        is_causal: a key is seen only from its own position on.
+        scale: of the logits; None means 1 / sqrt(H).
+        q_segment_ids, kv_segment_ids: int32 `[B, T]` and `[B, S]`; a pair is seen if its ids are
+            equal and not 0. kv_segment_ids None means q_segment_ids.
+        q_start, k_start: position of the first query and key: ints, or traced int32 scalars.
+        dropout_rate, dropout_seed, keep: probability, uint32[2] and an object with `row_bits`,
+            `column_bits` and `keep` as in `dilax.dropout`.
+        carry: a partial result (out float32 `[B, T, N, H]`, lse float32 `[B, T, N]`) over other
+            keys, which the softmax continues.
+        deterministic: False allows a backward whose query gradient is added up in varying order;
+            None means False unless XLA is asked for deterministic operations (XLA_FLAGS).
+        out_dtype: of out; None means query's dtype, or float32 when there is a carry.
+
+    Returns:
+        out `[B, T, N, H]` in out_dtype, lse `[B, T, N]` float32 (natural logarithm).
+
+    Raises:
+        ValueError: `unsupported` gives reasons against the call.
+
+    Source: LongNet (arXiv:2307.02486); FlashAttention-3 (arXiv:2407.08608).
+
+    Example:
+        >>> attend(q, k, v, branches=((2048, 1, 0, (0,) * 16), (4096, 2, 0, (0, 1) * 8)))
+    """
+    kind = _device_kind()
+    options = {
+        "branches": branches, "is_causal": is_causal, "scale": scale,
+        "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "q_start": q_start,
+        "k_start": k_start, "dropout_rate": dropout_rate, "dropout_seed": dropout_seed,
+        "keep": keep, "carry": carry, "out_dtype": out_dtype,
+    }
+    reasons = unsupported(query, key, value, device_kind=kind, **options)
+    if reasons:
+        raise ValueError(f"attend: not supported: {'; '.join(reasons)}")
+    if kv_segment_ids is None:
+        kv_segment_ids = q_segment_ids
+    starts = tuple(int(s) if _is_static(s) else None for s in (q_start, k_start))
+    call = Call(
+        branches=tuple((int(w), int(r), int(f), tuple(map(int, o))) for w, r, f, o in branches),
+        causal=bool(is_causal),
+        scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+        q_start=starts[0],
+        k_start=starts[1],
+        rate=float(dropout_rate),
+        keep=keep if dropout_rate else None,
+        out_dtype=_out_dtype(query, carry, out_dtype),
+        deterministic=_deterministic_ops() if deterministic is None else bool(deterministic),
+        ids=q_segment_ids is not None,
+        device_kind=kind,
+        interpret=interpreting(),
+    )
+    seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
+    where = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
+    ids = (q_segment_ids, kv_segment_ids) if call.ids else None
+    return _attend(call, query, key, value, None if carry is None else tuple(carry), ids, where, seed)
+
+
+def unsupported(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    branches: Sequence[tuple[int, int, int, tuple[int, ...]]],
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: Any = None,
+    kv_segment_ids: Any = None,
+    q_start: Any = 0,
+    k_start: Any = 0,
+    dropout_rate: float = 0.0,
+    dropout_seed: Any = None,
+    keep: Any = None,
+    carry: Any = None,
+    deterministic: bool | None = None,
+    out_dtype: Any = None,
+    device_kind: str,
+) -> tuple[str, ...]:
+    """Why `attend` cannot take this call; empty if it can. Looks at shapes, dtypes and options only.
+
+    device_kind: `jax.Device.device_kind` of the device that would run it.
+
+    Example:
+        >>> x = jax.ShapeDtypeStruct((1, 8, 1, 20), jnp.float32)
+        >>> unsupported(x, x, x, branches=((8, 1, 0, (0,)),), device_kind="NVIDIA H100 80GB HBM3")
+        ('dtype float32: wanted bfloat16 or float16', 'head size 20: wanted 16 to 224 in steps of 8')
+    """
+    reasons = []
+    if not config.is_hopper(device_kind):
+        reasons.append(f"device {device_kind!r}: wanted an NVIDIA Hopper GPU")
+    dtypes = {jnp.dtype(x.dtype).name for x in (query, key, value)}
+    if not dtypes <= {"bfloat16", "float16"} or len(dtypes) != 1:
+        reasons.append(f"dtype {', '.join(sorted(dtypes))}: wanted bfloat16 or float16")
+    head_dim = query.shape[-1]
+    if head_dim % 8 or not 16 <= head_dim <= 224:
+        reasons.append(f"head size {head_dim}: wanted 16 to 224 in steps of 8")
+    if min(*query.shape, *key.shape) == 0:
+        reasons.append("an empty array")
+    if scale is not None and not (_is_number(scale) and scale > 0):
+        reasons.append(f"scale {scale}: wanted a positive number known when tracing")
+    if dropout_rate and (keep is None or dropout_seed is None):
+        reasons.append("dropout_rate without keep and dropout_seed")
+    if (q_segment_ids is None) and (kv_segment_ids is not None):
+        reasons.append("kv_segment_ids without q_segment_ids")
+    if (q_segment_ids is not None) and kv_segment_ids is None and key.shape[1] != query.shape[1]:
+        reasons.append("q_segment_ids without kv_segment_ids for keys of another length")
+    reasons += _branch_reasons(query, key, branches, q_start, k_start)
+    out = _out_dtype(query, carry, out_dtype)
+    if not reasons and config.forward_blocks(_padded_head(head_dim), out.itemsize, False) is None:
+        reasons.append(f"head size {head_dim} with {out.name} output: tiles exceed shared memory")
+    return tuple(reasons)
+
+
+def _branch_reasons(
+    query: Any, key: Any, branches: Any, q_start: Any, k_start: Any
+) -> list[str]:
+    reasons = []
+    if not 1 <= len(branches) <= 30:
+        reasons.append(f"{len(branches)} branches: wanted 1 to 30")
+    end = UNKNOWN
+    if _is_static(q_start) and _is_static(k_start):
+        end = max(int(q_start) + query.shape[1], int(k_start) + key.shape[1])
+        if end >= schedule.UNBOUNDED:
+            reasons.append(f"positions up to {end}: wanted less than {schedule.UNBOUNDED}")
+    for w, r, _, _ in branches:
+        if w % r and (end == UNKNOWN or w < end):
+            reasons.append(
+                f"segments of {w} positions that rate {r} does not divide, and more than one"
+            )
+    step = 8 * schedule.common_stride(tuple(r for _, r, _, _ in branches))
+    longest = max(query.shape[1], key.shape[1])
+    if step > max(4096, longest):
+        reasons.append(f"rates whose common multiple, {step // 8}, is large for {longest} rows")
+    return reasons
+
+
+UNKNOWN = -1
+
+
+def _is_static(x: Any) -> bool:
+    return isinstance(x, int | np.integer)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.number)
+
+
+def _out_dtype(query: Any, carry: Any, out_dtype: Any) -> Any:
+    if out_dtype is None:
+        out_dtype = query.dtype if carry is None else jnp.float32
+    return jnp.dtype(out_dtype)
+
+
+def _deterministic_ops() -> bool:
+    flags = os.environ.get("XLA_FLAGS", "")
+    names = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
+    return any(f"--{name}=true" in flags or f"--{name} " in f"{flags} " for name in names)
+
+
+def _device_kind() -> str:
+    if jax.default_backend() == "gpu":
+        return jax.local_devices()[0].device_kind
+    # Lowered for a GPU elsewhere, or interpreted.
+    return "NVIDIA H100 80GB HBM3"
+
+
+def _padded_head(head_dim: int) -> int:
+    """wgmma takes the head dimension in steps of 16."""
+    return -(-head_dim // 16) * 16
+
+
+def _pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """True sizes, sizes padded for copies, and for direct reads of whole home tiles (rows)."""
+
+    T: int
+    S: int
+    padded_T: int
+    padded_S: int
+    rows: int
+    key_rows: int
+    head_dim: int
+
+
+def _sizes(call: Call, query: jax.Array, key: jax.Array) -> _Sizes:
+    multiple = schedule.common_stride(tuple(r for _, r, _, _ in call.branches))
+    T, S = query.shape[1], key.shape[1]
+    tile = config.ROWS * config.CONSUMERS * multiple
+    return _Sizes(
+        T, S, -(-T // (8 * multiple)) * 8 * multiple, -(-S // (8 * multiple)) * 8 * multiple,
+        -(-T // tile) * tile, -(-S // tile) * tile, query.shape[-1],
+    )
+
+
+def _launch(
+    call: Call, heads: int, T: int, S: int, away: int, transposed: bool
+) -> schedule.Launch:
+    """All branches as one launch; `config.partition` and `config.subset` divide it."""
+    starts = (call.q_start, call.k_start)
+    end = None if None in starts else max(starts[0] + T, starts[1] + S)
+    lengths, offsets = [], []
+    for w, r, first, kept in call.branches:
+        whole = end is not None and w >= end
+        lengths.append(schedule.UNBOUNDED if whole else w // r)
+        row = [-1] * heads
+        row[first : first + len(kept)] = kept
+        offsets.append(tuple(row))
+    rates = tuple(r for _, r, _, _ in call.branches)
+    home, other = (S, T) if transposed else (T, S)
+    return schedule.Launch(
+        rates=rates,
+        lengths=tuple(lengths),
+        offsets=tuple(offsets),
+        numbers=tuple(range(len(rates))),
+        stride=schedule.common_stride(rates),
+        home=home,
+        away=other,
+        home_start=starts[transposed],
+        away_start=starts[not transposed],
+        causal=call.causal,
+        transposed=transposed,
+        block_home=config.ROWS * config.CONSUMERS,
+        block_away=away,
+    )
+
+
+def _table(call: Call, plan: schedule.Launch, query: Any, key: Any, skip: bool) -> np.ndarray:
+    away = query if plan.transposed else key
+    return schedule.work_lists(
+        plan,
+        batch=query.shape[0],
+        ctas=2 if call.interpret else config.multiprocessors(call.device_kind),
+        row_bytes=2 * away.shape[-1] * away.dtype.itemsize,
+        group=query.shape[2] // key.shape[2],
+        skip_empty=skip,
+    )
+
+
+def _pad_inputs(sizes: _Sizes, arrays: Sequence[jax.Array], lengths: Sequence[int]) -> list:
+    head = _padded_head(sizes.head_dim)
+    return [_pad(_pad(x, 1, n), 3, head) for x, n in zip(arrays, lengths, strict=True)]
+
+
+def _pad_ids(sizes: _Sizes, ids: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    if ids is None:
+        return None, None
+    # Rows past the end are read by whole tiles; id 0 sees nothing.
+    q_ids = _pad(ids[0].astype(jnp.int32), 1, sizes.rows)
+    return q_ids, _pad(ids[1].astype(jnp.int32), 1, sizes.key_rows)
+
+
+def _rows(x: jax.Array, rows: int, fill: float) -> jax.Array:
+    """`[B, T, N]` as `[B, N, rows]`."""
+    return _pad(x.swapaxes(1, 2), 2, rows, fill)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_forward(
+    call: Call, query: Any, key: Any, value: Any, carry: Any, ids: Any, starts: Any, seed: Any
+) -> tuple[jax.Array, jax.Array]:
+    sizes = _sizes(call, query, key)
+    q, k, v = _pad_inputs(
+        sizes, (query, key, value), (sizes.padded_T, sizes.padded_S, sizes.padded_S)
+    )
+    q_ids, k_ids = _pad_ids(sizes, ids)
+    blocks = config.forward_blocks(q.shape[-1], call.out_dtype.itemsize, call.causal)
+    whole = _launch(call, q.shape[2], sizes.T, sizes.S, blocks.away, False)
+    out = lse = None
+    if carry is not None:
+        (out,) = _pad_inputs(sizes, (carry[0].astype(call.out_dtype),), (sizes.padded_T,))
+        lse = _rows(carry[1], sizes.rows, -jnp.inf)
+    for group in config.partition(whole, split=False):
+        plan = config.subset(whole, group)
+        options = forward.Options(
+            scale=call.scale * LOG2E,
+            stages=blocks.stages,
+            group=q.shape[2] // k.shape[2],
+            carry=out is not None,
+            ids=call.ids,
+            rate=call.rate,
+            interpret=call.interpret,
+        )
+        with jax.named_scope(f"dilated_forward_{'_'.join(map(str, plan.rates))}"):
+            out, lse = forward.forward(
+                plan, options, _table(call, plan, q, k, options.carry), q, k, v, out, lse,
+                out_dtype=call.out_dtype, lse_shape=(q.shape[0], q.shape[2], sizes.rows),
+                starts=starts, seed=seed, q_ids=q_ids, k_ids=k_ids, keep=call.keep,
+            )
+    return out[:, : sizes.T, :, : sizes.head_dim], lse[:, :, : sizes.T].swapaxes(1, 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_backward(
+    call: Call, query: Any, key: Any, value: Any, do: Any, lse: Any, delta: Any, ids: Any,
+    starts: Any, seed: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    sizes = _sizes(call, query, key)
+    lengths = (sizes.padded_T, sizes.padded_S, sizes.padded_S, sizes.padded_T)
+    arrays = tuple(_pad_inputs(sizes, (query, key, value, do.astype(query.dtype)), lengths))
+    lse = _rows(jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), sizes.rows, jnp.inf)
+    delta = _rows(delta, sizes.rows, 0.0)
+    q_ids, k_ids = _pad_ids(sizes, ids)
+    shared = {
+        "out_dtype": query.dtype, "starts": starts, "seed": seed, "q_ids": q_ids, "k_ids": k_ids,
+        "keep": call.keep,
+    }
+    heads, head_dim = query.shape[2], arrays[0].shape[-1]
+    fused = not call.deterministic and config.fuses_backward(head_dim)
+    options = backward.Options(
+        scale=call.scale * LOG2E, stages=1, group=heads // key.shape[2], add=False, ids=call.ids,
+        rate=call.rate, fused=False, interpret=call.interpret,
+    )
+
+    def plans(away: int, transposed: bool) -> Any:
+        whole = _launch(call, heads, sizes.T, sizes.S, away, transposed)
+        for number, group in enumerate(config.partition(whole, split=transposed and fused)):
+            plan = config.subset(whole, group)
+            yield plan, number > 0, _table(call, plan, arrays[0], arrays[1], number > 0)
+
+    dq = dk = dv = None
+    if fused:
+        dq = jnp.zeros(arrays[0].shape, jnp.float32)
+    else:
+        blocks = config.queries_blocks(head_dim)
+        for plan, add, table in plans(blocks.away, False):
+            part = dataclasses.replace(options, stages=blocks.stages, add=add)
+            with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
+                dq = backward.queries_gradient(plan, part, table, arrays, lse, delta, dq, **shared)
+    blocks = config.keys_blocks(head_dim, fused)
+    lse, delta = (x[:, :, : sizes.padded_T] for x in (lse, delta))
+    for plan, add, table in plans(blocks.away, True):
+        part = dataclasses.replace(options, stages=blocks.stages, add=add, fused=fused)
+        with jax.named_scope(f"dilated_keys_gradient_{'_'.join(map(str, plan.rates))}"):
+            new_dq, dk, dv = backward.keys_gradient(
+                plan, part, table, arrays, lse, delta, (dq, dk, dv), **shared
+            )
+            dq = new_dq if fused else dq
+    if fused:
+        dq = (dq * call.scale).astype(query.dtype)
+    columns = slice(sizes.head_dim)
+    return dq[:, : sizes.T, :, columns], dk[:, : sizes.S, :, columns], dv[:, : sizes.S, :, columns]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    call: Call, query: Any, key: Any, value: Any, carry: Any, ids: Any, starts: Any, seed: Any
+) -> tuple[jax.Array, jax.Array]:
+    return _run_forward(call, query, key, value, carry, ids, starts, seed)
+
+
+def _attend_fwd(call: Call, *arrays: Any) -> tuple[Any, Any]:
+    out, lse = _run_forward(call, *arrays)
+    return (out, lse), (arrays, out, lse)
+
+
+def _attend_bwd(call: Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    (query, key, value, carry, ids, starts, seed), out, lse = residuals
+    do, dlse = cotangents
+    do32 = do.astype(jnp.float32)
+    seen = lse > -jnp.inf
+    delta = (do32 * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, dlse, 0.0)
+    dq, dk, dv = _run_backward(call, query, key, value, do, lse, delta, ids, starts, seed)
+    d_carry = None
+    if carry is not None:
+        old_out, old_lse = carry
+        share = jnp.where(old_lse > -jnp.inf, jnp.exp(old_lse - jnp.where(seen, lse, 0.0)), 0.0)
+        d_out = share[..., None] * do32
+        d_lse = share * ((do32 * old_out.astype(jnp.float32)).sum(-1) - delta)
+        d_carry = (d_out.astype(old_out.dtype), d_lse.astype(old_lse.dtype))
+    return dq, dk, dv, d_carry, None, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
