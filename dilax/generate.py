@@ -116,9 +116,7 @@ def generate_tokens(
     while length < first + max_new_tokens:
         if length == window.shape[1]:
             window = _padded(window[0], length + 1)
-        token = int(
-            _sample_at(graphdef, state, window, length, float(temperature), top_k, key)
-        )
+        token = int(_sample_at(graphdef, state, window, length, float(temperature), top_k, key))
         if length + 1 > window.shape[1]:
             break
         window[0, length] = token

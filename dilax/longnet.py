@@ -6,6 +6,7 @@ compiles as fast as a shallow one. Letters as in `dilax._types`; E is the embedd
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -89,7 +90,9 @@ class LongNetConfig:
                 _check_size(name, getattr(self, name))
         E, N = self.embed_dim, self.num_heads
         if E % N or E // N % 8 or E // N > 256:
-            wanted = f"a multiple of num_heads={N} with a head dim that is a multiple of 8 up to 256"
+            wanted = (
+                f"a multiple of num_heads={N} with a head dim that is a multiple of 8 up to 256"
+            )
             raise refuse("embed_dim", wanted, E)
         if self.num_kv_heads is not None and N % self.num_kv_heads:
             raise refuse("num_kv_heads", f"a divisor of num_heads={N}", self.num_kv_heads)
@@ -134,15 +137,15 @@ def _position(config: LongNetConfig) -> Any:
     return None
 
 
+def _made(config: LongNetConfig, rngs: nnx.Rngs) -> dict[str, Any]:
+    """The arguments that every flax module of the model takes."""
+    dtype = None if config.dtype is None else jnp.dtype(config.dtype)
+    return {"dtype": dtype, "param_dtype": jnp.dtype(config.param_dtype), "rngs": rngs}
+
+
 def _norm(config: LongNetConfig, size: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        size,
-        epsilon=config.layer_norm_eps,
-        dtype=config.dtype and jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        use_fast_variance=False,
-        rngs=rngs,
-    )
+    eps = config.layer_norm_eps
+    return nnx.LayerNorm(size, epsilon=eps, use_fast_variance=False, **_made(config, rngs))
 
 
 def _dropped(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
@@ -152,27 +155,13 @@ def _dropped(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
     return nnx.Dropout(rate, deterministic=False)(x, rngs=rngs)
 
 
-class FeedForward(nnx.Module):
-    """fc2(LayerNorm(gelu(fc1(x)))) on [..., E]: the feed-forward network with MAGNETO's sub-LN.
-
-    GELU is the exact one and computed in float32 (float64 for float64).
-
-    Source: MAGNETO (arXiv:2210.06423).
-
-    Example:
-        >>> FeedForward(LongNetConfig(64, 4, ffn_dim=96), rngs=nnx.Rngs(0))(jnp.ones((2, 64))).shape
-        (2, 64)
-    """
+class _FeedForward(nnx.Module):
+    """fc2(LayerNorm(gelu(fc1(x)))) on [..., E], the exact GELU computed in float32 or float64."""
 
     def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
         init = nnx.initializers.variance_scaling(_gain(config) ** 2, "fan_avg", "normal")
         E, F = config.embed_dim, config.ffn_dim
-        options = dict(
-            kernel_init=init,
-            dtype=config.dtype and jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
-        )
+        options = {"kernel_init": init, **_made(config, rngs)}
         self.fc1, self.fc2 = nnx.Linear(E, F, **options), nnx.Linear(F, E, **options)
         self.norm = _norm(config, F, rngs)
 
@@ -217,12 +206,10 @@ class LongNetLayer(nnx.Module):
             pad_mode=config.pad_mode,
             position=_position(config),
             implementation=config.implementation,
-            dtype=config.dtype and jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
+            **_made(config, rngs),
         )
         self.ffn_norm = _norm(config, config.embed_dim, rngs)
-        self.ffn = FeedForward(config, rngs=rngs)
+        self.ffn = _FeedForward(config, rngs=rngs)
 
     def __call__(
         self,
@@ -256,9 +243,26 @@ def _stacked_layers(config: LongNetConfig, is_causal: bool, rngs: nnx.Rngs) -> L
     return create(rngs)
 
 
-def _run_layers(config, layers, norm, x, segment_ids, positions, rngs):
+def _start_stack(stack: Any, config: Any, is_causal: bool, rngs: nnx.Rngs) -> None:
+    """Give an encoder or decoder its config, layers and final norm."""
+    if not isinstance(config, LongNetConfig):
+        raise refuse("config", "a LongNetConfig", config)
+    stack.config = config
+    stack.layers = _stacked_layers(config, is_causal, rngs)
+    stack.norm = _norm(config, config.embed_dim, rngs) if config.final_norm else None
+
+
+def _run_stack(stack: Any, x, segment_ids, positions, deterministic, rngs) -> jax.Array:
     """x through dropout, all layers, by one scan, and the final norm."""
-    keys = None if rngs is None else jax.random.split(rngs.dropout(), config.num_layers)
+    config = stack.config
+    check_array("x", x, (None, None, config.embed_dim), FLOAT_DTYPES)
+    check_bool("deterministic", deterministic)
+    if deterministic or not (config.dropout or config.attention_dropout):
+        rngs = keys = None
+    elif isinstance(rngs, nnx.Rngs):
+        keys = jax.random.split(rngs.dropout(), config.num_layers)
+    else:
+        raise refuse("rngs", "nnx.Rngs with a dropout stream when dropout acts", rngs)
 
     def step(x, layer, key):
         layer_rngs = None if key is None else nnx.Rngs(dropout=key)
@@ -267,23 +271,8 @@ def _run_layers(config, layers, norm, x, segment_ids, positions, rngs):
     if config.remat is not None:
         step = nnx.remat(step, policy=getattr(jax.checkpoint_policies, config.remat))
     x = _dropped(x, config.dropout, rngs)
-    x = nnx.scan(step, in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)(x, layers, keys)
-    return x if norm is None else norm(x)
-
-
-def _active_rngs(config: LongNetConfig, deterministic: bool, rngs: Any) -> nnx.Rngs | None:
-    """The rngs if dropout acts, None if not; refused when it should act and there are none."""
-    check_bool("deterministic", deterministic)
-    if deterministic or not (config.dropout or config.attention_dropout):
-        return None
-    if not isinstance(rngs, nnx.Rngs):
-        raise refuse("rngs", "nnx.Rngs with a dropout stream when dropout acts", rngs)
-    return rngs
-
-
-def _check_config(config: Any) -> None:
-    if not isinstance(config, LongNetConfig):
-        raise refuse("config", "a LongNetConfig", config)
+    x = nnx.scan(step, in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)(x, stack.layers, keys)
+    return x if stack.norm is None else stack.norm(x)
 
 
 class LongNetEncoder(nnx.Module):
@@ -311,10 +300,7 @@ class LongNetEncoder(nnx.Module):
     """
 
     def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
-        _check_config(config)
-        self.config = config
-        self.layers = _stacked_layers(config, False, rngs)
-        self.norm = _norm(config, config.embed_dim, rngs) if config.final_norm else None
+        _start_stack(self, config, False, rngs)
 
     def __call__(
         self,
@@ -326,9 +312,7 @@ class LongNetEncoder(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """[B, T, E] -> [B, T, E]; see the class."""
-        check_array("x", x, (None, None, self.config.embed_dim), FLOAT_DTYPES)
-        rngs = _active_rngs(self.config, deterministic, rngs)
-        return _run_layers(self.config, self.layers, self.norm, x, segment_ids, positions, rngs)
+        return _run_stack(self, x, segment_ids, positions, deterministic, rngs)
 
 
 class LongNetDecoder(nnx.Module):
@@ -345,10 +329,7 @@ class LongNetDecoder(nnx.Module):
     """
 
     def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
-        _check_config(config)
-        self.config = config
-        self.layers = _stacked_layers(config, True, rngs)
-        self.norm = _norm(config, config.embed_dim, rngs) if config.final_norm else None
+        _start_stack(self, config, True, rngs)
 
     def __call__(
         self,
@@ -360,9 +341,7 @@ class LongNetDecoder(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """[B, T, E] -> [B, T, E]; see `LongNetEncoder`."""
-        check_array("x", x, (None, None, self.config.embed_dim), FLOAT_DTYPES)
-        rngs = _active_rngs(self.config, deterministic, rngs)
-        return _run_layers(self.config, self.layers, self.norm, x, segment_ids, positions, rngs)
+        return _run_stack(self, x, segment_ids, positions, deterministic, rngs)
 
 
 class LongNetLM(nnx.Module):
@@ -387,23 +366,16 @@ class LongNetLM(nnx.Module):
     """
 
     def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
-        _check_config(config)
+        self.decoder = LongNetDecoder(config, rngs=rngs)
         if config.vocab_size is None:
             raise refuse("vocab_size", "a positive int in a language model", None)
         self.config = config
         normal = nnx.initializers.normal(config.embed_dim**-0.5)
-        options = dict(
-            dtype=config.dtype and jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
-        )
+        options = _made(config, rngs)
         E, V = config.embed_dim, config.vocab_size
         self.embed = nnx.Embed(V, E, embedding_init=normal, **options)
-        self.decoder = LongNetDecoder(config, rngs=rngs)
-        head = None
-        if not config.tied_embeddings:
-            head = nnx.Linear(E, V, use_bias=False, kernel_init=normal, **options)
-        self.head = head
+        linear = functools.partial(nnx.Linear, use_bias=False, kernel_init=normal, **options)
+        self.head = None if config.tied_embeddings else linear(E, V)
 
     def __call__(
         self,

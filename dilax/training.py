@@ -8,9 +8,7 @@ same numbers, bit for bit, as one that was not interrupted.
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import pathlib
 import signal
 import threading
 import time
@@ -20,137 +18,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from dilax import data
 from dilax._types import refuse
-from dilax.attention_fn import check_number, check_positive
-from dilax.checks import check_bool, check_index
-from dilax.longnet import LongNetConfig, LongNetLM
+from dilax.checkpoints import Checkpoints, load_model, merged, new_model
+from dilax.checks import check_bool
+from dilax.longnet import LongNetLM
+from dilax.train_config import TrainConfig, default_model
 
-# The fields that may change between the parts of one run: they do not change the numbers.
-_FREE = ("checkpoint_dir", "checkpoint_every", "keep_checkpoints", "validate_every")
-
-
-def default_model() -> LongNetConfig:
-    """The model of `dilax train`: small enough to learn something in two minutes on two cores.
-
-    Example:
-        >>> default_model().segment_lengths
-        (256, 1024, 4096)
-    """
-    return LongNetConfig(
-        embed_dim=128,
-        num_heads=4,
-        num_layers=2,
-        ffn_dim=512,
-        segment_lengths=(256, 1024, 4096),
-        dilation_rates=(1, 4, 16),
-        vocab_size=data.VOCAB_SIZE,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides what a training run computes; frozen, hashable, validated.
-
-    Args:
-        model: the language model, with the vocabulary of `dilax.data`.
-        text: files and directories to train on; None: the standard library's own source files.
-        sequence_length, batch_size: T and B of a step.
-        steps: number of steps of the whole run.
-        learning_rate: the highest one, after warmup_steps of a linear rise; then it falls along a
-            cosine to final_learning_rate at the last step.
-        weight_decay: of AdamW, on matrices only (no norms, no biases).
-        beta1, beta2: of AdamW.
-        clip_norm: gradients are scaled down to this global norm.
-        seed: of weights, data order and dropout.
-        validation_fraction: share of files that is held out.
-        validation_rows: how many packed sequences of the held-out files are evaluated; None: all.
-        validate_every: steps between evaluations; None: only at the end.
-        checkpoint_dir: None for no checkpoints.
-        checkpoint_every: steps between checkpoints; None: only at the end or when interrupted.
-        keep_checkpoints: how many are kept, the latest ones.
-
-    Raises:
-        ValueError: a field is wrong; the message says which, what was wanted and what came.
-
-    Source: optimizer as in LongNet (arXiv:2307.02486), table 3.
-
-    Example:
-        >>> TrainConfig(steps=10, warmup_steps=2).sequence_length
-        4096
-    """
-
-    model: LongNetConfig = dataclasses.field(default_factory=default_model)
-    text: tuple[str, ...] | None = None
-    sequence_length: int = 4096
-    batch_size: int = 1
-    steps: int = 300
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 1e-4
-    warmup_steps: int = 20
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.98
-    clip_norm: float = 2.0
-    seed: int = 0
-    validation_fraction: float = 0.1
-    validation_rows: int | None = 24
-    validate_every: int | None = None
-    checkpoint_dir: str | None = None
-    checkpoint_every: int | None = None
-    keep_checkpoints: int = 2
-
-    def __post_init__(self):
-        if not isinstance(self.model, LongNetConfig):
-            raise refuse("model", "a LongNetConfig", self.model)
-        if self.model.vocab_size is None or self.model.vocab_size < data.VOCAB_SIZE:
-            wanted = f"at least {data.VOCAB_SIZE}, the tokens of dilax.data"
-            raise refuse("model.vocab_size", wanted, self.model.vocab_size)
-        if self.text is not None:
-            if isinstance(self.text, str | pathlib.Path) or not self.text:
-                raise refuse("text", "None or a sequence of paths", self.text)
-            object.__setattr__(self, "text", tuple(str(path) for path in self.text))
-        for name in ("sequence_length", "batch_size", "steps", "keep_checkpoints"):
-            _check_count(name, getattr(self, name))
-        for name in ("validation_rows", "validate_every", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        for name in ("learning_rate", "clip_norm"):
-            check_positive(name, getattr(self, name))
-        for name in ("final_learning_rate", "weight_decay"):
-            x = getattr(self, name)
-            check_number(name, x, 0, math.inf, "a Python number that is not negative")
-        for name in ("beta1", "beta2"):
-            check_number(name, getattr(self, name), 0, 1, "a Python number in [0, 1)")
-        check_positive("validation_fraction", self.validation_fraction)
-        check_number("validation_fraction", self.validation_fraction, 0, 1, "less than 1")
-        check_index("seed", self.seed)
-        if check_index("warmup_steps", self.warmup_steps) >= self.steps:
-            raise refuse("warmup_steps", f"less than steps={self.steps}", self.warmup_steps)
-        if self.checkpoint_dir is not None:
-            object.__setattr__(self, "checkpoint_dir", str(self.checkpoint_dir))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as JSON-able dicts and lists; `from_dict` is the inverse."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
-        """The config of which `fields` is the `to_dict`.
-
-        Example:
-            >>> TrainConfig.from_dict(TrainConfig(seed=3).to_dict()).seed
-            3
-        """
-        return cls(**{**fields, "model": LongNetConfig(**fields["model"])})
-
-
-def _check_count(name: str, x: Any) -> None:
-    if isinstance(x, bool) or not isinstance(x, int) or x < 1:
-        raise refuse(name, "a positive int", x)
+__all__ = [
+    "Progress",
+    "TrainConfig",
+    "TrainResult",
+    "default_model",
+    "evaluate",
+    "load_model",
+    "loss_sums",
+    "make_optimizer",
+    "train",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +137,7 @@ def loss_sums(
         rngs: with a "dropout" stream for dropout; None for none.
 
     Example:
+        >>> from dilax.longnet import LongNetConfig
         >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
         >>> batch = {name: jnp.ones((1, 9), jnp.int32)
         ...          for name in ("tokens", "segment_ids", "positions")}
@@ -259,7 +147,7 @@ def loss_sums(
     logits = model(
         jnp.asarray(batch["tokens"][:, :-1]),
         segment_ids=jnp.asarray(batch["segment_ids"][:, :-1]),
-        positions=None if model.config.position is None else jnp.asarray(batch["positions"][:, :-1]),
+        positions=jnp.asarray(batch["positions"][:, :-1]) if model.config.position else None,
         deterministic=rngs is None,
         rngs=rngs,
     )
@@ -275,7 +163,7 @@ def _train_step(config: TrainConfig, graphdef, params, optimizer_state, rest, ba
     key = jax.random.fold_in(jax.random.key(config.seed), step)
 
     def loss(params):
-        model = _merged(graphdef, params, rest)
+        model = merged(graphdef, params, rest)
         total, number = loss_sums(model, batch, nnx.Rngs(dropout=key))
         return total / jnp.maximum(number, 1), (total, number)
 
@@ -297,6 +185,7 @@ def evaluate(model: LongNetLM, batches: Iterable[data.Batch]) -> float:
         ValueError: no token is predicted in the batches.
 
     Example:
+        >>> from dilax.longnet import LongNetConfig
         >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
         >>> held_out = data.validation_batches(
         ...     [data.Document("a", b"text")], sequence_length=8, batch_size=1)
@@ -311,79 +200,6 @@ def evaluate(model: LongNetLM, batches: Iterable[data.Batch]) -> float:
     if not number:
         raise refuse("batches", "at least one predicted token", number)
     return nats / number / math.log(2)
-
-
-def _computed(config: TrainConfig) -> TrainConfig:
-    """The config without the fields that do not change the numbers."""
-    return dataclasses.replace(config, **{name: _DEFAULTS[name] for name in _FREE})
-
-
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-
-
-class _Checkpoints:
-    """The checkpoints of one run: parameters, optimizer state, and what the run reads and is."""
-
-    def __init__(self, directory: str, keep: int | None = None):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=keep is not None
-        )
-        self.directory = pathlib.Path(directory).absolute()
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
-
-    def save(self, step: int, params: Any, optimizer_state: Any, run: dict[str, Any]) -> None:
-        if self.manager.latest_step() != step:
-            args = ocp.args
-            items = args.Composite(
-                params=args.StandardSave(params),
-                optimizer=args.StandardSave(optimizer_state),
-                run=args.JsonSave(run),
-            )
-            self.manager.save(step, args=items)
-
-    def run(self, step: int) -> dict[str, Any]:
-        return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-
-    def restore(self, step: int, **like: Any) -> Any:
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        return self.manager.restore(step, args=ocp.args.Composite(**items))
-
-
-def load_model(checkpoint_dir: str, step: int | None = None) -> tuple[LongNetLM, TrainConfig]:
-    """The model of a checkpoint directory that `train` wrote, and the run's config.
-
-    Args:
-        checkpoint_dir: as in the run's `TrainConfig`.
-        step: which checkpoint; None: the latest.
-
-    Raises:
-        ValueError: there is no such checkpoint.
-    """
-    if not pathlib.Path(checkpoint_dir).is_dir():
-        raise refuse("checkpoint_dir", "a directory with checkpoints", str(checkpoint_dir))
-    checkpoints = _Checkpoints(checkpoint_dir)
-    steps = checkpoints.manager.all_steps()
-    if not steps:
-        raise refuse("checkpoint_dir", "a directory with checkpoints", str(checkpoint_dir))
-    if step is not None and step not in steps:
-        raise refuse("step", f"one of {sorted(steps)}", step)
-    step = max(steps) if step is None else step
-    config = TrainConfig.from_dict(checkpoints.run(step)["config"])
-    graphdef, params, rest = _new_model(config)
-    params = checkpoints.restore(step, params=params).params
-    return _merged(graphdef, params, rest), config
-
-
-def _new_model(config: TrainConfig) -> tuple[Any, Any, Any]:
-    """Graph, parameters as nested dicts, and the rest of a freshly started model."""
-    graphdef, params, rest = nnx.split(
-        LongNetLM(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param, ...
-    )
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-
-
-def _merged(graphdef: Any, params: Any, rest: Any) -> LongNetLM:
-    return nnx.merge(graphdef, nnx.State(params), nnx.State(rest))
 
 
 class _Run:
@@ -403,7 +219,7 @@ class _Run:
         self.checkpoints = None
         latest = None
         if config.checkpoint_dir is not None:
-            self.checkpoints = _Checkpoints(config.checkpoint_dir, config.keep_checkpoints)
+            self.checkpoints = Checkpoints(config.checkpoint_dir, config.keep_checkpoints)
             latest = self.checkpoints.manager.latest_step()
         if resume and latest is None:
             raise refuse("resume", "a checkpoint_dir with checkpoints", config.checkpoint_dir)
@@ -412,7 +228,7 @@ class _Run:
             raise refuse("checkpoint_dir", wanted, config.checkpoint_dir)
         if resume:
             self._check_same(latest)
-        self.graphdef, self.params, self.rest = _new_model(config)
+        self.graphdef, self.params, self.rest = new_model(config)
         self.optimizer_state = make_optimizer(config).init(self.params)
         self.step = 0
         if resume:
@@ -426,8 +242,8 @@ class _Run:
     def _check_same(self, step: int) -> None:
         """Refuse to resume a run of another config or of another text."""
         saved = self.checkpoints.run(step)
-        then = _computed(TrainConfig.from_dict(saved["config"])).to_dict()
-        now = _computed(self.config).to_dict()
+        then = TrainConfig.from_dict(saved["config"]).computed().to_dict()
+        now = self.config.computed().to_dict()
         unlike = [name for name in now if now[name] != then[name]]
         if unlike:
             was = ", ".join(f"{name}={then[name]!r}" for name in unlike)
@@ -449,7 +265,7 @@ class _Run:
         """One step; the mean loss in bits and the number of predicted tokens."""
         batch = next(self.batches)
         self.params, self.optimizer_state, (total, number) = _train_step(
-            _computed(self.config),
+            self.config.computed(),
             self.graphdef,
             self.params,
             self.optimizer_state,
@@ -464,7 +280,7 @@ class _Run:
         return bits, int(number)
 
     def model(self) -> LongNetLM:
-        return _merged(self.graphdef, self.params, self.rest)
+        return merged(self.graphdef, self.params, self.rest)
 
     def held_out(self) -> Iterator[data.Batch]:
         return data.validation_batches(

@@ -1,0 +1,225 @@
+"""Microsoft's torchscale: golden results, its weights, and its known bugs, which must not return."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dilax
+from dilax import reference
+from dilax.longnet import LongNetConfig, LongNetDecoder, LongNetEncoder
+from dilax.torchscale import from_torchscale
+from tests.compare import assert_exact, error
+
+DATA = pathlib.Path(__file__).parent / "data"
+ATTENTION = sorted(path.stem for path in DATA.glob("torchscale_*.npz"))
+
+
+def _encoder_case():
+    with np.load(DATA / "longnet_encoder_small.npz") as stored:
+        case = dict(stored)
+    state = {n.removeprefix("state."): x for n, x in case.items() if n.startswith("state.")}
+    return case, state
+
+
+def _sizes(case):
+    return {
+        "num_heads": int(case["num_heads"]),
+        "segment_lengths": case["segment_lengths"].tolist(),
+        "dilation_rates": case["dilation_rates"].tolist(),
+    }
+
+
+def test_golden_cases_are_all_there():
+    assert ATTENTION == [
+        "torchscale_causal",
+        "torchscale_heads_not_divisible",
+        "torchscale_plain",
+        "torchscale_ragged_tail",
+    ]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("attention", [dilax.dilated_attention, reference.dilated_attention])
+def test_golden_attention(name, attention, x64):
+    with np.load(DATA / f"{name}.npz") as case:
+        result = attention(
+            *(jnp.asarray(case[x]) for x in ("query", "key", "value")),
+            case["segment_lengths"].tolist(),
+            case["dilation_rates"].tolist(),
+            is_causal=bool(case["is_causal"]),
+            head_offset=str(case["head_offset"]),
+            pad_mode=str(case["pad_mode"]),
+        )
+        out = result if attention is dilax.dilated_attention else result[0]
+        assert_exact(jnp.asarray(out), case["out"])
+
+
+def test_golden_encoder_by_original_names(x64):
+    case, state = _encoder_case()
+    model = from_torchscale(state, **_sizes(case))
+    about = json.loads(str(case["config"]))
+    assert (model.config.embed_dim, model.config.num_layers) == (about["embed"], about["layers"])
+    assert (model.config.ffn_dim, model.config.layer_norm_eps) == (about["ffn"], 1e-5)
+    assert model.config.param_dtype == "float64"
+    assert_exact(model(jnp.asarray(case["input"])), case["out"])
+
+
+NAMES = {
+    "self_attn.q_proj.weight": lambda m: m.layers.attention.query_proj.kernel,
+    "self_attn.q_proj.bias": lambda m: m.layers.attention.query_proj.bias,
+    "self_attn.k_proj.weight": lambda m: m.layers.attention.key_proj.kernel,
+    "self_attn.k_proj.bias": lambda m: m.layers.attention.key_proj.bias,
+    "self_attn.v_proj.weight": lambda m: m.layers.attention.value_proj.kernel,
+    "self_attn.v_proj.bias": lambda m: m.layers.attention.value_proj.bias,
+    "self_attn.out_proj.weight": lambda m: m.layers.attention.out_proj.kernel,
+    "self_attn.out_proj.bias": lambda m: m.layers.attention.out_proj.bias,
+    "self_attn.inner_attn_ln.weight": lambda m: m.layers.attention.norm.scale,
+    "self_attn.inner_attn_ln.bias": lambda m: m.layers.attention.norm.bias,
+    "self_attn_layer_norm.weight": lambda m: m.layers.attention_norm.scale,
+    "self_attn_layer_norm.bias": lambda m: m.layers.attention_norm.bias,
+    "ffn.fc1.weight": lambda m: m.layers.ffn.fc1.kernel,
+    "ffn.fc1.bias": lambda m: m.layers.ffn.fc1.bias,
+    "ffn.fc2.weight": lambda m: m.layers.ffn.fc2.kernel,
+    "ffn.fc2.bias": lambda m: m.layers.ffn.fc2.bias,
+    "ffn.ffn_layernorm.weight": lambda m: m.layers.ffn.norm.scale,
+    "ffn.ffn_layernorm.bias": lambda m: m.layers.ffn.norm.bias,
+    "final_layer_norm.weight": lambda m: m.layers.ffn_norm.scale,
+    "final_layer_norm.bias": lambda m: m.layers.ffn_norm.bias,
+}
+
+
+def test_every_weight_lands_in_its_place(rng, tmp_path):
+    """Norms and biases too, which a freshly made original model leaves at 1 and 0."""
+    case, state = _encoder_case()
+    state = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in state.items()}
+    path = tmp_path / "weights.npz"
+    np.savez(path, **{f"encoder.{name}": x for name, x in state.items()})
+    model = from_torchscale(path, prefix="encoder.", **_sizes(case))
+    assert {f"layers.{i}.{name}" for i in (0, 1) for name in NAMES} == {
+        name for name in state if name.startswith("layers.")
+    }
+    for name, found in NAMES.items():
+        for i in (0, 1):
+            np.testing.assert_array_equal(found(model)[i], state[f"layers.{i}.{name}"].T)
+    np.testing.assert_array_equal(model.norm.scale, state["layer_norm.weight"])
+    np.testing.assert_array_equal(model.norm.bias, state["layer_norm.bias"])
+
+
+def test_safetensors_file_and_unknown_names(tmp_path):
+    case, state = _encoder_case()
+    state = {name: x.astype(np.float32) for name, x in state.items()}
+    without = {name: x for name, x in state.items() if not name.startswith("layer_norm")}
+    path = tmp_path / "weights.safetensors"
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file({"cls_token": np.ones(3, np.float32), **without}, path)
+    with pytest.raises(ValueError, match="cls_token"):
+        from_torchscale(path, **_sizes(case))
+    model = from_torchscale(path, unknown="ignore", dropout=0.5, **_sizes(case))
+    assert model.norm is None
+    assert not model.config.final_norm
+    assert model.config.dropout == 0.5
+    np.testing.assert_array_equal(
+        model.layers.ffn.fc1.kernel[1], state["layers.1.ffn.fc1.weight"].T
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layers.1.ffn.fc2.bias"), r"also layers\.1\.ffn\.fc2\.bias"),
+        (lambda s: s.pop("layers.0.self_attn.q_proj.weight"), "q_proj"),
+        (lambda s: s.update({"layers.0.surprise": np.ones(2)}), r"layers\.0\.surprise"),
+        (lambda s: s.update({"layers.0.ffn.fc2.bias": np.ones(7)}), r"fc2\.bias.*\[32\].*\[7\]"),
+        (lambda s: s.pop("layer_norm.bias"), r"also layer_norm\.bias"),
+        (lambda s: s.update({"layers.3.ffn.fc1.bias": np.ones(64)}), r"layers\.2\."),
+    ],
+)
+def test_wrong_weights_are_refused_by_name(change, message):
+    case, state = _encoder_case()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        from_torchscale(state, **_sizes(case))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [("absent.npz", "exists"), (__file__, "safetensors or .npz"), (3, "mapping")],
+)
+def test_wrong_sources_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        from_torchscale(weights, num_heads=4, segment_lengths=[8], dilation_rates=[1])
+
+
+# The known bugs of torchscale, SEMANTICS.md section 2.
+
+
+def _qkv(rng, T, N=4, H=8):
+    return tuple(jnp.asarray(rng.normal(size=(1, T, N, H))) for _ in range(3))
+
+
+def _union(q, k, v, w, r, offsets, is_causal):
+    """One branch as a masked softmax, position by position."""
+    T, N = q.shape[1:3]
+    p = np.arange(T)
+    out = np.zeros(q.shape)
+    for n in range(N):
+        kept = p % w % r == offsets[n]
+        see = (p[:, None] // w == p // w) & kept[:, None] & kept
+        see &= (p[:, None] >= p) | (not is_causal)
+        s = np.where(see, np.asarray(q[0, :, n] @ k[0, :, n].T) / q.shape[-1] ** 0.5, -np.inf)
+        e = np.where(see, np.exp(s - np.where(kept, s.max(1), 0)[:, None]), 0)
+        out[0, :, n] = e @ np.asarray(v[0, :, n]) / np.where(kept, e.sum(1), 1)[:, None]
+    return out
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_no_shift_when_the_rate_does_not_divide_the_segment(is_causal, rng, x64):
+    """torchscale shifts segment s right by s (ceil(w / r) r - w) and loses the tail."""
+    q, k, v = _qkv(rng, 30)
+    out = dilax.dilated_attention(q, k, v, [10], [4], is_causal=is_causal, head_offset="blocked")
+    assert_exact(out, _union(q, k, v, 10, 4, [0, 1, 2, 3], is_causal))
+
+
+def test_key_padding_is_not_ignored(rng, x64):
+    """torchscale takes a padding mask and attends to the padding."""
+    config = LongNetConfig(32, 4, 2, 48, (8, 16), (1, 2), param_dtype="float64", position=None)
+    encoder = LongNetEncoder(config, rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.normal(size=(1, 20, 32)))
+    ids = jnp.asarray(np.arange(20)[None] < 13, jnp.int32)
+    out = encoder(x, segment_ids=ids)[:, :13]
+    assert_exact(out, encoder(x.at[:, 13:].add(5.0), segment_ids=ids)[:, :13])
+    assert error(encoder(x), encoder(x.at[:, 13:].add(5.0))) > 1e-3
+    assert_exact(out, encoder(x[:, :13]))  # also as if the padding were not there
+
+
+def test_dropout_does_not_act_in_evaluation(rng):
+    """torchscale passes its dropout rate to the kernel in evaluation too."""
+    sizes = dict(embed_dim=32, num_heads=4, num_layers=1, ffn_dim=48)
+    branches = dict(segment_lengths=(8, 16), dilation_rates=(1, 2))
+    plain = LongNetConfig(**sizes, **branches)
+    drops = LongNetConfig(**sizes, **branches, attention_dropout=0.5, dropout=0.5)
+    x = jnp.asarray(rng.normal(size=(1, 20, 32)), jnp.float32)
+    model = LongNetDecoder(drops, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(model(x), LongNetDecoder(plain, rngs=nnx.Rngs(0))(x))
+    np.testing.assert_array_equal(model(x), model(x, rngs=nnx.Rngs(dropout=1)))
+    dropped = model(x, deterministic=False, rngs=nnx.Rngs(dropout=1))
+    assert error(dropped, model(x)) > 1e-2
+
+
+def test_a_true_lse_of_zero_counts(rng, x64):
+    """torchscale takes an lse of exactly 0 for a position that the branch does not cover.
+
+    With one key per query in the first branch, and a logit of 0, that branch's lse is log(1) = 0.
+    """
+    _, k, v = _qkv(rng, 4)
+    q = jnp.zeros_like(k)
+    out, lse = dilax.dilated_attention(q, k, v, [1], [1], return_lse=True)
+    np.testing.assert_array_equal(lse, 0.0)
+    assert_exact(out, v)
+    out, lse = dilax.dilated_attention(q, k, v, [1, 4], [1, 1], return_lse=True)
+    assert_exact(lse, np.full((1, 4, 4), np.log(5.0)))
+    assert_exact(out, (v + v.sum(1, keepdims=True)) / 5)
