@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dilax._types import refuse
-from dilax.checks import check_bool, is_array
+from dilax.checks import check_bool, check_index, is_array
 from dilax.dilated import dilated_attention
 from dilax.select import check_implementation
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of
@@ -106,6 +106,7 @@ class DilatedAttention:
         spec = as_spec(self.segment_lengths, self.dilation_rates)
         object.__setattr__(self, "segment_lengths", spec.segment_lengths)
         object.__setattr__(self, "dilation_rates", spec.dilation_rates)
+        self._check_sizes()
         # Names are checked on as many heads as every combine mode takes.
         branches_of(spec, self.num_heads or len(spec), self.combine, self.head_offset)
         if self.pad_mode not in ("mask", "zeros"):
@@ -119,6 +120,14 @@ class DilatedAttention:
         check_number("dropout", self.dropout, 0.0, 1.0, "a Python number in [0, 1)")
         checkpointed(abs, self.use_gradient_checkpointing)
         check_implementation(self.implementation)
+
+    def _check_sizes(self) -> None:
+        for name in ("embed_dim", "num_heads"):
+            x = getattr(self, name)
+            if x is not None and check_index(name, x) == 0:
+                raise refuse(name, "None or a positive int", x)
+        if None not in (self.embed_dim, self.num_heads) and self.embed_dim % self.num_heads:
+            raise refuse("embed_dim", f"a multiple of num_heads={self.num_heads}", self.embed_dim)
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)

@@ -84,7 +84,8 @@ def unsupported(
     flash = sibling("pallas_kernels.flash")
     if flash is None:
         return ("the package pallas_kernels has no kernel (flash) in this installation",)
-    return tuple(flash.unsupported(query, key, value, device_kind=device_kind, **options))
+    options |= {"device_kind": device_kind, "keep": dropout}
+    return tuple(flash.unsupported(query, key, value, **options))
 
 
 def load(name: str) -> Callable:
