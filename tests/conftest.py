@@ -1,0 +1,33 @@
+"""Settings of every test: eight CPU devices, short compilations, strict jax, fixed seeds."""
+
+import os
+
+# Compile time dominates these tests; the optimiser of LLVM does not change what they check.
+_FLAG = "--xla_backend_optimization_level"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=0".strip()
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+if "--xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("dilax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("dilax")
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test, without a trace in the next."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers that are the same in every run."""
+    return np.random.default_rng(20230705)
