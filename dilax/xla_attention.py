@@ -10,6 +10,7 @@ branch.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +24,14 @@ from dilax.dilate import Piece, dilate, pieces, scatter
 from dilax.partial import Partial, empty, merge, weight
 from dilax.spec import Branch
 
-# Logits alive at once. On a CPU a tile should stay in the second-level cache; an accelerator
-# wants all its cores busy within one step of the loop.
-_TILE = {"cpu": 1 << 19}
+# Logits alive at once. On a CPU a tile should stay in cache; an accelerator wants all its cores
+# busy within one step of the loop.
+_TILE = {"cpu": 1 << 20}
 _TILE_ELSEWHERE = 1 << 27
-_QUERY_TILE, _KEY_TILE = 512, 1024
+_QUERY_TILE, _KEY_TILE = 1024, 1024
+_CAUSAL_TILE = 256  # smaller, so that more tiles lie wholly in the future and are skipped
+# ln(2)^n / n!, from n = 6 down: 2^x on [-1/2, 1/2] to 1e-8.
+_EXP2 = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +139,6 @@ def _attend_bwd(static: _Static, residuals, cotangents):
     query, key, value, carry, segment_ids, seed, total = residuals
     d_out, d_lse = cotangents
     seen = total.lse > -jnp.inf
-    d_out = jnp.where(seen[..., None], d_out, 0)
     delta = (d_out * total.out).sum(-1) - jnp.where(seen, d_lse, 0)
     stats = total.lse.dtype
     dq, dk, dv = (jnp.zeros(x.shape, stats) for x in (query, key, value))
@@ -207,7 +210,7 @@ def _gather(static: _Static, number, piece: Piece, query, key, value, segment_id
     slot = np.array([slots.index((head // share, offset)) for head, offset in heads])
     key_row = (np.arange(B * M)[:, None] * len(slots) + slot).reshape(-1)
 
-    q = _flat(dilate(query, piece.queries, M, heads))
+    q = _flat(dilate(query, piece.queries, M, heads)) * _scales(static.scale, query.dtype)[0]
     k, v = (_flat(dilate(x, piece.keys, M, slots)) for x in (key, value))
 
     q_ids = k_ids = None
@@ -226,12 +229,55 @@ def _gather(static: _Static, number, piece: Piece, query, key, value, segment_id
             start + (rows.index - rows.lead) + np.arange(rows.steps) * r
             for rows in (piece.queries, piece.keys)
         )
-        batch, head = np.arange(B).reshape(B, 1, 1, 1), np.arange(first, first + n)[:, None]
+        batch = np.arange(B).reshape(B, 1, 1, 1)
+        head = np.arange(first, first + n).reshape(1, 1, n, 1)
         q_bits = _flat(dropout.row_bits(seed, batch, head, q_position))
         k_bits = dropout.column_bits(seed, np.broadcast_to(k_position, (*shape[:3], piece.keys.steps)), number)
         k_bits = _flat(k_bits)
     behind = (piece.queries.index // r) - (piece.keys.index // r)
     return q, k, v, _Groups(key_row, q_ids, k_ids, q_bits, k_bits, behind)
+
+
+def _scales(scale: float, dtype) -> tuple[float, float]:
+    """The logits' factor as one on the queries and one on the products; softmax is in base 2.
+
+    All of it on the queries saves a pass over the logits, but in half precision the product would
+    round: there the queries get only a power of two.
+    """
+    scale = scale / math.log(2)
+    if jnp.finfo(dtype).bits >= 32:
+        return scale, 1.0
+    if scale == 0:
+        return 1.0, 0.0
+    early = math.copysign(2.0 ** math.floor(math.log2(abs(scale))), scale)
+    return early, scale / early
+
+
+def _logits(static: _Static, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Logits over ln(2), rows of a by rows of b: queries, with their part of the scale, and keys."""
+    s, late = _dot(a, b, (2, 2), stats_dtype(a.dtype)), _scales(static.scale, a.dtype)[1]
+    return s if late == 1 else s * late
+
+
+def _exp2(x: jax.Array, platform: str) -> jax.Array:
+    """2^x, 0 at -inf; x at most about 0.
+
+    XLA's own exp takes as long as a matrix product on a CPU, where half of the forward pass went
+    into it. In float32 a rounding trick splits x into an integer, which goes into the exponent
+    bits, and a rest in [-1/2, 1/2], for which a polynomial of degree 6 is exact to one ulp. The
+    barrier stops XLA from computing it again in every consumer.
+    """
+    if platform != "cpu" or x.dtype != jnp.float32:
+        return jnp.exp2(x)
+    x = jnp.maximum(x, -127.0)  # 2^-127 has exponent bits 0 and mantissa 0 here: exactly 0
+    shifted = x + 12582912.0  # 1.5 * 2^23: the sum's low mantissa bits are round(x)
+    rest = x - (shifted - 12582912.0)
+    y = jnp.float32(_EXP2[0])
+    for c in _EXP2[1:]:
+        y = y * rest + c
+    bits = lax.bitcast_convert_type(y, jnp.int32)
+    bits = bits + (lax.bitcast_convert_type(shifted, jnp.int32) << 23)
+    return lax.optimization_barrier(lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def _group_ids(ids, rows, B: int, M: int, offsets) -> jax.Array:
@@ -254,11 +300,11 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(static: _Static, G: int, Lq: int, Lk: int) -> _Tiles:
-    q_count, k_count = -(-Lq // _QUERY_TILE), -(-Lk // _KEY_TILE)
+    most = _CAUSAL_TILE if static.is_causal else max(_QUERY_TILE, _KEY_TILE)
+    q_count, k_count = -(-Lq // min(most, _QUERY_TILE)), -(-Lk // min(most, _KEY_TILE))
     q_size, k_size = -(-Lq // q_count), -(-Lk // k_count)
     budget = _TILE.get(static.platform, _TILE_ELSEWHERE)
-    most = max(1, min(G, budget // (q_size * k_size)))
-    group_count = -(-G // most)
+    group_count = -(-G // max(1, min(G, budget // (q_size * k_size))))
     return _Tiles(-(-G // group_count), q_size, k_size, group_count, q_count, k_count)
 
 
@@ -309,7 +355,7 @@ def _visible(static: _Static, behind: int, tiles: _Tiles, i, j, q_ids, k_ids):
     visible = None
     if static.is_causal:
         row = i * tiles.q_size + behind + jnp.arange(tiles.q_size)[:, None]
-        visible = (row >= j * tiles.k_size + jnp.arange(tiles.k_size))[None]
+        visible = (row >= j * tiles.k_size + jnp.arange(tiles.k_size)[None])[None]
     if k_ids is not None:
         same = (q_ids[:, :, None] == k_ids[:, None, :]) & (k_ids != 0)[:, None, :]
         visible = same if visible is None else visible & same
@@ -342,14 +388,14 @@ def _forward(static: _Static, q, k, v, groups: _Groups):
     def key_tile(i, x, j, state):
         m, total, acc = state
         k, v, k_ids, k_bits = (_at(a, j) for a in (x.k, x.v, x.k_ids, x.k_bits))
-        s = _dot(x.q, k, (2, 2), stats) * static.scale
+        s = _logits(static, x.q, k)
         visible = _visible(static, groups.behind, tiles, i, j, x.q_ids, k_ids)
         if visible is not None:
             s = jnp.where(visible, s, -jnp.inf)
         top = jnp.maximum(m, s.max(-1))
         safe = jnp.where(top > -jnp.inf, top, 0)
-        p = jnp.exp(s - safe[..., None])
-        fade = jnp.exp(m - safe)
+        p = _exp2(s - safe[..., None], static.platform)
+        fade = jnp.exp2(m - safe)
         total = total * fade + p.sum(-1)
         if k_bits is not None:
             kept = dropout.keep(x.q_bits, k_bits, static.dropout_rate)
@@ -368,7 +414,7 @@ def _forward(static: _Static, q, k, v, groups: _Groups):
         m, total, acc = _repeat(0, high, tiles.k_count, functools.partial(key_tile, i, x), state)
         seen = total > 0
         safe = jnp.where(seen, total, 1)
-        return acc / safe[..., None], jnp.where(seen, m + jnp.log(safe), -jnp.inf)
+        return acc / safe[..., None], jnp.where(seen, (m + jnp.log2(safe)) * math.log(2), -jnp.inf)
 
     def group_tile(x: _Loop):
         if tiles.q_count == 1:
@@ -387,52 +433,55 @@ def _backward(static: _Static, q, k, v, groups: _Groups, do, lse, delta):
     tiles = _tiles(static, G, Lq, Lk)
     stats = stats_dtype(q.dtype)
     loop = _loop_arrays(q, k, v, groups, tiles)
-    lse = jnp.where(lse > -jnp.inf, lse, jnp.inf)  # exp(s - inf) = 0: an unseen row adds nothing
+    lse = jnp.where(lse > -jnp.inf, lse, jnp.inf) / math.log(2)  # 2^(s - inf) = 0: unseen rows
     rows = tuple(_cut(x, tiles, tiles.q_count, tiles.q_size) for x in (do, lse, delta))
-    # dk and dv are summed transposed, q^T ds and do^T p: on a CPU a matrix product whose left
-    # operand is transposed on the fly takes up to three times as long.
-    rows = (*rows, *(jnp.swapaxes(x, -1, -2) for x in (loop.q, rows[0])))
+    # The logits are laid out keys by queries here. So only one of the five matrix products wants
+    # its left operand turned, and k is turned for it once: on a CPU a product that turns its left
+    # operand on the fly takes up to three times as long.
+    k_turned = jnp.swapaxes(loop.k, -1, -2)
 
     def query_tile(x, rows, j, keys, i, state):
         dq, dk, dv = state
-        k, v, k_ids, k_bits = keys
+        k, v, k_ids, k_bits, k_turned = keys
         q, q_ids, q_bits = (_at(a, i) for a in (x.q, x.q_ids, x.q_bits))
-        do, lse, delta, q_turned, do_turned = (_at(a, i) for a in rows)
-        s = _dot(q, k, (2, 2), stats) * static.scale
+        do, lse, delta = (_at(a, i) for a in rows)
+        p = _exp2(_logits(static, k, q) - lse[:, None, :], static.platform)
         visible = _visible(static, groups.behind, tiles, i, j, q_ids, k_ids)
-        p = jnp.exp(s - lse[..., None])
         if visible is not None:
-            p = jnp.where(visible, p, 0)
-        dp = _dot(do, v, (2, 2), stats)
+            p = jnp.where(jnp.swapaxes(visible, 1, 2), p, 0)
+        dp = _dot(v, do, (2, 2), stats)
         dropped = p
         if k_bits is not None:
-            kept = dropout.keep(q_bits, k_bits, static.dropout_rate)
+            kept = jnp.swapaxes(dropout.keep(q_bits, k_bits, static.dropout_rate), 1, 2)
             dropped, dp = (jnp.where(kept, a / (1 - static.dropout_rate), 0) for a in (p, dp))
-        ds = p * (dp - delta[..., None]) * static.scale
-        dv = dv + _dot(do_turned, dropped, (2, 1), stats)
-        dk = dk + _dot(q_turned, ds, (2, 1), stats)
-        return dq.at[i].add(_dot(ds, k, (2, 1), stats)), dk, dv
+        ds = p * (dp - delta[:, None, :])
+        dv = dv + _dot(dropped, do, (2, 1), stats)
+        dk = dk + _dot(ds, q, (2, 1), stats)
+        dq_tile = _at(dq, i) + _dot(k_turned, ds, (2, 1), stats)
+        return lax.dynamic_update_index_in_dim(dq, dq_tile, i, 0), dk, dv
 
     def key_tile(x, rows, dq, along):
         j, *keys = along
         low = 0
         if static.is_causal:
             low = jnp.clip((j * tiles.k_size - groups.behind) // tiles.q_size, 0, tiles.q_count)
-        zero = jnp.zeros((tiles.groups, H, tiles.k_size), stats)
+        zero = jnp.zeros((tiles.groups, tiles.k_size, H), stats)
         body = functools.partial(query_tile, x, rows, j, keys)
         dq, dk, dv = _repeat(low, tiles.q_count, tiles.q_count, body, (dq, zero, zero))
         return dq, (dk, dv)
 
     def group_tile(x_and_rows):
-        x, rows = x_and_rows
-        dq = jnp.zeros((tiles.q_count, tiles.groups, tiles.q_size, H), stats)
-        along = (jnp.arange(tiles.k_count), x.k, x.v, x.k_ids, x.k_bits)
+        x, rows, k_turned = x_and_rows
+        dq = jnp.zeros((tiles.q_count, tiles.groups, H, tiles.q_size), stats)
+        along = (jnp.arange(tiles.k_count), x.k, x.v, x.k_ids, x.k_bits, k_turned)
         if tiles.k_count == 1:
             dq, (dk, dv) = key_tile(x, rows, dq, (0, *(_at(a, 0) for a in along[1:])))
             return dq, dk[None], dv[None]
         dq, (dk, dv) = lax.scan(functools.partial(key_tile, x, rows), dq, along)
         return dq, dk, dv
 
-    dq, dk, dv = lax.map(group_tile, (loop, rows))
-    dk, dv = (jnp.swapaxes(x, -1, -2) for x in (dk, dv))
+    dq, dk, dv = lax.map(group_tile, (loop, rows, k_turned))
+    # ds lacks the scale of the logits: dq needs all of it, dk has met the queries' part already.
+    dq = jnp.swapaxes(dq, -1, -2) * static.scale
+    dk = dk * (_scales(static.scale, q.dtype)[1] * math.log(2))
     return _join(dq, G, Lq), _join(dk, G, Lk), _join(dv, G, Lk)
