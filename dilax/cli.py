@@ -1,9 +1,10 @@
 """The command line: it parses and prints; what it does lives in the modules it calls."""
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,144 @@ class Show:
         )
         figure.savefig(self.out)
         print(f"wrote {self.out}")
+
+
+def _train() -> Any:
+    from dilax.training import TrainConfig
+
+    @dataclasses.dataclass(frozen=True)
+    class Train:
+        """Train a LongNet language model on text, beside byte bigrams on the same files."""
+
+        config: TrainConfig
+        resume: bool = False
+        """Go on from the latest checkpoint in --checkpoint-dir."""
+        picture: Path | None = None
+        """Draw the training curve into this PNG file."""
+
+        def run(self) -> int:
+            return _run_train(self.config, self.resume, self.picture)
+
+    return Train
+
+
+def _run_train(config: Any, resume: bool, picture: Path | None) -> int:
+    import jax
+    import rich
+    from rich.table import Table
+
+    from dilax.training import train
+
+    model = config.model
+    branches = zip(model.segment_lengths, model.dilation_rates, strict=True)
+    print(
+        f"{', '.join(config.text) if config.text else 'the standard library of this Python'}: "
+        f"{config.steps} steps of {config.batch_size} x {config.sequence_length} bytes, "
+        f"{model.num_layers} layers of {model.embed_dim}, dilated attention "
+        f"{', '.join(f'{w}/{r}' for w, r in branches)}, on {jax.devices()[0].device_kind}",
+        flush=True,
+    )
+    with _progress(config.steps) as on_step:
+        result = train(config, resume=resume, on_step=on_step)
+    if result.interrupted:
+        print(f"interrupted after step {result.step}", end="")
+        print(f": --resume goes on from {result.checkpoint}" if result.checkpoint else "")
+        return 130
+    table = Table("on the held-out files", "bits per byte")
+    table.columns[1].justify = "right"
+    table.add_row("byte bigrams", f"{result.bigram_bits_per_byte:.3f}")
+    table.add_row("this model", f"{result.validation_bits_per_byte:.3f}")
+    rich.print(table)
+    print(f"{result.tokens:,} bytes in {result.seconds:.0f} s")
+    if picture is not None:
+        from dilax import plotting
+
+        first = result.step - len(result.bits_per_byte) + 1
+        steps = range(first, result.step + 1)
+        levels = {
+            "byte bigrams, held out": result.bigram_bits_per_byte,
+            "this model, held out": result.validation_bits_per_byte,
+        }
+        curves = {"training": (steps, result.bits_per_byte)}
+        plotting.draw_training(curves, levels).savefig(picture)
+        print(f"wrote {picture}")
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[Any], None]]:
+    """A callback for `train`: a bar on a terminal, else a line for each tenth of the way."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    def said(p: Any) -> str:
+        text = f"{p.bits_per_byte:6.3f} bits per byte {p.tokens_per_second:9,.0f} tokens/s"
+        if p.validation_bits_per_byte is not None:
+            text += f"  held out {p.validation_bits_per_byte:.3f}"
+        return text
+
+    console = Console()
+    if not console.is_terminal:
+        tenth = max(1, steps // 10)
+
+        def line(p: Any) -> None:
+            last = p.validation_bits_per_byte is not None or p.step == steps
+            if p.step == 1 or p.step % tenth == 0 or last:
+                print(f"step {p.step:>6}/{steps} {said(p)}", flush=True)
+
+        yield line
+        return
+    said_now = TextColumn("{task.fields[said]}")
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said_now)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=steps, said="the first step compiles")
+        yield lambda p: bar.update(task, completed=p.step, said=said(p))
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue a text with a model that `dilax train --checkpoint-dir` trained."""
+
+    checkpoint_dir: str
+    """What dilax train was given."""
+    prompt: str = ""
+    """The beginning of the text."""
+    max_new_tokens: int = 256
+    """How many bytes at most."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most probable byte every time."""
+    top_k: int | None = None
+    """Sample among the k most probable bytes only."""
+    seed: int = 0
+    """Of the random choices."""
+    step: int | None = None
+    """Which checkpoint; None for the latest."""
+
+    def run(self) -> None:
+        """Print the prompt and what follows."""
+        from dilax.generate import generate
+        from dilax.training import load_model
+
+        model, _ = load_model(self.checkpoint_dir, self.step)
+        text = generate(
+            model,
+            self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
+        print(self.prompt + text.decode(errors="replace"))
+
+
+def _generate() -> Any:
+    return Generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +294,8 @@ def _run_bench(config: Any, path: Path | None) -> None:
 
 # Each imports what its command needs and no other does, and returns a dataclass with a `run`.
 COMMANDS: dict[str, Callable[[], Any]] = {
+    "train": _train,
+    "generate": _generate,
     "explain": _explain,
     "show": _show,
     "bench": _bench,
@@ -184,7 +325,7 @@ def parse(arguments: Sequence[str]) -> Any:
         raise SystemExit(_failure(f"command: wanted one of {', '.join(COMMANDS)}, got {name!r}"))
     import tyro
 
-    command = COMMANDS[name]()
+    command = tyro.conf.OmitArgPrefixes[COMMANDS[name]()]
     return tyro.cli(command, prog=f"dilax {name}", args=list(arguments[1:]))
 
 
@@ -214,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2
     """
     try:
-        parse(sys.argv[1:] if arguments is None else arguments).run()
+        return parse(sys.argv[1:] if arguments is None else arguments).run() or 0
     except UnsupportedError as error:
         return _failure(str(error))
     except ValueError as error:
@@ -228,7 +369,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":
