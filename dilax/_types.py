@@ -36,10 +36,20 @@ def stats_dtype(dtype: Any) -> Any:
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
+def dtype_name(x: Any) -> str:
+    """The name of an array's dtype, also of one that NumPy does not know (PRNG keys, torch).
+
+    Example:
+        >>> dtype_name(jnp.ones(3))
+        'float32'
+    """
+    return str(getattr(x.dtype, "name", x.dtype))
+
+
 def shown(x: Any) -> str:
     """An array as `dtype[shape]`, anything else as its repr: for error messages."""
     if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{jnp.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
+        return f"{dtype_name(x)}[{','.join(map(str, x.shape))}]"
     return repr(x)
 
 

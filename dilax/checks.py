@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dilax._types import FLOAT_DTYPES, refuse
+from dilax._types import FLOAT_DTYPES, dtype_name, refuse
 
 
 def is_array(x: Any) -> bool:
@@ -22,7 +22,7 @@ def check_array(name: str, x: Any, shape: tuple[int | None, ...], dtypes: tuple[
         raise refuse(name, wanted, x)
     if any(s is not None and s != n for s, n in zip(shape, x.shape, strict=True)):
         raise refuse(name, wanted, x)
-    if jnp.dtype(x.dtype).name not in dtypes:
+    if dtype_name(x) not in dtypes:
         raise refuse(name, wanted, x)
 
 
@@ -76,8 +76,9 @@ def check_dropout(dropout_rate: Any, dropout_key: Any, deterministic: Any) -> bo
     check_bool("deterministic", deterministic)
     if dropout_key is not None:
         typed = is_array(dropout_key) and jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key)
-        raw = is_array(dropout_key) and dropout_key.dtype == jnp.uint32
-        if not (typed and dropout_key.shape == () or raw and dropout_key.ndim == 1):
+        raw = is_array(dropout_key) and dtype_name(dropout_key) == "uint32"
+        raw = raw and dropout_key.ndim == 1 and dropout_key.size > 0
+        if not (raw or (typed and dropout_key.shape == ())):
             raise refuse("dropout_key", "one jax.random key", dropout_key)
     acts = dropout_rate > 0 and not deterministic
     if acts and dropout_key is None:

@@ -18,7 +18,7 @@ from dilax.checks import (
     segment_ids_of,
 )
 from dilax.partial import Partial, merge
-from dilax.select import choose
+from dilax.select import check_implementation, choose
 from dilax.spec import Branch, Combine, DilatedSpec, HeadOffset, as_spec, branches_of
 
 
@@ -82,6 +82,7 @@ def dilated_attention(
         dropout_rate: share of probabilities dropped, in [0, 1), if not deterministic. Which ones
             depends only on the key, example, head, positions and branch: see `dilax.dropout`.
         dropout_key: a `jax.random` key, needed when dropout acts.
+        deterministic: True: no dropout, whatever its rate.
         implementation: "xla", "pallas" or None, the fastest that takes the call.
         return_lse: return (out, lse), lse [B, T, N] float32 (float64 for float64), the natural log
             of the softmax's sum; it is differentiable.
@@ -120,8 +121,10 @@ def dilated_attention(
     if pad_mode == "zeros" and (T != key.shape[1] or q_start or k_start):
         raise refuse("pad_mode", "'mask' when T differs from S or a start is not 0", pad_mode)
     drops = check_dropout(dropout_rate, dropout_key, deterministic)
-    rate, seed = (float(dropout_rate), dropout.seed_bits(dropout_key)) if drops else (0.0, None)
+    check_implementation(implementation)
+    # The last check, and the first thing that computes.
     q_ids, kv_ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
+    rate, seed = (float(dropout_rate), dropout.seed_bits(dropout_key)) if drops else (0.0, None)
 
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     extra = []

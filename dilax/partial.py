@@ -32,8 +32,11 @@ def empty(shape: tuple[int, ...], dtype) -> Partial:
 
 
 def weight(part: jax.Array, total: jax.Array) -> jax.Array:
-    """exp(part - total) for log-sum-exps, 0 where nothing was seen: never NaN, nor its gradient."""
-    seen = (part > -jnp.inf) & (total > -jnp.inf)
+    """exp(part - total) for log-sum-exps; 0, and so its gradient, where nothing was seen.
+
+    A NaN stays one: it must not pass for a row that saw nothing.
+    """
+    seen = (part != -jnp.inf) & (total != -jnp.inf)
     return jnp.where(seen, jnp.exp(jnp.where(seen, part - total, 0.0)), 0.0)
 
 
@@ -52,9 +55,9 @@ def merge(*parts: Partial) -> Partial:
         return parts[0]
     lses = jnp.stack([part.lse for part in parts])
     top = jax.lax.stop_gradient(lses.max(axis=0))
-    top = jnp.where(top > -jnp.inf, top, 0.0)
+    top = jnp.where(top != -jnp.inf, top, 0.0)
     sums = sum(weight(part.lse, top) for part in parts)
-    seen = sums > 0
+    seen = sums != 0
     lse = jnp.where(seen, top + jnp.log(jnp.where(seen, sums, 1.0)), -jnp.inf)
     out = sum(weight(part.lse, lse)[..., None] * part.out for part in parts)
     return Partial(out, lse)

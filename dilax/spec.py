@@ -25,9 +25,9 @@ class Branch(NamedTuple):
 
 
 def _positive_ints(name: str, values: Any) -> tuple[int, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        if not hasattr(values, "__iter__") or isinstance(values, str):
-            raise refuse(name, "a sequence of positive ints", values)
+    listed = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    if not listed and getattr(values, "ndim", 0) != 1:
+        raise refuse(name, "a sequence of positive ints", values)
     result = []
     for i, value in enumerate(values):
         try:

@@ -145,7 +145,9 @@ CASES = (
     Case("ids_many_short", *_THREE, T=31, segment_ids="many", options=_CAUSAL),
     Case("ids_gqa", *_RAGGED, N=4, K=2, segment_ids="packed", options=_CAUSAL),
     Case("key_padding", *_RAGGED, key_padding=True),
-    Case("key_padding_ids_causal", *_RAGGED, key_padding=True, segment_ids="packed", options=_CAUSAL),
+    Case(
+        "key_padding_ids_causal", *_RAGGED, key_padding=True, segment_ids="packed", options=_CAUSAL,
+    ),
     Case("bias", *_RAGGED, bias=True),
     Case("bias_gqa_causal", *_THREE, K=2, bias=True, options=_CAUSAL),
     Case("bias_heads", *_THREE, bias=True, options=_HEADS),
@@ -168,7 +170,10 @@ CASES = (
     Case("starts_keys_later", *_RAGGED, T=20, options=_CAUSAL + _options(q_start=2, k_start=9)),
     Case("starts_apart", (4, 8), (1, 2), T=6, S=7, options=_options(q_start=30, k_start=1)),
     Case("decode_one", *_RAGGED, T=1, S=24, options=_CAUSAL + _options(q_start=23)),
-    Case("starts_blocked_heads", *_RAGGED, T=15, S=9, options=_HEADS + _options(q_start=7, k_start=3)),
+    Case(
+        "starts_blocked_heads", *_RAGGED, T=15, S=9,
+        options=_HEADS + _options(q_start=7, k_start=3),
+    ),
     # Dropout.
     Case("dropout", *_RAGGED, dropout_rate=0.3),
     Case("dropout_causal_gqa", *_THREE, N=8, K=2, dropout_rate=0.5, options=_CAUSAL),
