@@ -8,7 +8,14 @@ from dilax.create import create_dilated_attention as create_dilated_attention
 from dilax.create import create_multihead_dilated_attention as create_multihead_dilated_attention
 from dilax.create import explain as explain
 from dilax.dilated import dilated_attention as dilated_attention
+from dilax.longnet import LongNetConfig as LongNetConfig
+from dilax.longnet import LongNetDecoder as LongNetDecoder
+from dilax.longnet import LongNetEncoder as LongNetEncoder
+from dilax.longnet import LongNetLM as LongNetLM
 from dilax.modules import MultiheadDilatedAttention as MultiheadDilatedAttention
 from dilax.partial import Partial as Partial
 from dilax.partial import merge as merge
+from dilax.positions import RotaryPosition as RotaryPosition
+from dilax.positions import XPos as XPos
 from dilax.spec import DilatedSpec as DilatedSpec
+from dilax.torchscale import from_torchscale as from_torchscale

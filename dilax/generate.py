@@ -49,7 +49,7 @@ def _padded(tokens: np.ndarray, length: int) -> np.ndarray:
     window = _SHORTEST
     while window < length:
         window *= 2
-    return np.pad(tokens, (0, window - len(tokens)))[None]
+    return np.pad(tokens, (0, window - len(tokens)))[None].astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -112,14 +112,12 @@ def generate_tokens(
     key = jax.random.key(check_index("seed", seed))
     graphdef, state = nnx.split(model)
     length = first = len(tokens)
-    window = _padded(tokens, first)
+    window = _padded(tokens, first + 1)
     while length < first + max_new_tokens:
         if length == window.shape[1]:
             window = _padded(window[0], length + 1)
-        token = int(_sample_at(graphdef, state, window, length, float(temperature), top_k, key))
-        if length + 1 > window.shape[1]:
-            break
-        window[0, length] = token
+        token = _sample_at(graphdef, state, window, length, float(temperature), top_k, key)
+        window[0, length] = token = int(token)
         length += 1
         if token == stop_token:
             break

@@ -347,6 +347,8 @@ class LongNetDecoder(nnx.Module):
 class LongNetLM(nnx.Module):
     """Causal language model: tokens int32 [B, T] -> logits [B, T, vocab_size] of the next token.
 
+    Embeddings are scaled by sqrt(E), to the size of what the layers add to them.
+
     Args:
         config: see `LongNetConfig`; vocab_size is needed.
         rngs: "params" starts the weights.
@@ -389,7 +391,7 @@ class LongNetLM(nnx.Module):
         """int32 [B, T] -> [B, T, vocab_size]; see the class."""
         check_array("tokens", tokens, (None, None), ("int32",))
         x = self.decoder(
-            self.embed(tokens),
+            self.embed(tokens) * self.config.embed_dim**0.5,
             segment_ids=segment_ids,
             positions=positions,
             deterministic=deterministic,

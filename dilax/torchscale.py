@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -122,7 +123,8 @@ def from_torchscale(
     """A `LongNetEncoder` with the weights of torchscale's LongNetEncoder.
 
     It has torchscale's head offsets ("blocked") and padding ("zeros"), so that it computes what
-    the weights were trained with.
+    the weights were trained with. (The original evaluates GELU in float32 in any dtype; in
+    float64 the outputs agree to that rounding.)
 
     Args:
         weights: arrays by torchscale's names (`layers.0.self_attn.k_proj.weight`, ...), or the
@@ -161,7 +163,7 @@ def from_torchscale(
     ffn_dim, embed_dim = state[first[0]].shape
     fields = {
         "position": "xpos" if buffers[0] in state else None,
-        "param_dtype": jnp.dtype(state[first[0]].dtype).name,
+        "param_dtype": jax.dtypes.canonicalize_dtype(state[first[0]].dtype).name,
         **options,
     }
     config = LongNetConfig(
