@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -326,7 +327,24 @@ def parse(arguments: Sequence[str]) -> Any:
     import tyro
 
     command = tyro.conf.OmitArgPrefixes[COMMANDS[name]()]
-    return tyro.cli(command, prog=f"dilax {name}", args=list(arguments[1:]))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(command, prog=f"dilax {name}", args=list(arguments[1:]))
+    except SystemExit as stop:
+        # A config that refuses its fields does so inside tyro, which draws a box around that.
+        cause: BaseException | None = stop
+        while cause is not None and not _is_refusal(cause):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Is it one of our messages, and not a defect?"""
+    return isinstance(error, ValueError) and ": wanted " in str(error)
 
 
 def _overview() -> str:
@@ -359,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnsupportedError as error:
         return _failure(str(error))
     except ValueError as error:
-        if ": wanted " not in str(error):  # not one of our refusals: a defect, so show where
+        if not _is_refusal(error):
             raise
         return _failure(str(error))
     except ModuleNotFoundError as error:

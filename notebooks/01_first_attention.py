@@ -19,6 +19,7 @@
 # Everything here runs on a CPU in well under a minute.
 
 # %%
+# %matplotlib inline
 import jax
 import jax.numpy as jnp
 import optax
@@ -171,7 +172,7 @@ def train_step(model, optimizer, key):
 
 
 # %%
-def trained(attention_fn, steps=60):
+def trained(attention_fn, steps=90):
     model = Model(SYMBOLS, LENGTH, 64, attention_fn, nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adamw(5e-3), wrt=nnx.Param)
     keys = jax.random.split(jax.random.key(1), steps)

@@ -1,0 +1,178 @@
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dilax import cli
+from dilax._types import refuse
+
+PNG = b"\x89PNG"
+
+
+def run(capsys, *arguments):
+    """(exit status, stdout, stderr) of a command line."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_touches_no_device():
+    """A platform that does not exist would be an error as soon as a device is asked for."""
+    environ = {**os.environ, "JAX_PLATFORMS": "no_such_platform"}
+    for arguments in (["--help"], ["train", "--help"], ["show", "--help"], ["bench", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "dilax.cli", *arguments], env=environ, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        assert b"usage: dilax" in done.stdout
+
+
+def test_overview_lists_every_command(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(f"  {name}" in out for name in cli.COMMANDS)
+    assert list(cli.COMMANDS) == list(cli.SUMMARIES)
+    assert run(capsys)[0] == 2
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    status, out, _ = run(capsys, name, "--help")
+    assert status == 0
+    assert f"usage: dilax {name}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shew"], "command: wanted one of train, generate,"),
+        (["show", "--length", "0"], "length: wanted 1 to 1024 tokens, got 0"),
+        (["show", "--dilation-rates", "1"], "dilation_rates: wanted as many as"),
+        (["show", "--combine", "sum"], "combine: wanted 'lse' or 'heads', got 'sum'"),
+        (["explain", "--kind", "nothing"], "nothing"),
+        (["explain", "--kind", "ring"], "no implementation takes kind 'ring'"),
+        (["explain", "--head-dim", "7"], "head dim"),
+        (["bench", "--repeats", "0"], "repeats: wanted a positive int, got 0"),
+        (["train", "--text", "/no/such/file"], "text: wanted"),
+        (["train", "--steps", "0"], "steps: wanted a positive int, got 0"),
+        (["train", "--num-heads", "3"], "embed_dim: wanted a multiple of num_heads=3"),
+        (["generate", "--checkpoint-dir", "/no/such/folder"], "checkpoint_dir: wanted"),
+    ],
+)
+def test_refusal_is_one_line(arguments, message, capsys):
+    status, _, error = run(capsys, *arguments)
+    assert status == 2
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["show", "--length", "x"], ["show", "--lenght", "8"]])
+def test_unparsable_arguments_are_exit_status_2(arguments, capsys):
+    status, _, error = run(capsys, *arguments)
+    assert status == 2
+    assert arguments[1] in error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(refuse("x", "y", 1), 2), (KeyboardInterrupt(), 130)]
+)
+def test_expected_errors_have_a_status(error, status, monkeypatch, capsys):
+    monkeypatch.setattr(cli.Show, "run", lambda self: (_ for _ in ()).throw(error))
+    assert run(capsys, "show")[0] == status
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), ModuleNotFoundError(name="dilax.x")])
+def test_a_defect_keeps_its_traceback(error, monkeypatch):
+    monkeypatch.setattr(cli.Show, "run", lambda self: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        cli.main(["show"])
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    error = ModuleNotFoundError(name="matplotlib")
+    monkeypatch.setattr(cli.Show, "run", lambda self: (_ for _ in ()).throw(error))
+    status, _, message = run(capsys, "show")
+    assert status == 2
+    assert "dilax-attention[train]" in message
+
+
+def test_show_writes_a_picture(tmp_path, capsys):
+    path = tmp_path / "pattern.png"
+    options = ["--segment-lengths", "4", "8", "--dilation-rates", "1", "2", "--length", "9"]
+    status, out, _ = run(capsys, "show", *options, "--num-heads", "2", "--out", str(path))
+    assert status == 0
+    assert str(path) in out
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_explain_gives_reasons(capsys):
+    status, out, _ = run(capsys, "explain", "--device-kind", "cpu")
+    assert status == 0
+    assert "xla" in out
+    assert "pallas" in out
+
+
+def test_bench_writes_its_table(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    sizes = ["--lengths", "24", "--num-heads", "2", "--head-dim", "8", "--repeats", "1"]
+    branches = ["--segment-lengths", "8", "24", "--dilation-rates", "1", "2"]
+    status, out, _ = run(capsys, "bench", *sizes, *branches, "--json", str(path))
+    assert status == 0
+    assert "tokens/s" in out
+    table = json.loads(path.read_text())
+    assert table["settings"]["lengths"] == [24]
+    done = {(row["name"], row["work"]) for row in table["rows"] if row["seconds"]}
+    for name in ("dilated, xla", "dense, jax.nn"):
+        assert {(name, "forward"), (name, "forward+backward")} <= done
+
+
+def test_bench_leaves_out_what_does_not_fit():
+    from dilax import bench
+
+    config = bench.BenchConfig(lengths=(1 << 20,))
+    contestants = dict(bench._contestants(config, 1 << 20))
+    assert contestants["dense, jax.nn"] == "its logits need 32768.0 GiB"
+
+
+@pytest.mark.slow
+def test_train_resume_generate(tmp_path, capsys):
+    text, runs = tmp_path / "text", tmp_path / "run"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    model = ["--embed-dim", "32", "--num-heads", "2", "--num-layers", "1", "--ffn-dim", "32"]
+    branches = ["--segment-lengths", "16", "64", "--dilation-rates", "1", "4"]
+    sizes = ["--sequence-length", "64", "--steps", "4", "--warmup-steps", "1"]
+    where = ["--text", str(text), "--checkpoint-dir", str(runs)]
+    picture = tmp_path / "curve.png"
+    train = ["train", *where, *sizes, *model, *branches]
+    status, out, _ = run(capsys, *train, "--picture", str(picture))
+    assert status == 0
+    assert "byte bigrams" in out
+    assert "this model" in out
+    assert "step      4/4" in out
+    assert picture.read_bytes().startswith(PNG)
+
+    status, _, error = run(capsys, *train)
+    assert status == 2
+    assert error.startswith("error: checkpoint_dir: wanted")
+    assert run(capsys, *train, "--resume")[0] == 0
+
+    status, out, _ = run(
+        capsys,
+        "generate",
+        "--checkpoint-dir",
+        str(runs),
+        "--prompt",
+        "the",
+        "--max-new-tokens",
+        "4",
+    )
+    assert status == 0
+    assert out.startswith("the")
