@@ -369,6 +369,11 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype) -> jax.Ar
     return lax.dot_general(a, b, numbers, preferred_element_type=dtype)
 
 
+def _turned(x: jax.Array) -> jax.Array:
+    """x with its last two axes swapped, in memory: XLA may not fold the swap into a product."""
+    return lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
+
+
 def _at(x, i):
     return None if x is None else lax.dynamic_index_in_dim(x, i, keepdims=False)
 
@@ -435,14 +440,12 @@ def _backward(static: _Static, q, k, v, groups: _Groups, do, lse, delta):
     loop = _loop_arrays(q, k, v, groups, tiles)
     lse = jnp.where(lse > -jnp.inf, lse, jnp.inf) / math.log(2)  # 2^(s - inf) = 0: unseen rows
     rows = tuple(_cut(x, tiles, tiles.q_count, tiles.q_size) for x in (do, lse, delta))
-    # The logits are laid out keys by queries here. So only one of the five matrix products wants
-    # its left operand turned, and k is turned for it once: on a CPU a product that turns its left
-    # operand on the fly takes up to three times as long.
-    k_turned = jnp.swapaxes(loop.k, -1, -2)
 
+    # The logits are laid out keys by queries here, so that only one of the five matrix products has
+    # its left operand to turn: on a CPU a product that does so on the fly takes three times as long.
     def query_tile(x, rows, j, keys, i, state):
         dq, dk, dv = state
-        k, v, k_ids, k_bits, k_turned = keys
+        k, v, k_ids, k_bits = keys
         q, q_ids, q_bits = (_at(a, i) for a in (x.q, x.q_ids, x.q_bits))
         do, lse, delta = (_at(a, i) for a in rows)
         p = _exp2(_logits(static, k, q) - lse[:, None, :], static.platform)
@@ -457,7 +460,7 @@ def _backward(static: _Static, q, k, v, groups: _Groups, do, lse, delta):
         ds = p * (dp - delta[:, None, :])
         dv = dv + _dot(dropped, do, (2, 1), stats)
         dk = dk + _dot(ds, q, (2, 1), stats)
-        dq_tile = _at(dq, i) + _dot(k_turned, ds, (2, 1), stats)
+        dq_tile = _at(dq, i) + _turned(_dot(_turned(k), ds, (2, 1), stats))
         return lax.dynamic_update_index_in_dim(dq, dq_tile, i, 0), dk, dv
 
     def key_tile(x, rows, dq, along):
@@ -471,17 +474,17 @@ def _backward(static: _Static, q, k, v, groups: _Groups, do, lse, delta):
         return dq, (dk, dv)
 
     def group_tile(x_and_rows):
-        x, rows, k_turned = x_and_rows
-        dq = jnp.zeros((tiles.q_count, tiles.groups, H, tiles.q_size), stats)
-        along = (jnp.arange(tiles.k_count), x.k, x.v, x.k_ids, x.k_bits, k_turned)
+        x, rows = x_and_rows
+        dq = jnp.zeros((tiles.q_count, tiles.groups, tiles.q_size, H), stats)
+        along = (jnp.arange(tiles.k_count), x.k, x.v, x.k_ids, x.k_bits)
         if tiles.k_count == 1:
             dq, (dk, dv) = key_tile(x, rows, dq, (0, *(_at(a, 0) for a in along[1:])))
             return dq, dk[None], dv[None]
         dq, (dk, dv) = lax.scan(functools.partial(key_tile, x, rows), dq, along)
         return dq, dk, dv
 
-    dq, dk, dv = lax.map(group_tile, (loop, rows, k_turned))
+    dq, dk, dv = lax.map(group_tile, (loop, rows))
     # ds lacks the scale of the logits: dq needs all of it, dk has met the queries' part already.
-    dq = jnp.swapaxes(dq, -1, -2) * static.scale
+    dq = dq * static.scale
     dk = dk * (_scales(static.scale, q.dtype)[1] * math.log(2))
     return _join(dq, G, Lq), _join(dk, G, Lk), _join(dv, G, Lk)
