@@ -234,7 +234,7 @@ class MultiheadDilatedAttention(nnx.Module):
         check_bool("is_causal", is_causal)
         ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
         places = self._positions(query, key, positions, kv_positions)
-        drops = self.attention.dropout > 0 and not self._deterministic(deterministic)
+        drops = self._drops(deterministic)
         dropout_key = self._dropout_key(rngs) if drops else None
 
         def mixed(inputs, ids, places, dropout_key):
@@ -300,10 +300,12 @@ class MultiheadDilatedAttention(nnx.Module):
         arange = jnp.arange(T, dtype=jnp.int32), jnp.arange(S, dtype=jnp.int32)
         return _first(positions, arange[0]), _first(kv_positions, arange[1])
 
-    def _deterministic(self, deterministic: Any) -> bool:
+    def _drops(self, deterministic: Any) -> bool:
+        """Does dropout act? With a rate of 0 nobody needs to say."""
         deterministic = _first(deterministic, self.deterministic)
-        check_bool("deterministic", deterministic)
-        return deterministic
+        if deterministic is not None or self.attention.dropout > 0:
+            check_bool("deterministic", deterministic)
+        return self.attention.dropout > 0 and not deterministic
 
     def _dropout_key(self, rngs: Any) -> jax.Array:
         rngs = _first(rngs, self.rngs)
@@ -356,11 +358,11 @@ def _positive(name: str, x: Any) -> int:
 def check_dtype(name: str, x: Any) -> Any:
     """x as a dtype, refused unless it is a floating point one that attention takes."""
     try:
-        dtype = jnp.dtype(x)
+        dtype = None if x is None else jnp.dtype(x)
     except TypeError:
-        raise refuse(name, f"one of {', '.join(FLOAT_DTYPES)}", x) from None
-    if dtype.name not in FLOAT_DTYPES:
-        raise refuse(name, f"one of {', '.join(FLOAT_DTYPES)}", dtype.name)
+        dtype = None
+    if dtype is None or dtype.name not in FLOAT_DTYPES:
+        raise refuse(name, f"one of {', '.join(FLOAT_DTYPES)}", x)
     return dtype
 
 
