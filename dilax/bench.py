@@ -1,6 +1,7 @@
 """Times of this library's implementations on this machine, beside dense attention."""
 
 import dataclasses
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -10,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from dilax._types import FLOAT_DTYPES, UnsupportedError, refuse
 from dilax.dilated import dilated_attention
@@ -98,7 +98,7 @@ def machine() -> dict[str, Any]:
         "platform": device.platform,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "python": platform.python_version(),
     }
 

@@ -95,14 +95,15 @@ def _run_train(config: Any, resume: bool, picture: Path | None) -> int:
     )
     with _progress(config.steps) as on_step:
         result = train(config, resume=resume, on_step=on_step)
-    if result.interrupted:
+    bigrams, ours = result.bigram_bits_per_byte, result.validation_bits_per_byte
+    if bigrams is None or ours is None:  # interrupted
         print(f"interrupted after step {result.step}", end="")
         print(f": --resume goes on from {result.checkpoint}" if result.checkpoint else "")
         return 130
     table = Table("on the held-out files", "bits per byte")
     table.columns[1].justify = "right"
-    table.add_row("byte bigrams", f"{result.bigram_bits_per_byte:.3f}")
-    table.add_row("this model", f"{result.validation_bits_per_byte:.3f}")
+    table.add_row("byte bigrams", f"{bigrams:.3f}")
+    table.add_row("this model", f"{ours:.3f}")
     rich.print(table)
     print(f"{result.tokens:,} bytes in {result.seconds:.0f} s")
     if picture is not None:
@@ -110,10 +111,7 @@ def _run_train(config: Any, resume: bool, picture: Path | None) -> int:
 
         first = result.step - len(result.bits_per_byte) + 1
         steps = range(first, result.step + 1)
-        levels = {
-            "byte bigrams, held out": result.bigram_bits_per_byte,
-            "this model, held out": result.validation_bits_per_byte,
-        }
+        levels = {"byte bigrams, held out": bigrams, "this model, held out": ours}
         curves = {"training": (steps, result.bits_per_byte)}
         plotting.draw_training(curves, levels).savefig(picture)
         print(f"wrote {picture}")
