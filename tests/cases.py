@@ -121,18 +121,19 @@ _BLOCKED = _options(head_offset="blocked")
 _ZEROS = _options(pad_mode="zeros")
 _ZERO_KEY = _options(zero_attn=True)
 _THREE = ((6, 12, 24), (1, 2, 4))
-_RAGGED = ((5, 9, 24), (1, 2, 3))  # neither lengths nor rates divide anything
+_RAGGED = ((9, 24), (2, 1))  # nothing divides anything
+_RAGGED_THREE = ((5, 9, 24), (1, 2, 3))
 
 CASES = (
     # Every option alone.
     Case("plain", *_THREE),
     Case("causal", *_THREE, options=_CAUSAL),
-    Case("blocked", *_RAGGED, N=6, options=_BLOCKED),
+    Case("blocked", *_RAGGED_THREE, N=6, options=_BLOCKED),
     Case("heads", *_THREE, N=5, options=_HEADS),
     Case("heads_blocked_causal", *_RAGGED, N=5, options=_HEADS + _BLOCKED + _CAUSAL),
     Case("heads_summed", *_THREE, options=_HEADS + _options(average_branches=False)),
     Case("averaged", *_THREE, options=_options(average_branches=True)),
-    Case("gqa", *_RAGGED, N=8, K=2),
+    Case("gqa", *_RAGGED_THREE, N=8, K=2),
     Case("gqa_causal_blocked", *_RAGGED, N=6, K=3, options=_CAUSAL + _BLOCKED),
     Case("mqa", *_RAGGED, N=5, K=1, options=_CAUSAL),
     Case("gqa_heads", (4, 8, 12, 24), (1, 2, 3, 1), N=6, K=2, options=_HEADS),
@@ -154,19 +155,22 @@ CASES = (
     Case("zero_attn", *_RAGGED, options=_ZERO_KEY),
     Case("bias_zero_attn_ids", *_THREE, bias=True, segment_ids="packed", options=_ZERO_KEY),
     # Padding that acts as keys.
-    Case("zeros", *_RAGGED, T=26, options=_ZEROS),
+    Case("zeros", *_RAGGED_THREE, T=26, options=_ZEROS),
     Case("zeros_long", (7, 40), (1, 3), T=26, options=_ZEROS),
     Case("zeros_blocked", (7, 10), (2, 4), T=26, N=6, options=_ZEROS + _BLOCKED),
     Case("zeros_heads", *_RAGGED, T=26, options=_ZEROS + _HEADS),
     Case("zeros_causal", *_RAGGED, T=26, options=_ZEROS + _CAUSAL),
     Case("zeros_extras", *_RAGGED, T=17, bias=True, key_padding=True, options=_ZEROS + _ZERO_KEY),
     # Cross lengths and starts.
-    Case("cross_short_keys", *_RAGGED, T=24, S=13),
+    Case("cross_short_keys", *_RAGGED_THREE, T=24, S=13),
     Case("cross_long_keys_causal", *_RAGGED, T=13, S=24, options=_CAUSAL),
     Case("cross_ids", *_RAGGED, T=13, S=22, segment_ids="packed"),
     Case("cross_padding_gqa", *_RAGGED, T=13, S=22, K=2, key_padding=True, options=_CAUSAL),
     Case("starts", *_RAGGED, T=15, S=21, options=_options(q_start=11, k_start=4)),
-    Case("starts_causal", *_RAGGED, T=15, S=21, options=_CAUSAL + _options(q_start=11, k_start=4)),
+    Case(
+        "starts_causal", *_RAGGED_THREE, T=15, S=21,
+        options=_CAUSAL + _options(q_start=11, k_start=4),
+    ),
     Case("starts_keys_later", *_RAGGED, T=20, options=_CAUSAL + _options(q_start=2, k_start=9)),
     Case("starts_apart", (4, 8), (1, 2), T=6, S=7, options=_options(q_start=30, k_start=1)),
     Case("decode_one", *_RAGGED, T=1, S=24, options=_CAUSAL + _options(q_start=23)),
@@ -175,7 +179,7 @@ CASES = (
         options=_HEADS + _options(q_start=7, k_start=3),
     ),
     # Dropout.
-    Case("dropout", *_RAGGED, dropout_rate=0.3),
+    Case("dropout", *_RAGGED_THREE, dropout_rate=0.3),
     Case("dropout_causal_gqa", *_THREE, N=8, K=2, dropout_rate=0.5, options=_CAUSAL),
     Case("dropout_ids", *_RAGGED, dropout_rate=0.2, segment_ids="packed", options=_CAUSAL),
     Case("dropout_heads", *_THREE, dropout_rate=0.4, options=_HEADS),
