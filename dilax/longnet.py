@@ -1,7 +1,7 @@
 """LongNet: encoder, decoder and language model of dilated attention layers.
 
 Layers are pre-norm with the sub-LayerNorms of MAGNETO. All layers of a model are one module whose
-parameters have a leading layer axis, created by nnx.vmap and run by nnx.scan: a deep model
+parameters have a leading layer axis, created by nnx.vmap and run by one scan: a deep model
 compiles as fast as a shallow one. Letters as in `dilax._types`; E is the embedding dim.
 """
 
@@ -264,14 +264,18 @@ def _run_stack(stack: Any, x, segment_ids, positions, deterministic, rngs) -> ja
     else:
         raise refuse("rngs", "nnx.Rngs with a dropout stream when dropout acts", rngs)
 
-    def step(x, layer, key):
+    # nnx.scan would refuse layers closed over by a user's jit or grad; lax.scan takes their arrays.
+    graphdef, arrays = nnx.split(stack.layers)
+
+    def step(x, along):
+        layer, key = nnx.merge(graphdef, along[0]), along[1]
         layer_rngs = None if key is None else nnx.Rngs(dropout=key)
-        return layer(x, segment_ids=segment_ids, positions=positions, rngs=layer_rngs)
+        return layer(x, segment_ids=segment_ids, positions=positions, rngs=layer_rngs), None
 
     if config.remat is not None:
-        step = nnx.remat(step, policy=getattr(jax.checkpoint_policies, config.remat))
+        step = jax.checkpoint(step, policy=getattr(jax.checkpoint_policies, config.remat))
     x = _dropped(x, config.dropout, rngs)
-    x = nnx.scan(step, in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)(x, stack.layers, keys)
+    x, _ = jax.lax.scan(step, x, (arrays, keys))
     return x if stack.norm is None else stack.norm(x)
 
 

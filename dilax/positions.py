@@ -171,7 +171,7 @@ class XPos:
             turned = _rotate(apart, positions, self.theta)
             fade = jnp.log((jnp.arange(0, H, 2, dtype=stats) + 0.4 * H) / (1.4 * H))
             power = sign * (positions - length // 2).astype(stats) / self.scale_base
-            factor = jnp.exp(power[:, :, None, None] * fade)
-            pairs = turned.reshape(*x.shape[:-1], 2, H // 2) * factor[..., None, :]
+            factor = jnp.exp(power[:, :, None, None, None] * fade.reshape(1, 1, 1, 1, -1))
+            pairs = turned.reshape(*x.shape[:-1], 2, H // 2) * factor
             scaled.append(jnp.swapaxes(pairs, -1, -2).reshape(x.shape).astype(x.dtype))
         return tuple(scaled)
