@@ -53,12 +53,6 @@ class Options:
     interpret: bool
 
 
-def _starts(plan: schedule.Launch, ref: Any) -> tuple[Any, Any]:
-    home = ref[0] if plan.home_start is None else jnp.int32(plan.home_start)
-    away = ref[1] if plan.away_start is None else jnp.int32(plan.away_start)
-    return home, away
-
-
 def _seen(
     plan: schedule.Launch, v: schedule.Visit, row: Any, start: Any, shape: tuple[int, int]
 ) -> jax.Array:
@@ -83,6 +77,8 @@ def _write(tile: jax.Array, smem: Any, ref: Any, barrier: Any, add: bool) -> Non
     if add:
         plgpu.barrier_wait(barrier)
         tile = tile + load_shared(smem, TILE).astype(jnp.float32)
+    else:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     smem[...] = tile.astype(smem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem, ref)
@@ -91,7 +87,7 @@ def _write(tile: jax.Array, smem: Any, ref: Any, barrier: Any, add: bool) -> Non
 def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     views = sorted(set(plan.rates))
     it = iter(refs)
-    items, starts_ref, seed_ref, q_ref, do_ref, lse_ref, delta_ref = (next(it) for _ in range(7))
+    items, geometry, seed_ref, q_ref, do_ref, lse_ref, delta_ref = (next(it) for _ in range(7))
     k_refs = {r: next(it) for r in views}
     v_refs = {r: next(it) for r in views}
     q_ids = next(it) if opt.ids else None
@@ -104,35 +100,31 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
     count, branches, bkv = items[cta, 0, 0], len(plan.rates), plan.block_away
     head_dim = q_smem.shape[-1]
 
-    def place(t: Any) -> Any:
-        code, mask = items[cta, t + 1, 0], items[cta, t + 1, 1]
-        b, tile, n, residue = schedule.decode(plan, plan.heads, code)
-        local = schedule.modulo(residue - _starts(plan, starts_ref)[0], plan.stride)
-        return b, n, residue, mask, tile * plan.block_home, local
+    def place(entry: Any) -> tuple[Any, ...]:
+        return *schedule.place(plan, geometry, entry[0], plan.heads), entry[1]
 
-    def visit(branch: Any, mask: Any, residue: Any, row: Any) -> schedule.Visit:
-        return schedule.visit(plan, branch, mask, residue, row, _starts(plan, starts_ref))
+    def visit(branch: Any, mask: Any, residue: Any, tile: Any) -> schedule.Visit:
+        return schedule.visit(plan, geometry, branch, mask, residue, tile)
 
     def consume() -> None:
         plgpu.set_max_registers(240, action="increase")
 
-        def one_item(t: Any, base: Any) -> Any:
-            b, n, residue, mask, tile_row, local = place(t)
-            row = tile_row + wg * ROWS
+        def one_item(t: Any, state: Any) -> Any:
+            base, current = state
+            following = schedule.entry(items, cta, t + 1, count)
+            b, n, residue, tile, local, mask = place(current)
+            row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, n)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if opt.add:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.copy_gmem_to_smem(dq_ref.at[window], dq_smem.at[wg], c_ready.at[wg])
-            total = base
-            for branch in range(branches):
-                total += visit(branch, mask, residue, tile_row).steps
             lse = load(lse_ref.at[b, n, pl.ds(row, ROWS), local], ROW)
             delta = load(delta_ref.at[b, n, pl.ds(row, ROWS), local], ROW)
             id_rows = load(q_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
-            pl.when(total > base)(lambda: plgpu.barrier_wait(q_ready.at[wg]))
 
             def step(j: Any, state: Any, v: schedule.Visit, branch: Any) -> Any:
                 dq, i = state
+                pl.when(i == base)(lambda: plgpu.barrier_wait(q_ready.at[wg]))
                 slot, start = lax.rem(i, jnp.int32(opt.stages)), v.first + j * bkv
                 plgpu.barrier_wait(k_ready.at[slot])
                 plgpu.barrier_wait(v_ready.at[slot])
@@ -169,18 +161,22 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 return dq, i + 1
 
             def one_branch(branch: Any, state: Any) -> Any:
-                v = visit(branch, mask, residue, tile_row)
+                v = visit(branch, mask, residue, tile)
                 return lax.fori_loop(0, v.steps, functools.partial(step, v=v, branch=branch), state)
 
             dq = filled((ROWS, head_dim), 0.0, jnp.float32, TILE)
-            dq, end = lax.fori_loop(0, branches, one_branch, (dq, base))
+            if branches == 1:
+                dq, end = one_branch(0, (dq, base))
+            else:
+                dq, end = lax.fori_loop(0, branches, one_branch, (dq, base))
             pl.when(end > base)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
             _write(
                 dq * (opt.scale / LOG2E), dq_smem.at[wg], dq_ref.at[window], c_ready.at[wg], opt.add
             )
-            return end
+            return end, following
 
-        lax.fori_loop(0, count, one_item, jnp.int32(0))
+        first = schedule.entry(items, cta, 0, count)
+        lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
@@ -188,19 +184,19 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
 
         def one_item(t: Any, state: Any) -> Any:
             fill, used = state
-            b, n, residue, mask, tile_row, local = place(t)
+            b, n, residue, tile, local, mask = place(schedule.entry(items, cta, t, count))
             kv_head = lax.div(n, jnp.int32(opt.group))
 
             def load_home() -> None:
                 for i in range(CONSUMERS):
                     pl.when(used > 0)(lambda i=i: plgpu.barrier_wait(q_free.at[i]))
-                    at = (b, aligned_rows(tile_row + i * ROWS, ROWS), local, n)
+                    at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, n)
                     plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[i], q_ready.at[i])
                     plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[i], q_ready.at[i])
 
             begin = fill
             for branch in range(branches):
-                v, rate = visit(branch, mask, residue, tile_row), plan.rates[branch]
+                v, rate = visit(branch, mask, residue, tile), plan.rates[branch]
 
                 def step(j: Any, i: Any, v: Any = v, rate: int = rate) -> Any:
                     slot = lax.rem(i, jnp.int32(opt.stages))
@@ -230,7 +226,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
 def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     views = sorted(set(plan.rates))
     it = iter(refs)
-    items, part, starts_ref, seed_ref, k_ref, v_ref = (next(it) for _ in range(6))
+    items, part, geometry, seed_ref, k_ref, v_ref = (next(it) for _ in range(6))
     q_refs = {r: next(it) for r in views}
     do_refs = {r: next(it) for r in views}
     lse_refs = {r: next(it) for r in views}
@@ -250,24 +246,23 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     head_dim = k_smem.shape[-1]
     dtype = k_smem.dtype
 
-    def place(t: Any) -> Any:
-        b, tile, n, residue = schedule.decode(plan, kv_heads, items[cta, t + 1, 0])
-        local = schedule.modulo(residue - _starts(plan, starts_ref)[0], plan.stride)
-        return b, n, residue, tile * plan.block_home, local
+    def place(entry: Any) -> tuple[Any, ...]:
+        return schedule.place(plan, geometry, entry[0], kv_heads)
 
-    def visit(branch: Any, head: Any, residue: Any, row: Any) -> schedule.Visit:
-        mask = part[head, residue]
-        return schedule.visit(plan, branch, mask, residue, row, _starts(plan, starts_ref))
+    def visit(branch: Any, head: Any, residue: Any, tile: Any) -> schedule.Visit:
+        return schedule.visit(plan, geometry, branch, part[head, residue], residue, tile)
 
     def consume() -> None:
         plgpu.set_max_registers(240, action="increase")
 
         def one_item(t: Any, state: Any) -> Any:
-            b, kv_head, residue, tile_row, local = place(t)
-            row = tile_row + wg * ROWS
+            base, current = state
+            following = schedule.entry(items, cta, t + 1, count)
+            b, kv_head, residue, tile, local = place(current)
+            row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, kv_head)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if opt.add:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.copy_gmem_to_smem(dv_ref.at[window], out_smem.at[wg], c_ready.at[wg])
             id_rows = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
             plgpu.barrier_wait(k_ready.at[wg])
@@ -362,13 +357,13 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             def one_visit(index: Any, i: Any, accs: Any) -> Any:
                 branch = lax.div(index, jnp.int32(opt.group))
                 head = kv_head * opt.group + lax.rem(index, jnp.int32(opt.group))
-                v = visit(branch, head, residue, tile_row)
+                v = visit(branch, head, residue, tile)
                 body = functools.partial(step, v=v, head=head, branch=branch, accs=accs)
                 return lax.fori_loop(0, v.steps, body, i)
 
             def gradients(dk_acc: Any, dv_acc: Any) -> Any:
                 body = functools.partial(one_visit, accs=(dk_acc, dv_acc))
-                end = lax.fori_loop(0, visits, body, state)
+                end = body(0, base) if visits == 1 else lax.fori_loop(0, visits, body, base)
                 return dk_acc[...], dv_acc[...], end
 
             acc = plgpu.ACC((ROWS, head_dim), jnp.float32)
@@ -380,25 +375,26 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             if opt.add:
                 plgpu.copy_gmem_to_smem(dk_ref.at[window], out, c_ready.at[wg])
             _write(dk * (opt.scale / LOG2E), out, dk_ref.at[window], c_ready.at[wg], opt.add)
-            return end
+            return end, following
 
-        lax.fori_loop(0, count, one_item, jnp.int32(0))
+        first = schedule.entry(items, cta, 0, count)
+        lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
         plgpu.set_max_registers(24, action="decrease")
 
         def one_item(t: Any, fill: Any) -> Any:
-            b, kv_head, residue, tile_row, local = place(t)
+            b, kv_head, residue, tile, local = place(schedule.entry(items, cta, t, count))
             for i in range(CONSUMERS):
                 pl.when(t > 0)(lambda i=i: plgpu.barrier_wait(k_free.at[i]))
-                at = (b, aligned_rows(tile_row + i * ROWS, ROWS), local, kv_head)
+                at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, kv_head)
                 plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[i], k_ready.at[i])
                 plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[i], k_ready.at[i])
 
             def member(m: Any, fill: Any, branch: int) -> Any:
                 head, rate = kv_head * opt.group + m, plan.rates[branch]
-                v = visit(branch, head, residue, tile_row)
+                v = visit(branch, head, residue, tile)
 
                 def step(j: Any, i: Any) -> Any:
                     slot = lax.rem(i, jnp.int32(opt.stages))
@@ -462,7 +458,8 @@ def queries_gradient(
     query, key, value, do = arrays
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
-    operands = [jnp.asarray(table), starts, seed, view(query, plan.stride), view(do, plan.stride)]
+    operands = [jnp.asarray(table), jnp.asarray(schedule.geometry(plan, starts)), seed]
+    operands += [view(query, plan.stride), view(do, plan.stride)]
     rows_view = (*lse.shape[:2], lse.shape[2] // plan.stride, plan.stride)
     operands += [lse.reshape(rows_view), delta.reshape(rows_view)]
     operands += [view(key, r) for r in views] + [view(value, r) for r in views]
@@ -523,7 +520,8 @@ def keys_gradient(
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
     part = schedule.participation(plan).astype(np.int32)
-    operands = [jnp.asarray(table), jnp.asarray(part), starts, seed]
+    operands = [jnp.asarray(table), jnp.asarray(part)]
+    operands += [jnp.asarray(schedule.geometry(plan, starts)), seed]
     operands += [view(key, plan.stride), view(value, plan.stride)]
     operands += [view(x, r) for x in (query, do) for r in views]
     operands += [_by_residue(x, r) for x in (lse, delta) for r in views]

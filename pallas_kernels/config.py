@@ -95,10 +95,10 @@ def keys_blocks(head_dim: int, fused: bool) -> Blocks | None:
 def fuses_backward(head_dim: int) -> bool:
     """Whether the keys' kernel may also add up the queries' gradient.
 
-    Each of two warpgroups then takes 64 of 128 query rows; beyond 64 columns its accumulators no
-    longer fit the registers.
+    Each of two warpgroups then takes 64 of 128 query rows; with more than 64 columns its
+    accumulators no longer fit the registers, other sizes have not been made to work.
     """
-    return head_dim <= 64
+    return head_dim == 64
 
 
 def partition(launch: schedule.Launch, *, split: bool) -> tuple[tuple[int, ...], ...]:
@@ -109,11 +109,13 @@ def partition(launch: schedule.Launch, *, split: bool) -> tuple[tuple[int, ...],
     or unaligned segments hide from only part of it is computed in vain. Takes the cheapest of the
     partitions that run some first branches alone and the rest together.
 
-    split: only groups of branches of one rate. Returns tuples of indices into launch.rates.
+    Causal calls never share: on an H100 that was slower, for the masked steps that it adds.
+
+    split: only groups of one branch. Returns tuples of indices into launch.rates.
     """
     count = len(launch.rates)
     singles = tuple((i,) for i in range(count))
-    if split or count == 1:
+    if split or count == 1 or launch.causal:
         return singles
     candidates = [singles]
     for alone in range(count - 1):

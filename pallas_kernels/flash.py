@@ -73,8 +73,9 @@ def attend(
             `column_bits` and `keep` as in `dilax.dropout`.
         carry: a partial result (out float32 `[B, T, N, H]`, lse float32 `[B, T, N]`) over other
             keys, which the softmax continues.
-        deterministic: False allows a backward whose query gradient is added up in varying order;
-            None means False unless XLA is asked for deterministic operations (XLA_FLAGS).
+        deterministic: False allows a backward that adds up the query gradient in varying order
+            (used for H = 64, unless XLA_FLAGS ask for deterministic operations). None means True:
+            on an H100 the other one gained less than 10 %.
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
 
     Returns:
@@ -110,7 +111,7 @@ def attend(
         rate=float(dropout_rate),
         keep=keep if dropout_rate else None,
         out_dtype=_out_dtype(query, carry, out_dtype),
-        deterministic=_deterministic_ops() if deterministic is None else bool(deterministic),
+        deterministic=deterministic is None or bool(deterministic) or _deterministic_ops(),
         ids=q_segment_ids is not None,
         device_kind=kind,
         interpret=interpreting(),

@@ -61,7 +61,7 @@ def _softmax(s: jax.Array, m: jax.Array, scale: float) -> tuple[jax.Array, jax.A
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     views = sorted(set(plan.rates))
     it = iter(refs)
-    items, starts_ref, seed_ref = (next(it) for _ in range(3))
+    items, geometry, seed_ref = (next(it) for _ in range(3))
     q_ref = next(it)
     k_refs = {r: next(it) for r in views}
     v_refs = {r: next(it) for r in views}
@@ -74,20 +74,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count = items[cta, 0, 0]
     branches = len(plan.rates)
-    heads = plan.heads
     bkv = plan.block_away
     head_dim = q_smem.shape[-1]
-
-    def starts() -> tuple[Any, Any]:
-        home = starts_ref[0] if plan.home_start is None else jnp.int32(plan.home_start)
-        away = starts_ref[1] if plan.away_start is None else jnp.int32(plan.away_start)
-        return home, away
-
-    def place(code: Any) -> tuple[Any, Any, Any, Any, Any]:
-        b, tile, n, residue = schedule.decode(plan, heads, code)
-        return b, n, residue, tile * plan.block_home, schedule.modulo(
-            residue - starts()[0], plan.stride
-        )
 
     def consume() -> None:
         plgpu.set_max_registers(240, action="increase")
@@ -156,17 +144,22 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, m, l, n + 1
 
-        def one_item(t: Any, base: Any) -> Any:
-            code, mask = items[cta, t + 1, 0], items[cta, t + 1, 1]
-            b, n, residue, tile_row, local = place(code)
-            row = tile_row + wg * ROWS
+        def one_item(t: Any, state: Any) -> Any:
+            base, (code, mask, steps) = state
+            # Read early: the next tile must not start by waiting for memory.
+            following = schedule.entry(items, cta, t + 1, count)
+            b, n, residue, tile, local = schedule.place(plan, geometry, code, plan.heads)
+            row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, n)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if opt.carry:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
-            total = base
-            for branch in range(branches):
-                total += schedule.visit(plan, branch, mask, residue, tile_row, starts()).steps
+            if not schedule.knows_starts(plan):
+                total = base
+                for branch in range(branches):
+                    total += schedule.visit(plan, geometry, branch, mask, residue, tile).steps
+            else:
+                total = base + steps
             id_rows = None
             if opt.ids:
                 id_rows = load(q_ids.at[b, pl.ds(row, ROWS), local], ROW)
@@ -178,7 +171,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 pl.when(wg == 1)(await_turn)
 
             def one_branch(branch: Any, state: Any) -> Any:
-                v = schedule.visit(plan, branch, mask, residue, tile_row, starts())
+                v = schedule.visit(plan, geometry, branch, mask, residue, tile)
                 iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
                 g_rows = (iota + row) * v.home_step + v.home_shift
                 g_first = row * v.home_step + v.home_shift
@@ -198,7 +191,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 filled((ROWS,), 0.0, jnp.float32, ROW),
                 base,
             )
-            acc, m, l, end = lax.fori_loop(0, branches, one_branch, state)
+            if branches == 1:
+                acc, m, l, end = one_branch(0, state)
+            else:
+                acc, m, l, end = lax.fori_loop(0, branches, one_branch, state)
 
             @pl.when(end > base)
             def _() -> None:
@@ -206,7 +202,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 plgpu.barrier_arrive(q_free.at[wg])
 
             finish(acc, m, l, window, b, n, row, local)
-            return end
+            return end, following
 
         def finish(acc: Any, m: Any, l: Any, window: Any, b: Any, n: Any, row: Any, local: Any) -> None:
             lse_at = lse_ref.at[b, n, pl.ds(row, ROWS), local]
@@ -226,12 +222,15 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 m, l = top, l * ours + theirs
             inverse = jnp.where(l > 0.0, 1.0 / l, 0.0)
             out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+            if not opt.carry:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o_smem.at[wg][...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window])
             store(lse_at, jnp.where(l > 0.0, (m + jnp.log2(l)) * (1.0 / LOG2E), -jnp.inf))
 
-        lax.fori_loop(0, count, one_item, jnp.int32(0))
+        first = schedule.entry(items, cta, 0, count)
+        lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
@@ -239,8 +238,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
         def one_item(t: Any, state: Any) -> Any:
             fill, queries = state
-            code, mask = items[cta, t + 1, 0], items[cta, t + 1, 1]
-            b, n, residue, tile_row, local = place(code)
+            code, mask, _ = schedule.entry(items, cta, t, count)
+            b, n, residue, tile, local = schedule.place(plan, geometry, code, plan.heads)
             kv_head = lax.div(n, jnp.int32(opt.group))
 
             def load_queries() -> None:
@@ -249,14 +248,14 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     def _(i: int = i) -> None:
                         plgpu.barrier_wait(q_free.at[i])
 
-                    rows = aligned_rows(tile_row + i * ROWS, ROWS)
+                    rows = aligned_rows(tile * plan.block_home + i * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(
                         q_ref.at[b, rows, local, n], q_smem.at[i], q_ready.at[i]
                     )
 
             begin = fill
             for branch in range(branches):
-                v = schedule.visit(plan, branch, mask, residue, tile_row, starts())
+                v = schedule.visit(plan, geometry, branch, mask, residue, tile)
                 rate = plan.rates[branch]
 
                 def step(j: Any, n_fill: Any, v: Any = v, rate: int = rate) -> Any:
@@ -316,7 +315,8 @@ def forward(
     """
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
-    operands = [jnp.asarray(table), starts, seed, view(query, plan.stride)]
+    geometry = jnp.asarray(schedule.geometry(plan, starts))
+    operands = [jnp.asarray(table), geometry, seed, view(query, plan.stride)]
     operands += [view(key, r) for r in views]
     operands += [view(value, r) for r in views]
     if opt.ids:

@@ -10,6 +10,7 @@ registers; for each branch it visits a range of dilated rows of the other, "away
 import dataclasses
 import heapq
 import math
+import types
 from typing import Any
 
 import jax
@@ -79,33 +80,16 @@ def participation(launch: Launch) -> np.ndarray:
 
 
 def steps(launch: Launch) -> np.ndarray:
-    """Away tiles visited by `[head, residue, tile]`, all branches together."""
-    mask = participation(launch)
-    home_start, away_start = launch.home_start or 0, launch.away_start or 0
-    residue = np.arange(launch.stride)[:, None]
-    first_row = np.arange(launch.tiles)[None] * launch.block_home
-    last_row = np.minimum(first_row + launch.block_home, launch.home_rows) - 1
-    local = (residue - home_start) % launch.stride
-    total = np.zeros((launch.heads, launch.stride, launch.tiles), np.int64)
-    for bit, (rate, length) in enumerate(zip(launch.rates, launch.lengths, strict=True)):
-        offset = residue % rate
-        first, last = (
-            (home_start + row * launch.stride + local - offset) // rate
-            for row in (first_row, last_row)
-        )
-        low, high = first // length * length, (last // length + 1) * length
-        if launch.causal and launch.transposed:
-            low = np.maximum(low, first)
-        elif launch.causal:
-            high = np.minimum(high, last + 1)
-        away_local = (offset - away_start) % rate
-        shift = (away_start + away_local - offset) // rate
-        count = np.maximum(0, -(-(launch.away - away_local) // rate))
-        low = np.maximum(low - shift, 0) // ROW_ALIGNMENT * ROW_ALIGNMENT
-        high = np.minimum(high - shift, count)
-        visited = -(-np.maximum(high - low, 0) // launch.block_away)
-        total += np.where((mask >> bit & 1)[:, :, None] == 1, visited[None], 0)
-    return total
+    """Away tiles visited by `[head, residue, tile]`, all branches together.
+
+    Starts that are known only at run time count as 0: the result then only balances work.
+    """
+    known = dataclasses.replace(
+        launch, home_start=launch.home_start or 0, away_start=launch.away_start or 0
+    )
+    visited = geometry(known, None)[..., 1].astype(np.int64)
+    bits = participation(launch)[None] >> np.arange(len(launch.rates))[:, None, None] & 1
+    return np.einsum("bnr,brt->nrt", bits, visited)
 
 
 def _chunks(launch: Launch, kv_head: np.ndarray, tile: np.ndarray, row_bytes: int) -> np.ndarray:
@@ -131,8 +115,8 @@ def work_lists(
 
     row_bytes: bytes of one position of one kv head, both away arrays together.
     group: query heads for each kv head (items of `transposed` launches are per kv head).
-    Returns int32 `[ctas, 1 + items, 2]`: entry 0 holds the count; the others (tile code, branch
-    mask), code = ((batch * tiles + tile) * heads + head) * stride + residue.
+    Returns int32 `[ctas, 1 + items, 3]`: entry 0 holds the count; the others (tile code, branch
+    mask, away tiles), code = ((batch * tiles + tile) * heads + head) * stride + residue.
     """
     away_tiles, mask = steps(launch), participation(launch)
     heads = launch.heads
@@ -163,17 +147,18 @@ def work_lists(
     work = zip(
         code[order].tolist(),
         mask[head, residue][order].tolist(),
+        cost[order].tolist(),
         # Loading the home tile and writing the result cost about as much as one more visit.
         (cost[order] + 1).tolist(),
         strict=True,
     )
-    lists: list[list[tuple[int, int]]] = [[] for _ in range(ctas)]
+    lists: list[list[tuple[int, int, int]]] = [[] for _ in range(ctas)]
     load = [(0, cta) for cta in range(ctas)]
-    for item, bits, weight in work:
+    for item, bits, steps_, weight in work:
         total, cta = load[0]
         heapq.heapreplace(load, (total + weight, cta))
-        lists[cta].append((item, bits))
-    table = np.zeros((ctas, 1 + max(map(len, lists)), 2), np.int32)
+        lists[cta].append((item, bits, steps_))
+    table = np.zeros((ctas, 1 + max(map(len, lists)), 3), np.int32)
     for cta, items in enumerate(lists):
         table[cta, 0, 0] = len(items)
         if items:
@@ -185,22 +170,22 @@ def work_lists(
 class Visit:
     """What one branch contributes to one tile: traced int32 scalars.
 
-    offset, rate, length: of the branch. home_shift, home_step: dilated row of home row m is
-    `m * home_step + home_shift`. away_shift: dilated row of away row 0. away_residue: the residue
-    of the away rows in the away array viewed as `[rows, rate]`. first: first away row. limit:
-    number of away rows that exist. steps: away tiles to visit.
+    first: first away row. steps: away tiles to visit. home_shift, home_step: the dilated row of
+    home row m is `m * home_step + home_shift`. away_shift: dilated row of away row 0.
+    away_residue: residue of the away rows in the away array viewed as `[rows, rate]`. limit: away
+    rows that exist. offset, rate, length: of the branch.
     """
 
+    first: Any
+    steps: Any
+    home_shift: Any
+    away_shift: Any
+    away_residue: Any
+    limit: Any
     offset: Any
     rate: Any
     length: Any
-    home_shift: Any
     home_step: Any
-    away_shift: Any
-    away_residue: Any
-    first: Any
-    limit: Any
-    steps: Any
 
 
 def pick(values: tuple[int, ...], index: Any) -> Any:
@@ -215,7 +200,7 @@ def pick(values: tuple[int, ...], index: Any) -> Any:
 
 def row_bounds(launch: Launch, length: Any, rows: Any) -> tuple[Any, Any]:
     """The dilated away rows [low, high) that dilated home rows see (scalar or vector)."""
-    low = lax.div(rows, lax.convert_element_type(jnp.int32(length), jnp.int32)) * length
+    low = lax.div(rows, jnp.int32(length)) * length
     high = low + length
     if launch.causal and launch.transposed:
         low = jnp.maximum(low, rows)
@@ -224,43 +209,128 @@ def row_bounds(launch: Launch, length: Any, rows: Any) -> tuple[Any, Any]:
     return low, high
 
 
-def visit(
-    launch: Launch, branch: Any, mask: Any, residue: Any, row: Any, starts: tuple[Any, Any]
-) -> Visit:
-    """Resolves the visit of `branch` by the home tile that starts at `row` of class `residue`.
+FIELDS = 8
 
-    mask: branch bits of the item; a branch whose bit is unset gets 0 steps.
-    starts: absolute (home, away) start positions.
+
+def _fields(
+    launch: Launch, branch: int, residue: Any, row: Any, starts: Any, ops: Any
+) -> tuple[Any, ...]:
+    """The fields of one branch for tiles at `row` of class `residue`; all values are >= 0.
+
+    ops: namespace with div, rem, maximum and minimum for numpy, jax or kernel scalars.
     """
-    rate, length = pick(launch.rates, branch), pick(launch.lengths, branch)
+    rate, length = launch.rates[branch], launch.lengths[branch]
     home_start, away_start = starts
-    offset = lax.rem(residue, jnp.int32(rate))
-    step = pick(tuple(launch.stride // r for r in launch.rates), branch)
-    local = modulo(residue - home_start, launch.stride)
-    home_shift = lax.div(home_start + local - offset, jnp.int32(rate))
-    away_residue = modulo(offset - away_start, rate)
-    away_shift = lax.div(away_start + away_residue - offset, jnp.int32(rate))
-    limit = lax.div(jnp.maximum(launch.away - away_residue + rate - 1, 0), jnp.int32(rate))
-    last = jnp.minimum(row + launch.block_home, launch.home_rows) - 1
-    low, _ = row_bounds(launch, length, row * step + home_shift)
-    _, high = row_bounds(launch, length, last * step + home_shift)
-    first = lax.div(jnp.maximum(low - away_shift, 0), jnp.int32(ROW_ALIGNMENT)) * ROW_ALIGNMENT
-    count = jnp.maximum(jnp.minimum(high - away_shift, limit) - first, 0)
-    steps = lax.div(count + (launch.block_away - 1), jnp.int32(launch.block_away))
-    present = lax.rem(lax.shift_right_logical(mask, jnp.int32(branch)), jnp.int32(2))
+    local = ops.rem(residue + ops.rem(-home_start, launch.stride) + launch.stride, launch.stride)
+    offset = ops.rem(residue, rate)
+    home_shift = ops.div(home_start + local - offset, rate)
+    away_residue = ops.rem(offset + ops.rem(-away_start, rate) + rate, rate)
+    away_shift = ops.div(away_start + away_residue - offset, rate)
+    limit = ops.div(ops.maximum(launch.away - away_residue + rate - 1, 0), rate)
+    last = ops.minimum(row + launch.block_home, launch.home_rows) - 1
+    step = launch.stride // rate
+    low, high = row * step + home_shift, last * step + home_shift
+    seen_low, seen_high = ops.div(low, length) * length, (ops.div(high, length) + 1) * length
+    if launch.causal and launch.transposed:
+        seen_low = ops.maximum(seen_low, low)
+    elif launch.causal:
+        seen_high = ops.minimum(seen_high, high + 1)
+    first = ops.div(ops.maximum(seen_low - away_shift, 0), ROW_ALIGNMENT) * ROW_ALIGNMENT
+    count = ops.maximum(ops.minimum(seen_high - away_shift, limit) - first, 0)
+    visited = ops.div(count + (launch.block_away - 1), launch.block_away)
+    return first, visited, home_shift, away_shift, away_residue, limit, offset, local
+
+
+# Truncating division, the same on the host and in a kernel (where // would also test for signs).
+_HOST = types.SimpleNamespace(
+    div=lambda a, b: np.asarray(a) // b,
+    rem=lambda a, b: np.fmod(a, b),
+    maximum=np.maximum,
+    minimum=np.minimum,
+)
+_TRACED = types.SimpleNamespace(
+    div=lambda a, b: lax.div(*_int32(a, b)),
+    rem=lambda a, b: lax.rem(*_int32(a, b)),
+    maximum=jnp.maximum,
+    minimum=jnp.minimum,
+)
+
+
+def _int32(a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
+    a, b = jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32)
+    return a, jnp.broadcast_to(b, a.shape) if a.ndim else b
+
+
+def knows_starts(launch: Launch) -> bool:
+    """Whether both start positions are static."""
+    return launch.home_start is not None and launch.away_start is not None
+
+
+def geometry(launch: Launch, starts: Any) -> Any:
+    """Where each branch looks from each tile: int32 `[branch, residue, tile, FIELDS]`.
+
+    The fields are the first seven of `Visit` and the tile's residue in the home array. Computed
+    before the launch, because divisions by a rate that is not a constant would cost a tile more
+    than a whole step. starts: traced int32 `[2]` (queries, keys), used only where the launch does
+    not know its start.
+    """
+    static = knows_starts(launch)
+    shape = (launch.stride, launch.tiles)
+    residue = np.broadcast_to(np.arange(launch.stride, dtype=np.int32)[:, None], shape)
+    row = np.arange(launch.tiles, dtype=np.int32)[None] * launch.block_home
+    row = np.broadcast_to(row, shape)
+    where = (launch.home_start, launch.away_start)
+    if not static:
+        where = tuple(starts[i] for i in ((1, 0) if launch.transposed else (0, 1)))
+        where = tuple(jnp.broadcast_to(x, shape) for x in where)
+        residue, row = jnp.asarray(residue), jnp.asarray(row)
+    xp: Any = np if static else jnp
+    ops = _HOST if static else _TRACED
+    branches = []
+    for branch in range(len(launch.rates)):
+        fields = _fields(launch, branch, residue, row, where, ops)
+        branches.append(xp.stack([xp.broadcast_to(x, shape) for x in fields], axis=-1))
+    return xp.stack(branches).astype(np.int32)
+
+
+def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile: Any) -> Visit:
+    """Reads the visit of `branch` by a tile; a branch whose bit in `mask` is unset has 0 steps."""
+    present = lax.rem(lax.shift_right_logical(mask, jnp.int32(branch)), jnp.int32(2)) == 1
+    if len(launch.rates) == 1 and knows_starts(launch):
+        # All divisors are constants here: quicker than a read from memory.
+        where = (jnp.int32(launch.home_start), jnp.int32(launch.away_start))
+        row = tile * launch.block_home
+        fields = list(_fields(launch, 0, residue, row, where, _TRACED)[: FIELDS - 1])
+        fields[1] = jnp.where(present, fields[1], 0)
+    else:
+
+        def read() -> tuple[Any, ...]:
+            return tuple(table[branch, residue, tile, i] for i in range(FIELDS - 1))
+
+        fields = lax.cond(present, read, lambda: (jnp.int32(0),) * (FIELDS - 1))
     return Visit(
-        offset, rate, length, home_shift, step, away_shift, away_residue, first, limit,
-        steps * present,
+        *fields,
+        rate=pick(launch.rates, branch),
+        length=pick(launch.lengths, branch),
+        home_step=pick(tuple(launch.stride // r for r in launch.rates), branch),
     )
 
 
-def modulo(value: Any, modulus: Any) -> Any:
-    """The non-negative remainder, also of a negative value."""
-    if isinstance(modulus, int) and modulus == 1:
-        return jnp.int32(0)
-    modulus = jnp.int32(modulus)
-    remainder = lax.rem(jnp.int32(value), modulus)
-    return jnp.where(remainder < 0, remainder + modulus, remainder)
+def place(launch: Launch, table: Any, code: Any, heads: int) -> tuple[Any, ...]:
+    """(batch, head, residue, tile, residue in the home array) of a tile code."""
+    batch, tile, head, residue = decode(launch, heads, code)
+    if not knows_starts(launch):
+        local = table[0, residue, tile, FIELDS - 1]
+    else:
+        shifted = residue + (-launch.home_start) % launch.stride
+        local = lax.rem(shifted, jnp.int32(launch.stride))
+    return batch, head, residue, tile, local
+
+
+def entry(items: Any, cta: Any, t: Any, count: Any) -> tuple[Any, Any, Any]:
+    """(code, branch mask, away tiles) of item t of a block; the last one again past the end."""
+    at = jnp.minimum(t + 1, count)
+    return items[cta, at, 0], items[cta, at, 1], items[cta, at, 2]
 
 
 def decode(launch: Launch, heads: int, code: Any) -> tuple[Any, Any, Any, Any]:

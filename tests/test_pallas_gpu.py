@@ -1,0 +1,80 @@
+"""The kernels on a Hopper GPU. `make test-gpu` counts a skip here as a failure."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from pallas_kernels import config
+from tests.test_pallas_cases import KernelCase, check, run_kernel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
+
+LONG = {"w": (128, 256, 512), "r": (1, 2, 4), "T": 1024, "N": 4}
+CASES = [
+    KernelCase("dense", (1 << 20,), (1,), T=512),
+    KernelCase("dense causal 128", (1 << 20,), (1,), T=640, H=128, causal=True),
+    KernelCase("segments", (256,), (1,), T=1024, H=128),
+    KernelCase("dilated", (1024,), (4,), T=1024, H=64, N=4),
+    KernelCase("three", **LONG),
+    KernelCase("three causal", **LONG, causal=True),
+    KernelCase("three 128", **LONG, H=128, B=2),
+    KernelCase("three causal 128", **LONG, H=128, causal=True),
+    KernelCase("fp16", **LONG, H=48, dtype="float16"),
+    KernelCase("fused", **LONG, deterministic=False),
+    KernelCase("fused causal", **LONG, causal=True, deterministic=False),
+    KernelCase("fused 48", **LONG, H=48, deterministic=False, dtype="float16"),
+    KernelCase("long list", (2048, 4096, 8192), (1, 2, 4), T=8192, N=4, H=128),
+    KernelCase("gqa", **LONG, K=2),
+    KernelCase("mqa causal", **LONG, K=1, causal=True),
+    KernelCase("mqa fused", **LONG, K=1, deterministic=False),
+    KernelCase("ragged", (128, 256), (1, 2), T=331, H=64),
+    KernelCase("ragged causal", (96, 200, 400), (1, 2, 4), T=777, H=64, N=4, causal=True),
+    KernelCase("one more than a segment", (256,), (2,), T=257, H=32, causal=True),
+    KernelCase("tiny segments", (8, 16), (1, 2), T=200, H=32),
+    KernelCase("w beyond T", (1001,), (2,), T=300, H=64),
+    KernelCase("no rate 1", (128,), (2,), T=256, H=64),
+    KernelCase("rate above heads", (512,), (8,), T=512, H=64),
+    KernelCase("odd rates", (120, 360), (1, 3), T=720, H=64, N=3, causal=True),
+    KernelCase("blocked", **LONG, head_offset="blocked"),
+    KernelCase("heads", **LONG, combine="heads"),
+    KernelCase("heads causal", **LONG, combine="heads", causal=True),
+    KernelCase("cross", (256, 512), (1, 2), T=300, S=700),
+    KernelCase("starts", (256, 512), (1, 2), T=300, S=500, starts=(333, 101), causal=True),
+    KernelCase("starts traced", (256, 512), (1, 2), T=300, S=500, starts=(333, 101), traced=True),
+    KernelCase("queries before keys", (256,), (1,), T=100, S=100, starts=(0, 1000), causal=True),
+    KernelCase("ids", **LONG, ids=True),
+    KernelCase("ids ragged causal", (96, 200), (1, 2), T=333, ids=True, causal=True, B=2),
+    KernelCase("dropout", **LONG, rate=0.2),
+    KernelCase("dropout causal 128", **LONG, rate=0.3, H=128, causal=True, K=2),
+    KernelCase("carry", (128, 256), (1, 2), T=300, carry=True, causal=True),
+    KernelCase("carry 128", (128, 256), (1, 2), T=512, H=128, carry=True),
+    KernelCase("scale", (128,), (1,), T=256, scale=0.5),
+    *(KernelCase(f"head {h}", (128, 256), (1, 2), T=300, H=h) for h in (16, 24, 40, 72, 80, 96)),
+    *(
+        KernelCase(f"head {h} causal", (128, 256), (1, 2), T=300, H=h, causal=True)
+        for h in (96, 112, 160, 192, 224)
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _hopper():
+    if jax.default_backend() != "gpu" or not config.is_hopper(jax.local_devices()[0].device_kind):
+        pytest.skip("no Hopper GPU")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_float64(case):
+    check(case)
+
+
+@pytest.mark.parametrize("name", ["three causal 128", "three 128", "dropout"])
+def test_repeats_bit_for_bit(name):
+    run_kernel(next(c for c in CASES if c.name == name), repeats=100)
+
+
+def test_batch_entries_are_independent():
+    case = KernelCase("batch", (128, 256), (1, 2), T=300, B=3, causal=True)
+    single = dataclasses.replace(case, B=1)
+    assert run_kernel(case)["out"].shape[0] == 3 * run_kernel(single)["out"].shape[0]
