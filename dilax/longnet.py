@@ -178,9 +178,7 @@ def _gain(config: LongNetConfig) -> float:
 
 
 class LongNetLayer(nnx.Module):
-    """One layer: x + attention(LayerNorm(x)), then x + feed_forward(LayerNorm(x)).
-
-    Source: LongNet (arXiv:2307.02486) on MAGNETO (arXiv:2210.06423).
+    """One layer of MAGNETO (arXiv:2210.06423): x + attention(LayerNorm(x)), then x + ffn(LN(x)).
 
     Example:
         >>> layer = LongNetLayer(
@@ -264,7 +262,7 @@ def _run_stack(stack: Any, x, segment_ids, positions, deterministic, rngs) -> ja
     else:
         raise refuse("rngs", "nnx.Rngs with a dropout stream when dropout acts", rngs)
 
-    # nnx.scan would refuse layers closed over by a user's jit or grad; lax.scan takes their arrays.
+    # nnx.scan refuses layers that a user's jit or grad closes over; lax.scan takes their arrays.
     graphdef, arrays = nnx.split(stack.layers)
 
     def step(x, along):
@@ -322,9 +320,7 @@ class LongNetEncoder(nnx.Module):
 class LongNetDecoder(nnx.Module):
     """Causal LongNet: embeddings [B, T, E] -> [B, T, E]; arguments as of `LongNetEncoder`.
 
-    Position t depends on positions 0 to t only.
-
-    Source: LongNet (arXiv:2307.02486).
+    Position t depends on positions 0 to t only. Source: LongNet (arXiv:2307.02486).
 
     Example:
         >>> config = LongNetConfig(64, 4, 2, 96, (8, 16), (1, 2))
@@ -372,9 +368,9 @@ class LongNetLM(nnx.Module):
     """
 
     def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
-        self.decoder = LongNetDecoder(config, rngs=rngs)
-        if config.vocab_size is None:
+        if isinstance(config, LongNetConfig) and config.vocab_size is None:
             raise refuse("vocab_size", "a positive int in a language model", None)
+        self.decoder = LongNetDecoder(config, rngs=rngs)
         self.config = config
         normal = nnx.initializers.normal(config.embed_dim**-0.5)
         options = _made(config, rngs)
