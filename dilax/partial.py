@@ -56,8 +56,11 @@ def merge(*parts: Partial) -> Partial:
     lses = jnp.stack([part.lse for part in parts])
     top = jax.lax.stop_gradient(lses.max(axis=0))
     top = jnp.where(top != -jnp.inf, top, 0.0)
-    sums = sum(weight(part.lse, top) for part in parts)
+    weights = [weight(part.lse, top) for part in parts]
+    sums = sum(weights)
     seen = sums != 0
-    lse = jnp.where(seen, top + jnp.log(jnp.where(seen, sums, 1.0)), -jnp.inf)
-    out = sum(weight(part.lse, lse)[..., None] * part.out for part in parts)
+    safe = jnp.where(seen, sums, 1.0)
+    lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)
+    # Not exp(part.lse - lse): a large lse has no bits left for the log of the sum.
+    out = sum((w / safe)[..., None] * part.out for w, part in zip(weights, parts, strict=True))
     return Partial(out, lse)
