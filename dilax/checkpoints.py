@@ -39,7 +39,9 @@ class Checkpoints:
 
     def run(self, step: int) -> dict[str, Any]:
         """What `save` was given as `run`."""
-        return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
+            "run"
+        ]
 
     def restore(self, step: int, **like: Any) -> Any:
         """The named items, "params" or "optimizer", as trees like those given."""

@@ -35,7 +35,7 @@ def _checked_tokens(model: LongNetLM, tokens: Any) -> np.ndarray:
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
         raise refuse("tokens", "at least one int token [T]", tokens)
-    vocab = model.config.vocab_size
+    vocab = model.config.vocab_size or 0
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise refuse("tokens", f"tokens in [0, {vocab})", [int(tokens.min()), int(tokens.max())])
     return tokens.astype(np.int32)
@@ -106,7 +106,7 @@ def generate_tokens(
     check_number("temperature", temperature, 0, float("inf"), "a number that is not negative")
     if check_index("max_new_tokens", max_new_tokens) == 0:
         raise refuse("max_new_tokens", "a positive int", max_new_tokens)
-    vocab = model.config.vocab_size
+    vocab = model.config.vocab_size or 0
     if top_k is not None and not 1 <= check_index("top_k", top_k) <= vocab:
         raise refuse("top_k", f"None or an int in [1, {vocab}]", top_k)
     key = jax.random.key(check_index("seed", seed))

@@ -20,7 +20,7 @@ from dilax.checks import check_array, check_bool
 from dilax.modules import MultiheadDilatedAttention
 from dilax.positions import RotaryPosition, XPos
 from dilax.select import IMPLEMENTATIONS
-from dilax.spec import DilatedSpec
+from dilax.spec import DilatedSpec, HeadOffset
 
 _POSITIONS = (None, "rope", "xpos")
 
@@ -71,7 +71,7 @@ class LongNetConfig:
     position: str | None = "rope"
     rope_theta: float = 10000.0
     xpos_scale_base: float = 512.0
-    head_offset: str = "interleaved"
+    head_offset: HeadOffset = "interleaved"
     pad_mode: str = "mask"
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -105,15 +105,14 @@ class LongNetConfig:
             check_positive(name, getattr(self, name))
         for name in ("dropout", "attention_dropout"):
             check_number(name, getattr(self, name), 0, 1, "a Python number in [0, 1)")
-        dtypes, implementations = (None, *FLOAT_DTYPES), (None, *IMPLEMENTATIONS)
         for name, choices in (
             ("position", _POSITIONS),
             ("head_offset", ("interleaved", "blocked")),
             ("pad_mode", ("mask", "zeros")),
             ("remat", (None, *POLICIES)),
-            ("dtype", dtypes),
+            ("dtype", (None, *FLOAT_DTYPES)),
             ("param_dtype", FLOAT_DTYPES),
-            ("implementation", implementations),
+            ("implementation", (None, *IMPLEMENTATIONS)),
         ):
             if getattr(self, name) not in choices:
                 raise refuse(name, f"one of {choices}", getattr(self, name))
@@ -374,7 +373,7 @@ class LongNetLM(nnx.Module):
         self.config = config
         normal = nnx.initializers.normal(config.embed_dim**-0.5)
         options = _made(config, rngs)
-        E, V = config.embed_dim, config.vocab_size
+        E, V = config.embed_dim, int(config.vocab_size or 0)
         self.embed = nnx.Embed(V, E, embedding_init=normal, **options)
         linear = functools.partial(nnx.Linear, use_bias=False, kernel_init=normal, **options)
         self.head = None if config.tied_embeddings else linear(E, V)

@@ -144,7 +144,7 @@ def from_torchscale(
         >>> try:
         ...     from_torchscale({}, num_heads=4, segment_lengths=[8], dilation_rates=[1])
         ... except ValueError as error:
-        ...     print(str(error)[:49])
+        ...     print(str(error)[:48])
         weights: wanted matrices layers.0.ffn.fc1.weight
     """
     everything = _read(weights)

@@ -216,8 +216,7 @@ class _Run:
             batch_size=config.batch_size,
             seed=config.seed,
         )
-        self.checkpoints = None
-        latest = None
+        self.checkpoints, latest = None, None
         if config.checkpoint_dir is not None:
             self.checkpoints = Checkpoints(config.checkpoint_dir, config.keep_checkpoints)
             latest = self.checkpoints.manager.latest_step()
@@ -226,22 +225,23 @@ class _Run:
         if not resume and latest is not None:
             wanted = "a directory without checkpoints, or resume=True"
             raise refuse("checkpoint_dir", wanted, config.checkpoint_dir)
-        if resume:
-            self._check_same(latest)
+        saved = None
+        if self.checkpoints is not None and latest is not None:
+            saved = self.checkpoints.run(latest)
+            self._check_same(saved)
         self.graphdef, self.params, self.rest = new_model(config)
         self.optimizer_state = make_optimizer(config).init(self.params)
         self.step = 0
-        if resume:
-            saved = self.checkpoints.restore(
+        if self.checkpoints is not None and latest is not None and saved is not None:
+            trees = self.checkpoints.restore(
                 latest, params=self.params, optimizer=self.optimizer_state
             )
-            self.params, self.optimizer_state = saved.params, saved.optimizer
-            self.batches.set_state(self.checkpoints.run(latest)["data"])
+            self.params, self.optimizer_state = trees.params, trees.optimizer
+            self.batches.set_state(saved["data"])
             self.step = latest
 
-    def _check_same(self, step: int) -> None:
+    def _check_same(self, saved: dict[str, Any]) -> None:
         """Refuse to resume a run of another config or of another text."""
-        saved = self.checkpoints.run(step)
         then = TrainConfig.from_dict(saved["config"]).computed().to_dict()
         now = self.config.computed().to_dict()
         unlike = [name for name in now if now[name] != then[name]]
@@ -364,7 +364,7 @@ def _train_loop(run: _Run, stop: threading.Event, on_step: Callable[[Progress], 
     bits, tokens, counted, validation, start = [], 0, 0, None, time.perf_counter()
     try:
         while run.step < config.steps and not stop.is_set():
-            rate = float(schedule(run.step))
+            rate = jnp.asarray(schedule(run.step)).item()
             loss, number = run.advance()
             bits.append(loss)
             tokens += number
