@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from dilax._types import refuse
 from dilax.checks import check_bool, check_index, is_array
@@ -157,7 +156,7 @@ class DilatedAttention:
         self._check_heads(query)
 
         def attend(arrays, dropout_key):
-            out, lse = dilated_attention(
+            return dilated_attention(
                 **arrays,
                 segment_lengths=self.segment_lengths,
                 dilation_rates=self.dilation_rates,
@@ -176,7 +175,6 @@ class DilatedAttention:
                 implementation=self.implementation,
                 return_lse=True,
             )
-            return checkpoint_name(out, "dilax_out"), checkpoint_name(lse, "dilax_lse")
 
         arrays = {
             "query": query,

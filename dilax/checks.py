@@ -89,7 +89,7 @@ def check_dropout(dropout_rate: Any, dropout_key: Any, deterministic: Any) -> bo
 def segment_ids_of(
     query: Any, key: Any, q_segment_ids: Any, kv_segment_ids: Any, key_padding_mask: Any
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Both segment ids, int32 [B, T] and [B, S], from the three ways to say who is packed with whom.
+    """Both segment ids, int32 [B, T] and [B, S], from the three ways to say who attends whom.
 
     Raises:
         ValueError: wrong shape or dtype, or ids for only one side where T differs from S.

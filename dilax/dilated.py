@@ -19,7 +19,7 @@ from dilax.checks import (
 )
 from dilax.partial import Partial, merge
 from dilax.select import check_implementation, choose
-from dilax.spec import Branch, Combine, DilatedSpec, HeadOffset, as_spec, branches_of
+from dilax.spec import Branch, Combine, HeadOffset, as_spec, branches_of
 
 
 def dilated_attention(

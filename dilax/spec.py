@@ -1,6 +1,7 @@
 """Dilated specs: segment lengths and dilation rates, validated once, frozen and hashable."""
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -68,7 +69,7 @@ class DilatedSpec:
             raise refuse(
                 "dilation_rates", f"as many as segment_lengths ({len(lengths)})", list(rates)
             )
-        if any(a > b for a, b in zip(lengths, lengths[1:], strict=False)):
+        if any(a > b for a, b in itertools.pairwise(lengths)):
             raise refuse("segment_lengths", "lengths that do not decrease", list(lengths))
         object.__setattr__(self, "segment_lengths", lengths)
         object.__setattr__(self, "dilation_rates", rates)
@@ -136,13 +137,20 @@ def branches_of(
         raise refuse("head_offset", "'interleaved' or 'blocked'", head_offset)
     if combine == "lse":
         return tuple(
-            Branch(w, r, 0, tuple(head_offset_of(n, num_heads, r, head_offset) for n in range(num_heads)))
+            Branch(
+                w,
+                r,
+                0,
+                tuple(head_offset_of(n, num_heads, r, head_offset) for n in range(num_heads)),
+            )
             for w, r in zip(spec.segment_lengths, spec.dilation_rates, strict=True)
         )
     if combine != "heads":
         raise refuse("combine", "'lse' or 'heads'", combine)
     if num_heads < len(spec):
-        raise refuse("combine", f"at least {len(spec)} heads, one per branch, with 'heads'", num_heads)
+        raise refuse(
+            "combine", f"at least {len(spec)} heads, one per branch, with 'heads'", num_heads
+        )
     groups = head_groups(num_heads, len(spec))
     return tuple(
         Branch(w, r, first, (i % r,) * (end - first))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dilax
-from dilax import reference, xla_attention
+from dilax import reference, tile_loop, xla_attention
 from dilax.partial import Partial, empty, merge
 from dilax.spec import Branch
 from tests.cases import BY_NAME, Case
@@ -47,16 +47,16 @@ TILED = (
 @pytest.mark.parametrize(("case", "sizes"), TILED, ids=lambda x: getattr(x, "name", ""))
 def test_many_tiles_equal_the_oracle(case, sizes, monkeypatch, x64):
     query_tile, key_tile, budget = sizes
-    monkeypatch.setattr(xla_attention, "_QUERY_TILE", query_tile)
-    monkeypatch.setattr(xla_attention, "_KEY_TILE", key_tile)
-    monkeypatch.setattr(xla_attention, "_TILE", {jax.default_backend(): budget})
-    used, tiles_of = [], xla_attention._tiles
+    monkeypatch.setattr(tile_loop, "_QUERY_TILE", query_tile)
+    monkeypatch.setattr(tile_loop, "_KEY_TILE", key_tile)
+    monkeypatch.setattr(tile_loop, "_TILE", {jax.default_backend(): budget})
+    used, tiles_of = [], tile_loop._tiles
 
     def spy(*arguments):
         used.append(tiles_of(*arguments))
         return used[-1]
 
-    monkeypatch.setattr(xla_attention, "_tiles", spy)
+    monkeypatch.setattr(tile_loop, "_tiles", spy)
     found = values_and_gradients(with_lse, case)
     assert max(t.q_count * t.k_count for t in used) > 2
     assert max(t.group_count for t in used) > 1

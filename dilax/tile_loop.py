@@ -1,0 +1,293 @@
+"""Flash attention of one piece on gathered rows, tile by tile, in jax.numpy.
+
+A piece is [G, Lq, H] queries and [rows, Lk, H] keys and values, where a group is one head of one
+segment of one example. Loops over tiles of groups, queries and keys hold the logits of one tile at
+a time (Rabe and Staats, arXiv:2112.05682; Dao, arXiv:2307.08691). Softmax is in base 2.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dilax import dropout
+from dilax._types import stats_dtype
+
+# Logits alive at once. On a CPU a tile should stay in cache; an accelerator wants all its cores
+# busy within one step of the loop.
+_TILE = {"cpu": 1 << 20}
+_TILE_ELSEWHERE = 1 << 27
+_QUERY_TILE, _KEY_TILE = 1024, 1024
+_CAUSAL_TILE = 256  # smaller, so that more tiles lie wholly in the future and are skipped
+# ln(2)^n / n!, from n = 6 down: 2^x on [-1/2, 1/2] to 1e-8.
+_EXP2 = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the loops know of a call at trace time."""
+
+    is_causal: bool
+    scale: float
+    dropout_rate: float
+    platform: str
+
+
+class Groups(NamedTuple):
+    """One piece, gathered: what the tile loops need besides q, k and v."""
+
+    key_row: np.ndarray  # [G] row of k and v that a group of queries reads
+    q_ids: jax.Array | None  # int32 [G, Lq], None: every pair is visible but for causality
+    k_ids: jax.Array | None  # int32 [G, Lk], 0: invisible
+    q_bits: jax.Array | None  # uint32 [G, Lq], for dropout
+    k_bits: jax.Array | None  # uint32 [G, Lk]
+    behind: int  # key j is visible to query i if j <= i + behind; only if causal
+
+
+def scales(scale: float, dtype) -> tuple[float, float]:
+    """The logits' factor as one on the queries and one on the products; softmax is in base 2.
+
+    All of it on the queries saves a pass over the logits, but in half precision the product would
+    round: there the queries get only a power of two.
+    """
+    scale = scale / math.log(2)
+    if jnp.finfo(dtype).bits >= 32:
+        return scale, 1.0
+    if scale == 0:
+        return 1.0, 0.0
+    early = math.copysign(2.0 ** math.floor(math.log2(abs(scale))), scale)
+    return early, scale / early
+
+
+def _logits(settings: Settings, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Logits over ln(2), rows of a by rows of b: scaled queries and keys, either way round."""
+    s, late = _dot(a, b, (2, 2), stats_dtype(a.dtype)), scales(settings.scale, a.dtype)[1]
+    return s if late == 1 else s * late
+
+
+def _exp2(x: jax.Array, platform: str) -> jax.Array:
+    """2^x, 0 at -inf; x at most about 0.
+
+    XLA's own exp takes as long as a matrix product on a CPU, where half of the forward pass went
+    into it. In float32 a rounding trick splits x into an integer, which goes into the exponent
+    bits, and a rest in [-1/2, 1/2], for which a polynomial of degree 6 is exact to one ulp. The
+    barrier stops XLA from computing it again in every consumer.
+    """
+    if platform != "cpu" or x.dtype != jnp.float32:
+        return jnp.exp2(x)
+    x = jnp.maximum(x, -127.0)  # 2^-127 has exponent bits 0 and mantissa 0 here: exactly 0
+    shifted = x + 12582912.0  # 1.5 * 2^23: the sum's low mantissa bits are round(x)
+    rest = x - (shifted - 12582912.0)
+    y = jnp.float32(_EXP2[0])
+    for c in _EXP2[1:]:
+        y = y * rest + c
+    bits = lax.bitcast_convert_type(y, jnp.int32)
+    bits = bits + (lax.bitcast_convert_type(shifted, jnp.int32) << 23)
+    return lax.optimization_barrier(lax.bitcast_convert_type(bits, jnp.float32))
+
+
+class _Tiles(NamedTuple):
+    """How the loops cut [G, Lq] x [G, Lk]: `count` tiles of `size` along each."""
+
+    groups: int
+    q_size: int
+    k_size: int
+    group_count: int
+    q_count: int
+    k_count: int
+
+
+def _tiles(settings: Settings, G: int, Lq: int, Lk: int) -> _Tiles:
+    most = _CAUSAL_TILE if settings.is_causal else max(_QUERY_TILE, _KEY_TILE)
+    q_count, k_count = -(-Lq // min(most, _QUERY_TILE)), -(-Lk // min(most, _KEY_TILE))
+    q_size, k_size = -(-Lq // q_count), -(-Lk // k_count)
+    budget = _TILE.get(settings.platform, _TILE_ELSEWHERE)
+    group_count = -(-G // max(1, min(G, budget // (q_size * k_size))))
+    return _Tiles(-(-G // group_count), q_size, k_size, group_count, q_count, k_count)
+
+
+def _cut(x: jax.Array | np.ndarray | None, tiles: _Tiles, count: int, size: int):
+    """[G, L, ...] -> [group_count, count, groups, size, ...], padded with zeros."""
+    if x is None:
+        return None
+    G, L, *rest = x.shape
+    pad = [(0, tiles.group_count * tiles.groups - G), (0, count * size - L)] + [(0, 0)] * len(rest)
+    x = jnp.pad(x, pad) if any(p[1] for p in pad) else x
+    x = x.reshape(tiles.group_count, tiles.groups, count, size, *rest)
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _join(x: jax.Array, G: int, L: int) -> jax.Array:
+    """The inverse of `_cut`."""
+    x = jnp.swapaxes(x, 1, 2)
+    x = x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])
+    return x[:G, :L]
+
+
+class _Loop(NamedTuple):
+    """The arrays a tile loop walks over: leading axes [group_count, count, groups, size]."""
+
+    q: Any
+    q_ids: Any
+    q_bits: Any
+    k: Any
+    v: Any
+    k_ids: Any
+    k_bits: Any
+
+
+def _loop_arrays(q, k, v, groups: Groups, tiles: _Tiles) -> _Loop:
+    G, Lk = groups.key_row.size, k.shape[1]
+    if not np.array_equal(groups.key_row, np.arange(k.shape[0])):
+        k, v = (x.at[groups.key_row].get(mode="promise_in_bounds") for x in (k, v))
+    q_ids, k_ids = groups.q_ids, groups.k_ids
+    if k_ids is None and tiles.k_count * tiles.k_size != Lk:
+        q_ids, k_ids = jnp.ones(q.shape[:2], jnp.int32), jnp.ones((G, Lk), jnp.int32)
+    along_q = [_cut(x, tiles, tiles.q_count, tiles.q_size) for x in (q, q_ids, groups.q_bits)]
+    along_k = [_cut(x, tiles, tiles.k_count, tiles.k_size) for x in (k, v, k_ids, groups.k_bits)]
+    return _Loop(*along_q, *along_k)
+
+
+def _visible(settings: Settings, behind: int, tiles: _Tiles, i, j, q_ids, k_ids):
+    """bool [groups or 1, q_size, k_size]: which pairs of tile (i, j) attend; None: all of them."""
+    visible = None
+    if settings.is_causal:
+        row = i * tiles.q_size + behind + jnp.arange(tiles.q_size)[:, None]
+        visible = (row >= j * tiles.k_size + jnp.arange(tiles.k_size)[None])[None]
+    if k_ids is not None:
+        same = (q_ids[:, :, None] == k_ids[:, None, :]) & (k_ids != 0)[:, None, :]
+        visible = same if visible is None else visible & same
+    return visible
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype) -> jax.Array:
+    """Batched matrix product over the leading axis, accumulated in `dtype`."""
+    a, b = a.astype(b.dtype), b
+    numbers = (((contract[0],), (contract[1],)), ((0,), (0,)))
+    return lax.dot_general(a, b, numbers, preferred_element_type=dtype)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    """x with its last two axes swapped, in memory: XLA may not fold the swap into a product."""
+    return lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
+
+
+def _at(x, i):
+    return None if x is None else lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _repeat(low, high, count: int, body, state):
+    """fori_loop(low, high), without a loop where there is only one tile to visit."""
+    return body(0, state) if count == 1 else lax.fori_loop(low, high, body, state)
+
+
+def forward(settings: Settings, q, k, v, groups: Groups):
+    """out [G, Lq, H] and lse [G, Lq] of one piece, in float32 (or float64)."""
+    G, Lq, _ = q.shape
+    tiles = _tiles(settings, G, Lq, k.shape[1])
+    stats = stats_dtype(q.dtype)
+    loop = _loop_arrays(q, k, v, groups, tiles)
+
+    def key_tile(i, x, j, state):
+        m, total, acc = state
+        k, v, k_ids, k_bits = (_at(a, j) for a in (x.k, x.v, x.k_ids, x.k_bits))
+        s = _logits(settings, x.q, k)
+        visible = _visible(settings, groups.behind, tiles, i, j, x.q_ids, k_ids)
+        if visible is not None:
+            s = jnp.where(visible, s, -jnp.inf)
+        top = jnp.maximum(m, s.max(-1))
+        safe = jnp.where(top > -jnp.inf, top, 0)
+        p = _exp2(s - safe[..., None], settings.platform)
+        fade = jnp.exp2(m - safe)
+        total = total * fade + p.sum(-1)
+        if k_bits is not None:
+            kept = dropout.keep(x.q_bits, k_bits, settings.dropout_rate)
+            p = jnp.where(kept, p / (1 - settings.dropout_rate), 0)
+        return top, total, acc * fade[..., None] + _dot(p, v, (2, 1), stats)
+
+    def query_tile(x, i, q, q_ids, q_bits):
+        x = x._replace(q=q, q_ids=q_ids, q_bits=q_bits)
+        high = tiles.k_count
+        if settings.is_causal:
+            last = (i + 1) * tiles.q_size - 1 + groups.behind
+            high = jnp.clip(last // tiles.k_size + 1, 0, high)
+        shape = (tiles.groups, tiles.q_size)
+        state = (jnp.full(shape, -jnp.inf, stats), jnp.zeros(shape, stats))
+        state = (*state, jnp.zeros((*shape, q.shape[-1]), stats))
+        m, total, acc = _repeat(0, high, tiles.k_count, functools.partial(key_tile, i, x), state)
+        seen = total > 0
+        safe = jnp.where(seen, total, 1)
+        return acc / safe[..., None], jnp.where(seen, (m + jnp.log2(safe)) * math.log(2), -jnp.inf)
+
+    def group_tile(x: _Loop):
+        if tiles.q_count == 1:
+            one = query_tile(x, 0, *(_at(a, 0) for a in (x.q, x.q_ids, x.q_bits)))
+            return jax.tree.map(lambda a: a[None], one)
+        along = (jnp.arange(tiles.q_count), x.q, x.q_ids, x.q_bits)
+        return lax.map(lambda a: query_tile(x, *a), along)
+
+    out, lse = lax.map(group_tile, loop)
+    return _join(out, G, Lq), _join(lse, G, Lq)
+
+
+def backward(settings: Settings, q, k, v, groups: Groups, do, lse, delta):
+    """dq [G, Lq, H], dk and dv [G, Lk, H] of one piece, given the total lse and delta."""
+    (G, Lq, H), Lk = q.shape, k.shape[1]
+    tiles = _tiles(settings, G, Lq, Lk)
+    stats = stats_dtype(q.dtype)
+    loop = _loop_arrays(q, k, v, groups, tiles)
+    lse = jnp.where(lse > -jnp.inf, lse, jnp.inf) / math.log(2)  # 2^(s - inf) = 0: unseen rows
+    rows = tuple(_cut(x, tiles, tiles.q_count, tiles.q_size) for x in (do, lse, delta))
+
+    # The logits are laid out keys by queries here, so that only one of the five matrix products
+    # has its left operand to turn: on a CPU one that does so on the fly takes three times as long.
+    def query_tile(x, rows, j, keys, i, state):
+        dq, dk, dv = state
+        k, v, k_ids, k_bits = keys
+        q, q_ids, q_bits = (_at(a, i) for a in (x.q, x.q_ids, x.q_bits))
+        do, lse, delta = (_at(a, i) for a in rows)
+        p = _exp2(_logits(settings, k, q) - lse[:, None, :], settings.platform)
+        visible = _visible(settings, groups.behind, tiles, i, j, q_ids, k_ids)
+        if visible is not None:
+            p = jnp.where(jnp.swapaxes(visible, 1, 2), p, 0)
+        dp = _dot(v, do, (2, 2), stats)
+        dropped = p
+        if k_bits is not None:
+            kept = jnp.swapaxes(dropout.keep(q_bits, k_bits, settings.dropout_rate), 1, 2)
+            dropped, dp = (jnp.where(kept, a / (1 - settings.dropout_rate), 0) for a in (p, dp))
+        ds = p * (dp - delta[:, None, :])
+        dv = dv + _dot(dropped, do, (2, 1), stats)
+        dk = dk + _dot(ds, q, (2, 1), stats)
+        dq_tile = _at(dq, i) + _turned(_dot(_turned(k), ds, (2, 1), stats))
+        return lax.dynamic_update_index_in_dim(dq, dq_tile, i, 0), dk, dv
+
+    def key_tile(x, rows, dq, along):
+        j, *keys = along
+        low = 0
+        if settings.is_causal:
+            low = jnp.clip((j * tiles.k_size - groups.behind) // tiles.q_size, 0, tiles.q_count)
+        zero = jnp.zeros((tiles.groups, tiles.k_size, H), stats)
+        body = functools.partial(query_tile, x, rows, j, keys)
+        dq, dk, dv = _repeat(low, tiles.q_count, tiles.q_count, body, (dq, zero, zero))
+        return dq, (dk, dv)
+
+    def group_tile(x_and_rows):
+        x, rows = x_and_rows
+        dq = jnp.zeros((tiles.q_count, tiles.groups, tiles.q_size, H), stats)
+        along = (jnp.arange(tiles.k_count), x.k, x.v, x.k_ids, x.k_bits)
+        if tiles.k_count == 1:
+            dq, (dk, dv) = key_tile(x, rows, dq, (0, *(_at(a, 0) for a in along[1:])))
+            return dq, dk[None], dv[None]
+        dq, (dk, dv) = lax.scan(functools.partial(key_tile, x, rows), dq, along)
+        return dq, dk, dv
+
+    dq, dk, dv = lax.map(group_tile, (loop, rows))
+    # ds lacks the scale of the logits: dq needs all of it, dk has met the queries' part already.
+    dq = dq * settings.scale
+    dk = dk * (scales(settings.scale, q.dtype)[1] * math.log(2))
+    return _join(dq, G, Lq), _join(dk, G, Lk), _join(dv, G, Lk)
