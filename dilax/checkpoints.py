@@ -83,4 +83,5 @@ def new_model(config: TrainConfig) -> tuple[Any, Any, Any]:
 
 
 def merged(graphdef: Any, params: Any, rest: Any) -> LongNetLM:
+    """The model of its three parts: graph, parameters and the rest of the state."""
     return nnx.merge(graphdef, nnx.State(params), nnx.State(rest))

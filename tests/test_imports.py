@@ -15,7 +15,7 @@ ROOT = Path(dilax.__file__).parent
 MODULES = sorted(info.name for info in pkgutil.walk_packages(dilax.__path__, "dilax."))
 # The functional core: arrays in, arrays out, jax alone.
 CORE = (
-    "_types", "checks", "dilate", "dilated", "dropout", "partial", "reference", "spec",
+    "_types", "checks", "dilate", "dilated", "dropout", "partial", "reference", "spec", "tile_loop",
     "xla_attention",
 )  # fmt: skip
 # What only the command line and training need. Flax itself imports absl, optax and rich.
