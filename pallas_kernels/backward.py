@@ -324,7 +324,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
                 return i + 1
 
             def add_queries(b: Any, head: Any, v: Any, start: Any) -> None:
-                """Adds this step's share of the queries' gradient, half a tile for each warpgroup."""
+                """Adds this step's share of the queries' gradient, half a tile a warpgroup."""
                 plgpu.barrier_wait(ds_ready)
                 by_rows = bq == CONSUMERS * ROWS
                 half = ROWS if by_rows else head_dim // CONSUMERS

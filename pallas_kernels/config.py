@@ -4,7 +4,7 @@ import dataclasses
 
 from pallas_kernels import schedule
 
-SHARED_BYTES = 232448 - 2048  # of one Hopper multiprocessor, less barriers and reductions
+SHARED_BYTES = 232448 - 3072  # of one Hopper multiprocessor, less barriers and reductions
 ROWS = 64
 CONSUMERS = 2
 
@@ -46,13 +46,14 @@ def _first_fit(options: tuple[tuple[int, int], ...], fixed: int, per_row: int) -
     return None
 
 
-def forward_blocks(head_dim: int, out_bytes: int, causal: bool) -> Blocks | None:
+def forward_blocks(head_dim: int, out_bytes: int, causal: bool, ids: bool) -> Blocks | None:
     """Away tile of the forward kernel, or None if no tile fits shared memory.
 
-    out_bytes: size of one output element (4 when a float32 partial result is continued).
+    out_bytes: size of one output element (4 when a float32 partial result is continued). ids:
+    whether segment ids travel with the keys.
 
     Example:
-        >>> forward_blocks(128, 2, causal=True)
+        >>> forward_blocks(128, 2, causal=True, ids=False)
         Blocks(away=128, stages=2)
     """
     fixed = CONSUMERS * ROWS * head_dim * (2 + out_bytes)
@@ -63,33 +64,33 @@ def forward_blocks(head_dim: int, out_bytes: int, causal: bool) -> Blocks | None
         options = ((128, 3), *options)
     elif head_dim > 128:
         options = ((64, 2), (64, 1))
-    return _first_fit(options, fixed, 2 * 2 * head_dim)
+    return _first_fit(options, fixed, 2 * 2 * head_dim + 4 * ids)
 
 
-def queries_blocks(head_dim: int) -> Blocks | None:
+def queries_blocks(head_dim: int, ids: bool) -> Blocks | None:
     """Away (key) tile of the queries' gradient kernel, or None if none fits.
 
     Example:
-        >>> queries_blocks(128)
+        >>> queries_blocks(128, ids=False)
         Blocks(away=128, stages=2)
     """
     fixed = CONSUMERS * ROWS * head_dim * 2 * 3
     options = ((128, 2), (64, 2), (64, 1)) if head_dim <= 128 else ((64, 2), (64, 1))
-    return _first_fit(options, fixed, 2 * 2 * head_dim)
+    return _first_fit(options, fixed, 2 * 2 * head_dim + 4 * ids)
 
 
-def keys_blocks(head_dim: int, fused: bool) -> Blocks | None:
+def keys_blocks(head_dim: int, ids: bool, fused: bool) -> Blocks | None:
     """Away (query) tile of the keys' and values' gradient kernel, or None if none fits.
 
     Example:
-        >>> keys_blocks(64, fused=True)
+        >>> keys_blocks(64, ids=False, fused=True)
         Blocks(away=128, stages=2)
     """
     fixed = CONSUMERS * ROWS * head_dim * 2 * 3
     if fused:
         fixed += 128 * head_dim * 4 + CONSUMERS * ROWS * 128 * 2
-        return _first_fit(((128, 2),), fixed, 2 * 2 * head_dim)
-    return _first_fit(((64, 2), (64, 1)), fixed, 2 * 2 * head_dim)
+        return _first_fit(((128, 2),), fixed, 2 * 2 * head_dim + 4 * ids)
+    return _first_fit(((64, 2), (64, 1)), fixed, 2 * 2 * head_dim + 4 * ids)
 
 
 def fuses_backward(head_dim: int) -> bool:

@@ -119,7 +119,8 @@ def attend(
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
     where = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
     ids = (q_segment_ids, kv_segment_ids) if call.ids else None
-    return _attend(call, query, key, value, None if carry is None else tuple(carry), ids, where, seed)
+    carry = None if carry is None else tuple(carry)
+    return _attend(call, query, key, value, carry, ids, where, seed)
 
 
 def unsupported(
@@ -142,14 +143,14 @@ def unsupported(
     out_dtype: Any = None,
     device_kind: str,
 ) -> tuple[str, ...]:
-    """Why `attend` cannot take this call; empty if it can. Looks at shapes, dtypes and options only.
+    """Why `attend` cannot take this call; empty if it can. Looks at shapes, dtypes, options only.
 
     device_kind: `jax.Device.device_kind` of the device that would run it.
 
     Example:
         >>> x = jax.ShapeDtypeStruct((1, 8, 1, 20), jnp.float32)
         >>> unsupported(x, x, x, branches=((8, 1, 0, (0,)),), device_kind="NVIDIA H100 80GB HBM3")
-        ('dtype float32: wanted bfloat16 or float16', 'head size 20: wanted 16 to 224 in steps of 8')
+        ('dtype float32: wanted bfloat16 or float16', 'head size 20: wanted 16 to 224 by 8')
     """
     reasons = []
     if not config.is_hopper(device_kind):
@@ -159,7 +160,7 @@ def unsupported(
         reasons.append(f"dtype {', '.join(sorted(dtypes))}: wanted bfloat16 or float16")
     head_dim = query.shape[-1]
     if head_dim % 8 or not 16 <= head_dim <= 224:
-        reasons.append(f"head size {head_dim}: wanted 16 to 224 in steps of 8")
+        reasons.append(f"head size {head_dim}: wanted 16 to 224 by 8")
     if min(*query.shape, *key.shape) == 0:
         reasons.append("an empty array")
     if scale is not None and not (_is_number(scale) and scale > 0):
@@ -171,9 +172,16 @@ def unsupported(
     if (q_segment_ids is not None) and kv_segment_ids is None and key.shape[1] != query.shape[1]:
         reasons.append("q_segment_ids without kv_segment_ids for keys of another length")
     reasons += _branch_reasons(query, key, branches, q_start, k_start)
-    out = _out_dtype(query, carry, out_dtype)
-    if not reasons and config.forward_blocks(_padded_head(head_dim), out.itemsize, False) is None:
-        reasons.append(f"head size {head_dim} with {out.name} output: tiles exceed shared memory")
+    out, ids = _out_dtype(query, carry, out_dtype), q_segment_ids is not None
+    head = _padded_head(head_dim)
+    blocks = (
+        config.forward_blocks(head, out.itemsize, is_causal, ids),
+        config.queries_blocks(head, ids),
+        config.keys_blocks(head, ids, fused=False),
+    )
+    if not reasons and None in blocks:
+        what = f"{out.name} output{' and segment ids' if ids else ''}"
+        reasons.append(f"head size {head_dim} with {what}: tiles exceed shared memory")
     return tuple(reasons)
 
 
@@ -337,7 +345,7 @@ def _run_forward(
         sizes, (query, key, value), (sizes.padded_T, sizes.padded_S, sizes.padded_S)
     )
     q_ids, k_ids = _pad_ids(sizes, ids)
-    blocks = config.forward_blocks(q.shape[-1], call.out_dtype.itemsize, call.causal)
+    blocks = config.forward_blocks(q.shape[-1], call.out_dtype.itemsize, call.causal, call.ids)
     whole = _launch(call, q.shape[2], sizes.T, sizes.S, blocks.away, False)
     out = lse = None
     if carry is not None:
@@ -395,12 +403,12 @@ def _run_backward(
     if fused:
         dq = jnp.zeros(arrays[0].shape, jnp.float32)
     else:
-        blocks = config.queries_blocks(head_dim)
+        blocks = config.queries_blocks(head_dim, call.ids)
         for plan, add, table in plans(blocks.away, False):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)
             with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
                 dq = backward.queries_gradient(plan, part, table, arrays, lse, delta, dq, **shared)
-    blocks = config.keys_blocks(head_dim, fused)
+    blocks = config.keys_blocks(head_dim, call.ids, fused)
     lse, delta = (x[:, :, : sizes.padded_T] for x in (lse, delta))
     for plan, add, table in plans(blocks.away, True):
         part = dataclasses.replace(options, stages=blocks.stages, add=add, fused=fused)

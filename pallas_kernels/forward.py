@@ -91,7 +91,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 named_barrier("sync", TURN + wg, CONSUMERS * 128)
 
         def kv_step(j: Any, state: Any, v: schedule.Visit, drop: Any, total: Any, rows: Any) -> Any:
-            acc, m, l, n = state
+            acc, m, mass, n = state
             slot = lax.rem(n, jnp.int32(opt.stages))
             start = v.first + j * bkv
             s = product(
@@ -122,7 +122,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 s = jnp.where((a == c) & (c != 0), s, -jnp.inf)
             p, m, alpha = _softmax(s, m, opt.scale)
             acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
-            l = l * alpha + p.sum(axis=1)
+            mass = mass * alpha + p.sum(axis=1)
             if opt.rate:
                 seed = (seed_ref[0], seed_ref[1])
                 at = (*drop, start)
@@ -130,7 +130,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     schedule.kept(plan, keep, opt.rate, seed, v, at, p.shape), p, 0.0
                 )
             p16 = p.astype(q_smem.dtype)
-            acc, l, m, p16 = lax.optimization_barrier((acc, l, m, p16))
+            acc, mass, m, p16 = lax.optimization_barrier((acc, mass, m, p16))
             plgpu.barrier_wait(v_ready.at[slot])
             await_turn()
 
@@ -142,7 +142,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             staging = None if p_smem is None else p_smem.at[wg]
             acc = accumulate(acc, p16, v_smem.at[slot], staging, await_next)
             plgpu.barrier_arrive(v_free.at[slot])
-            return acc, m, l, n + 1
+            return acc, m, mass, n + 1
 
         def one_item(t: Any, state: Any) -> Any:
             base, (code, mask, steps) = state
@@ -192,20 +192,19 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 base,
             )
             if branches == 1:
-                acc, m, l, end = one_branch(0, state)
+                acc, m, mass, end = one_branch(0, state)
             else:
-                acc, m, l, end = lax.fori_loop(0, branches, one_branch, state)
+                acc, m, mass, end = lax.fori_loop(0, branches, one_branch, state)
 
             @pl.when(end > base)
             def _() -> None:
                 pl.when(wg == 0)(pass_turn)
                 plgpu.barrier_arrive(q_free.at[wg])
 
-            finish(acc, m, l, window, b, n, row, local)
+            finish(acc, m, mass, window, lse_ref.at[b, n, pl.ds(row, ROWS), local])
             return end, following
 
-        def finish(acc: Any, m: Any, l: Any, window: Any, b: Any, n: Any, row: Any, local: Any) -> None:
-            lse_at = lse_ref.at[b, n, pl.ds(row, ROWS), local]
+        def finish(acc: Any, m: Any, mass: Any, window: Any, lse_at: Any) -> None:
             if opt.rate:
                 acc = acc * (1.0 / (1.0 - opt.rate))
             if opt.carry:
@@ -219,15 +218,15 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 # What lies under an lse of -inf was never written and may be NaN.
                 previous = jnp.where(theirs_tile > 0.0, previous * theirs_tile, 0.0)
                 acc = acc * lax.broadcast_in_dim(ours, acc.shape, [0]) + previous
-                m, l = top, l * ours + theirs
-            inverse = jnp.where(l > 0.0, 1.0 / l, 0.0)
+                m, mass = top, mass * ours + theirs
+            inverse = jnp.where(mass > 0.0, 1.0 / mass, 0.0)
             out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
             if not opt.carry:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o_smem.at[wg][...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window])
-            store(lse_at, jnp.where(l > 0.0, (m + jnp.log2(l)) * (1.0 / LOG2E), -jnp.inf))
+            store(lse_at, jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf))
 
         first = schedule.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
@@ -264,7 +263,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     window = (b, rows, v.away_residue, kv_head)
                     reused = n_fill >= opt.stages
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                    plgpu.copy_gmem_to_smem(k_refs[rate].at[window], k_smem.at[slot], k_ready.at[slot])
+                    k_ref, v_ref = k_refs[rate], v_refs[rate]
+                    plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], k_ready.at[slot])
                     if opt.ids:
                         plgpu.copy_gmem_to_smem(
                             k_ids[rate].at[b, v.away_residue, rows], id_smem.at[slot],
@@ -272,7 +272,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                         )
                     pl.when(n_fill == begin)(load_queries)
                     pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                    plgpu.copy_gmem_to_smem(v_refs[rate].at[window], v_smem.at[slot], v_ready.at[slot])
+                    plgpu.copy_gmem_to_smem(v_ref.at[window], v_smem.at[slot], v_ready.at[slot])
                     return n_fill + 1
 
                 fill = lax.fori_loop(0, v.steps, step, fill)

@@ -36,7 +36,7 @@ class Launch:
     numbers: per branch, its number in the whole call (for dropout).
     stride: a multiple of all rates; home rows are stepped by it.
     home, away: number of positions on either side.
-    home_start, away_start: absolute position of the first one, or None (traced, passed at run time).
+    home_start, away_start: absolute position of the first one, or None (traced).
     transposed: home rows are keys (gradients of keys and values), not queries.
     """
 
@@ -134,7 +134,9 @@ def work_lists(
     kv_head = head // (1 if launch.transposed else group)
     chunk = _chunks(launch, kv_head, tile, row_bytes)
     example = np.repeat(np.arange(batch), len(cost))
-    head, residue, tile, cost, chunk = (np.tile(x, batch) for x in (head, residue, tile, cost, chunk))
+    head, residue, tile, cost, chunk = (
+        np.tile(x, batch) for x in (head, residue, tile, cost, chunk)
+    )
     order = np.lexsort((residue, tile, head, -cost, chunk, example))
     # The end of the list only fills gaps: the smallest tiles of all chunks, longest first.
     ascending = np.sort(cost)

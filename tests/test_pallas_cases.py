@@ -1,4 +1,4 @@
-"""Cases of the Pallas kernels, shared by the interpreter's and the GPU's tests, and what refuses."""
+"""Cases of the Pallas kernels, for the interpreter's and the GPU's tests, and what is refused."""
 
 import dataclasses
 import zlib
@@ -135,6 +135,9 @@ def check(case: KernelCase) -> None:
     with jax.enable_x64(True):
         exact = jax.tree.map(np.asarray, _run(case, xla, jnp.float64, None))
     lse = exact["lse"]
+    if not case.carry:
+        # The XLA path leaves out in float32; a user gets it in the dtype of query.
+        baseline["out"] = baseline["out"].astype(case.dtype)
     baseline["carry"], exact["carry"] = (
         None if x["carry"] is None else tuple(x["carry"]) for x in (baseline, exact)
     )
