@@ -298,8 +298,9 @@ def geometry(launch: Launch, starts: Any) -> Any:
 def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile: Any) -> Visit:
     """Reads the visit of `branch` by a tile; a branch whose bit in `mask` is unset has 0 steps."""
     present = lax.rem(lax.shift_right_logical(mask, jnp.int32(branch)), jnp.int32(2)) == 1
-    if len(launch.rates) == 1 and knows_starts(launch):
-        # All divisors are constants here: quicker than a read from memory.
+    if len(launch.rates) == 1 and knows_starts(launch) and launch.tiles > 1:
+        # All divisors are constants here: quicker than a read from memory. (Not for a single tile:
+        # there everything would be constant, and a loop known to be empty breaks the lowering.)
         where = (jnp.int32(launch.home_start), jnp.int32(launch.away_start))
         row = tile * launch.block_home
         fields = list(_fields(launch, 0, residue, row, where, _TRACED)[: FIELDS - 1])
