@@ -8,6 +8,7 @@ torchscale, so its backward pass does a little less than the exact one.
 
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +30,14 @@ def scatter(y, B, T, w, r, fill):
     return dense.view(B, T, N, *rest)
 
 
-def dilated(query, key, value, segment_lengths, dilation_rates):
+def dilated(query, key, value, segment_lengths, dilation_rates) -> Any:
     """Dilated attention [B, T, N, H] over branches that divide T and N."""
     B, T, N, _ = query.shape
     outs, lses = [], []
     for w, r in zip(segment_lengths, dilation_rates, strict=True):
         q, k, v = (gather(x, w, r) for x in (query, key, value))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False)[:2]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, k, v, 0.0, False)[:2]
         lse = lse if lse.shape[1] == N else lse.transpose(1, 2)
         outs.append(scatter(out, B, T, w, r, 0.0))
         lses.append(scatter(lse, B, T, w, r, -torch.inf))
@@ -48,7 +50,8 @@ def main():
     torch.set_num_threads(int(sys.argv[1]))
     branches = [tuple(map(int, part.split(","))) for part in sys.argv[2:4]]
     print(torch.__version__, flush=True)
-    query = key = value = weight = None
+    query: Any = None
+    key = value = weight = query
     for line in sys.stdin:
         command, _, folder = line.strip().partition(" ")
         if command == "load":

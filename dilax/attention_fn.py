@@ -125,8 +125,10 @@ class DilatedAttention:
             x = getattr(self, name)
             if x is not None and check_index(name, x) == 0:
                 raise refuse(name, "None or a positive int", x)
-        if None not in (self.embed_dim, self.num_heads) and self.embed_dim % self.num_heads:
-            raise refuse("embed_dim", f"a multiple of num_heads={self.num_heads}", self.embed_dim)
+        if self.embed_dim is not None and self.num_heads is not None:
+            if self.embed_dim % self.num_heads:
+                wanted = f"a multiple of num_heads={self.num_heads}"
+                raise refuse("embed_dim", wanted, self.embed_dim)
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)

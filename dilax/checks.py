@@ -107,7 +107,8 @@ def segment_ids_of(
         kv_segment_ids = q_segment_ids
     if key_padding_mask is not None:
         check_array("key_padding_mask", key_padding_mask, (B, S), ("bool",))
+        ids: Any = kv_segment_ids
         if q_segment_ids is None:
-            q_segment_ids, kv_segment_ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
-        kv_segment_ids = jnp.where(key_padding_mask, kv_segment_ids, 0)
+            q_segment_ids, ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
+        kv_segment_ids = jnp.where(key_padding_mask, ids, 0)
     return q_segment_ids, kv_segment_ids

@@ -124,7 +124,9 @@ def dilated_attention(
     check_implementation(implementation)
     # The last check, and the first thing that computes.
     q_ids, kv_ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
-    rate, seed = (float(dropout_rate), dropout.seed_bits(dropout_key)) if drops else (0.0, None)
+    rate, seed = 0.0, None
+    if drops and dropout_key is not None:
+        rate, seed = float(dropout_rate), dropout.seed_bits(dropout_key)
 
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     extra = []

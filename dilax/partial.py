@@ -5,6 +5,7 @@ keys merge into the attention over both lists (Milakov and Gimelshein, 2018; Lon
 arXiv:2307.02486, eq. 9-10). Dilated branches, extra keys and ring hops all add up here.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -62,5 +63,5 @@ def merge(*parts: Partial) -> Partial:
     safe = jnp.where(seen, sums, 1.0)
     lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)
     # Not exp(part.lse - lse): a large lse has no bits left for the log of the sum.
-    out = sum((w / safe)[..., None] * part.out for w, part in zip(weights, parts, strict=True))
-    return Partial(out, lse)
+    outs = [(w / safe)[..., None] * part.out for w, part in zip(weights, parts, strict=True)]
+    return Partial(functools.reduce(jnp.add, outs), lse)

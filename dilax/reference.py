@@ -4,12 +4,14 @@ Every array of logits is materialised, [B, N, T, S] per branch, so use it on sho
 Everything else in the library is tested against this file.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dilax import dropout
-from dilax.spec import Branch, as_spec, branches_of
+from dilax.spec import Branch, Combine, HeadOffset, as_spec, branches_of
 
 
 def _sees(branch: Branch, n: int, q_position, k_position):
@@ -46,23 +48,23 @@ def dilated_attention(
     segment_lengths,
     dilation_rates=None,
     *,
-    combine="lse",
-    head_offset="interleaved",
-    pad_mode="mask",
-    average_branches=None,
-    is_causal=False,
-    scale=None,
-    q_segment_ids=None,
-    kv_segment_ids=None,
-    key_padding_mask=None,
-    q_start=0,
-    k_start=0,
-    bias_k=None,
-    bias_v=None,
-    zero_attn=False,
-    dropout_rate=0.0,
-    dropout_key=None,
-    deterministic=True,
+    combine: Combine = "lse",
+    head_offset: HeadOffset = "interleaved",
+    pad_mode: str = "mask",
+    average_branches: bool | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: Any = None,
+    kv_segment_ids: Any = None,
+    key_padding_mask: Any = None,
+    q_start: int = 0,
+    k_start: int = 0,
+    bias_k: Any = None,
+    bias_v: Any = None,
+    zero_attn: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
+    deterministic: bool = True,
 ):
     """Dilated attention as one dense softmax over the multiset union of the branches' keys.
 
@@ -97,7 +99,8 @@ def dilated_attention(
     values = []
     dots = jnp.einsum("BTNH,BSNH->BNTS", query, key) * scale
     dropping = dropout_rate > 0 and not deterministic
-    seed = dropout.seed_bits(dropout_key) if dropping else None
+    seed: Any = dropout.seed_bits(dropout_key) if dropping else None
+    rows: Any = None
     if dropping:
         rows = dropout.row_bits(seed, *np.ogrid[:B, :N, q_start : q_start + T])
     for i, branch in enumerate(branches):

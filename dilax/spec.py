@@ -30,6 +30,7 @@ def _positive_ints(name: str, values: Any) -> tuple[int, ...]:
     if not listed and getattr(values, "ndim", 0) != 1:
         raise refuse(name, "a sequence of positive ints", values)
     result = []
+    value: Any
     for i, value in enumerate(values):
         try:
             number = operator.index(value)

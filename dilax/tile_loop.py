@@ -177,7 +177,7 @@ def _turned(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
 
 
-def _at(x, i):
+def _at(x: Any, i: Any) -> Any:
     return None if x is None else lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
