@@ -1,0 +1,1 @@
+"""Dilated flash attention for Hopper GPUs; `pallas_kernels.flash` is the way in."""

@@ -112,8 +112,17 @@ def launch(
         name=name,
     )
     refs = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in inplace]
-    outs = kernel(*operands, *refs)
-    return [*(jax.freeze(r) for r in refs), *outs]
+    created = kernel(*operands, *refs)
+    return [*(jax.freeze(r) for r in refs), *created]
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which an array varies inside a shard_map that checks it; else empty."""
+    if not isinstance(x, jax.Array):
+        return frozenset()
+    aval = jax.typeof(x)
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(aval, "vma", ()) if manual is None else manual.varying)
 
 
 def store(ref: Any, value: jax.Array) -> None:

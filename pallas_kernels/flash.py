@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import backward, config, forward, schedule
-from pallas_kernels.compat import interpreting
+from pallas_kernels.compat import interpreting, varying_axes
 
 LOG2E = math.log2(math.e)
 
@@ -57,7 +57,8 @@ def attend(
     """Attention over the union of the branches' keys, in one softmax, by Pallas Mosaic GPU kernels.
 
     Differentiable in query, key, value and carry, also through lse. Rows that see nothing have out
-    0, lse -inf and zero gradients.
+    0, lse -inf and zero gradients. Works under jit, grad, vmap (dropout then counts the examples
+    of each call from 0), remat, scan, and inside shard_map with check_vma=False.
 
     Args:
         query: `[B, T, N, H]`, bfloat16 or float16.
@@ -161,6 +162,12 @@ def unsupported(
     head_dim = query.shape[-1]
     if head_dim % 8 or not 16 <= head_dim <= 224:
         reasons.append(f"head size {head_dim}: wanted 16 to 224 by 8")
+    axes = ", ".join(sorted(varying_axes(query)))
+    if axes:
+        reasons.append(
+            f"inside a shard_map that checks what varies over {axes}: wanted check_vma=False,"
+            " because JAX's kernels cannot update arrays in place under that check"
+        )
     if min(*query.shape, *key.shape) == 0:
         reasons.append("an empty array")
     if scale is not None and not (_is_number(scale) and scale > 0):

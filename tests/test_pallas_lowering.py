@@ -143,7 +143,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
     importlib.util.find_spec("jax_cuda13_plugin") is None or shutil.which("ptxas") is None,
     reason="needs the aot dependency group and ptxas",
 )
-@pytest.mark.parametrize(("head_dim", "causal"), [(64, False), (64, True), (128, False), (128, True)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_forward_compiles_without_spills(head_dim, causal):
     code = AOT.format(target=TARGET, H=head_dim, causal=causal)
     done = subprocess.run(
@@ -158,3 +159,44 @@ def test_forward_compiles_without_spills(head_dim, causal):
     spilled = [int(part.split()[-1]) for part in log.split(" bytes spill stores")[:-1]]
     assert max(spilled) <= allowed, log[-3000:]
     assert not any(warning in log for warning in ("C7510", "C7512", "C7517"))
+
+
+@pytest.mark.parametrize("transform", ["vmap", "remat", "scan", "shard_map"])
+def test_transforms_lower(transform):
+    x = jax.ShapeDtypeStruct((2, 1, 256, 2, 64), jnp.bfloat16)
+    mesh = jax.sharding.AbstractMesh(
+        (2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+
+    def attend(q, k, v):
+        return flash.attend(q, k, v, branches=PAIR, is_causal=True)[0].astype(q.dtype)
+
+    def run(q, k, v):
+        match transform:
+            case "vmap":
+                return jax.vmap(attend)(q, k, v)
+            case "remat":
+                return jax.checkpoint(attend)(q[0], k[0], v[0])
+            case "scan":
+                step = lambda x, kv: (attend(x, *kv), None)  # noqa: E731
+                return jax.lax.scan(step, q[0], (k, v))[0]
+        spec = jax.sharding.PartitionSpec("x")
+        mapped = jax.shard_map(
+            attend, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+        return mapped(q[:, 0], k[:, 0], v[:, 0])
+
+    grad = jax.grad(lambda *x: run(*x).astype(jnp.float32).sum(), (0, 1, 2))
+    text = jax.jit(grad).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "dilated_keys_gradient" in text
+
+
+def test_shard_map_that_checks_is_refused():
+    x = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh, spec = jax.sharding.AbstractMesh((2,), ("x",), axis_types=auto), jax.P("x")
+    mapped = jax.shard_map(
+        lambda q: flash.attend(q, q, q, branches=PAIR)[0], mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    with pytest.raises(ValueError, match="check_vma=False"):
+        jax.jit(mapped).trace(x)

@@ -1,0 +1,56 @@
+"""Numerics of the real kernel bodies on the CPU, under Pallas's GPU interpreter.
+
+Each case is a process of its own: the interpreter needs NPROC in the environment before jax starts
+(with fewer threads than warpgroups it waits for ever), and a failure in one simulated warpgroup
+leaves the others waiting, so every case has a timeout.
+"""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests.test_pallas_cases import KernelCase
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(
+        jax.__version_info__ < (0, 12), reason="the interpreter of older versions rejects them"
+    ),
+]
+
+CASES = [
+    KernelCase("causal gqa", (128, 256), (1, 2), T=136, H=16, N=2, K=1, causal=True),
+    KernelCase("ids", (1 << 20,), (1,), T=128, H=32, N=1, ids=True),
+    KernelCase("carry traced", (64, 128), (1, 2), T=72, S=130, H=24, starts=(90, 37), carry=True,
+               traced=True, N=1, causal=True),
+    KernelCase("dropout", (1 << 20,), (1,), T=128, H=16, N=1, rate=0.3),
+]
+
+SLOW = ("ids", "carry traced")
+
+SCRIPT = """
+from jax.experimental.pallas import mosaic_gpu as plgpu
+plgpu.set_gpu_interpret_mode(plgpu.InterpretGPUParams(
+    out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+))
+from tests.test_pallas_cases import KernelCase, check
+check({case!r})
+print("checked")
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in SLOW else []) for c in CASES],
+)
+def test_kernel_bodies(case):
+    environment = os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
+    environment.pop("XLA_FLAGS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(case=case)], capture_output=True, text=True,
+        timeout=300, check=False, env=environment,
+    )
+    assert done.stdout.strip().endswith("checked"), (done.stdout + done.stderr)[-3000:]
