@@ -79,14 +79,16 @@ def queries_blocks(head_dim: int, ids: bool) -> Blocks | None:
     return _first_fit(options, fixed, 2 * 2 * head_dim + 4 * ids)
 
 
-def keys_blocks(head_dim: int, ids: bool, fused: bool) -> Blocks | None:
+def keys_blocks(head_dim: int, ids: bool, fused: bool, out_bytes: int = 2) -> Blocks | None:
     """Away (query) tile of the keys' and values' gradient kernel, or None if none fits.
+
+    out_bytes: size of one gradient element (4 while several launches add to it).
 
     Example:
         >>> keys_blocks(64, ids=False, fused=True)
         Blocks(away=128, stages=2)
     """
-    fixed = CONSUMERS * ROWS * head_dim * 2 * 3
+    fixed = CONSUMERS * ROWS * head_dim * (2 * 2 + out_bytes)
     if fused:
         fixed += 128 * head_dim * 4 + CONSUMERS * ROWS * 128 * 2
         return _first_fit(((128, 2),), fixed, 2 * 2 * head_dim + 4 * ids)

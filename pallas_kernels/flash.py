@@ -390,7 +390,7 @@ def _run_backward(
     delta = _rows(delta, sizes.rows, 0.0)
     q_ids, k_ids = _pad_ids(sizes, ids)
     shared = {
-        "out_dtype": query.dtype, "starts": starts, "seed": seed, "q_ids": q_ids, "k_ids": k_ids,
+        "starts": starts, "seed": seed, "q_ids": q_ids, "k_ids": k_ids,
         "keep": call.keep,
     }
     heads, head_dim = query.shape[2], arrays[0].shape[-1]
@@ -400,10 +400,13 @@ def _run_backward(
         rate=call.rate, fused=False, interpret=call.interpret,
     )
 
-    def plans(away: int, transposed: bool) -> Any:
+    def groups(away: int, transposed: bool) -> Any:
         whole = _launch(call, heads, sizes.T, sizes.S, away, transposed)
-        for number, group in enumerate(config.partition(whole, split=transposed and fused)):
-            plan = config.subset(whole, group)
+        for group in config.partition(whole, split=transposed and fused):
+            yield config.subset(whole, group)
+
+    def plans(away: int, transposed: bool) -> Any:
+        for number, plan in enumerate(groups(away, transposed)):
             yield plan, number > 0, _table(call, plan, arrays[0], arrays[1], number > 0)
 
     dq = dk = dv = None
@@ -414,18 +417,26 @@ def _run_backward(
         for plan, add, table in plans(blocks.away, False):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)
             with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
-                dq = backward.queries_gradient(plan, part, table, arrays, lse, delta, dq, **shared)
-    blocks = config.keys_blocks(head_dim, call.ids, fused)
+                dq = backward.queries_gradient(
+                    plan, part, table, arrays, lse, delta, dq, out_dtype=query.dtype, **shared
+                )
+    # Several launches that add to one gradient round it each time, so they do it in float32
+    # (dq is rounded less often: most queries take part in one or two branches).
+    dtype, blocks = jnp.dtype(query.dtype), config.keys_blocks(head_dim, call.ids, fused)
+    wide = config.keys_blocks(head_dim, call.ids, fused, out_bytes=4)
+    if wide is not None and len(list(groups(blocks.away, True))) > 1:
+        dtype, blocks = jnp.dtype(jnp.float32), wide
     lse, delta = (x[:, :, : sizes.padded_T] for x in (lse, delta))
     for plan, add, table in plans(blocks.away, True):
         part = dataclasses.replace(options, stages=blocks.stages, add=add, fused=fused)
         with jax.named_scope(f"dilated_keys_gradient_{'_'.join(map(str, plan.rates))}"):
             new_dq, dk, dv = backward.keys_gradient(
-                plan, part, table, arrays, lse, delta, (dq, dk, dv), **shared
+                plan, part, table, arrays, lse, delta, (dq, dk, dv), out_dtype=dtype, **shared
             )
             dq = new_dq if fused else dq
     if fused:
         dq = (dq * call.scale).astype(query.dtype)
+    dk, dv = dk.astype(key.dtype), dv.astype(value.dtype)
     columns = slice(sizes.head_dim)
     return dq[:, : sizes.T, :, columns], dk[:, : sizes.S, :, columns], dv[:, : sizes.S, :, columns]
 
