@@ -67,7 +67,7 @@ def test_vmap_over_masks_and_keys(qkv):
         jax.checkpoint_policies.nothing_saveable,
         jax.checkpoint_policies.everything_saveable,
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+        jax.checkpoint_policies.save_only_these_names("dilax_out", "dilax_lse"),
     ],
     ids=["default", "nothing", "everything", "dots", "names"],
 )
@@ -81,6 +81,23 @@ def test_remat_changes_no_gradient(qkv, policy):
     plain = jax.jit(jax.grad(loss, (0, 1, 2)))(*qkv)
     again = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy), (0, 1, 2)))(*qkv)
     assert_exact(again, plain)
+
+
+def test_remat_by_name_does_not_attend_again(qkv):
+    """Saving "dilax_out" and "dilax_lse" is enough: the products of the forward pass are gone."""
+
+    def products(policy):
+        def loss(q, k, v):
+            return (attend(jnp.sin(q), k, v) ** 2).sum()
+
+        again = jax.checkpoint(loss, policy=policy)
+        run = jax.jit(jax.value_and_grad(again, (0, 1, 2)))
+        return run.lower(*qkv).as_text().count("stablehlo.dot_general")
+
+    names = jax.checkpoint_policies.save_only_these_names("dilax_out", "dilax_lse")
+    everything = products(jax.checkpoint_policies.everything_saveable)
+    assert products(names) == everything
+    assert products(jax.checkpoint_policies.nothing_saveable) > everything
 
 
 def test_scan_over_layers_is_a_loop(qkv, rng):
