@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backward, config, forward, schedule
-from pallas_kernels.compat import interpreting, varying_axes
+from pallas_kernels import backward, backward_keys, config, forward, schedule
+from pallas_kernels.compat import interpreting
+from pallas_kernels.support import is_static, padded_head, result_dtype, unsupported
 
 LOG2E = math.log2(math.e)
+
+__all__ = ["Call", "attend", "unsupported"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ def attend(
         raise ValueError(f"attend: not supported: {'; '.join(reasons)}")
     if kv_segment_ids is None:
         kv_segment_ids = q_segment_ids
-    starts = tuple(int(s) if _is_static(s) else None for s in (q_start, k_start))
+    starts = tuple(int(s) if is_static(s) else None for s in (q_start, k_start))
     call = Call(
         branches=tuple((int(w), int(r), int(f), tuple(map(int, o))) for w, r, f, o in branches),
         causal=bool(is_causal),
@@ -111,7 +114,7 @@ def attend(
         k_start=starts[1],
         rate=float(dropout_rate),
         keep=keep if dropout_rate else None,
-        out_dtype=_out_dtype(query, carry, out_dtype),
+        out_dtype=result_dtype(query, carry, out_dtype),
         deterministic=deterministic is None or bool(deterministic) or _deterministic_ops(),
         ids=q_segment_ids is not None,
         device_kind=kind,
@@ -122,114 +125,6 @@ def attend(
     ids = (q_segment_ids, kv_segment_ids) if call.ids else None
     carry = None if carry is None else tuple(carry)
     return _attend(call, query, key, value, carry, ids, where, seed)
-
-
-def unsupported(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    branches: Sequence[tuple[int, int, int, tuple[int, ...]]],
-    is_causal: bool = False,
-    scale: float | None = None,
-    q_segment_ids: Any = None,
-    kv_segment_ids: Any = None,
-    q_start: Any = 0,
-    k_start: Any = 0,
-    dropout_rate: float = 0.0,
-    dropout_seed: Any = None,
-    keep: Any = None,
-    carry: Any = None,
-    deterministic: bool | None = None,
-    out_dtype: Any = None,
-    device_kind: str,
-) -> tuple[str, ...]:
-    """Why `attend` cannot take this call; empty if it can. Looks at shapes, dtypes, options only.
-
-    device_kind: `jax.Device.device_kind` of the device that would run it.
-
-    Example:
-        >>> x = jax.ShapeDtypeStruct((1, 8, 1, 20), jnp.float32)
-        >>> unsupported(x, x, x, branches=((8, 1, 0, (0,)),), device_kind="NVIDIA H100 80GB HBM3")
-        ('dtype float32: wanted bfloat16 or float16', 'head size 20: wanted 16 to 224 by 8')
-    """
-    reasons = []
-    if not config.is_hopper(device_kind):
-        reasons.append(f"device {device_kind!r}: wanted an NVIDIA Hopper GPU")
-    dtypes = {jnp.dtype(x.dtype).name for x in (query, key, value)}
-    if not dtypes <= {"bfloat16", "float16"} or len(dtypes) != 1:
-        reasons.append(f"dtype {', '.join(sorted(dtypes))}: wanted bfloat16 or float16")
-    head_dim = query.shape[-1]
-    if head_dim % 8 or not 16 <= head_dim <= 224:
-        reasons.append(f"head size {head_dim}: wanted 16 to 224 by 8")
-    axes = ", ".join(sorted(varying_axes(query)))
-    if axes:
-        reasons.append(
-            f"inside a shard_map that checks what varies over {axes}: wanted check_vma=False,"
-            " because JAX's kernels cannot update arrays in place under that check"
-        )
-    if min(*query.shape, *key.shape) == 0:
-        reasons.append("an empty array")
-    if scale is not None and not (_is_number(scale) and scale > 0):
-        reasons.append(f"scale {scale}: wanted a positive number known when tracing")
-    if dropout_rate and (keep is None or dropout_seed is None):
-        reasons.append("dropout_rate without keep and dropout_seed")
-    if (q_segment_ids is None) and (kv_segment_ids is not None):
-        reasons.append("kv_segment_ids without q_segment_ids")
-    if (q_segment_ids is not None) and kv_segment_ids is None and key.shape[1] != query.shape[1]:
-        reasons.append("q_segment_ids without kv_segment_ids for keys of another length")
-    reasons += _branch_reasons(query, key, branches, q_start, k_start)
-    out, ids = _out_dtype(query, carry, out_dtype), q_segment_ids is not None
-    head = _padded_head(head_dim)
-    blocks = (
-        config.forward_blocks(head, out.itemsize, is_causal, ids),
-        config.queries_blocks(head, ids),
-        config.keys_blocks(head, ids, fused=False),
-    )
-    if not reasons and None in blocks:
-        what = f"{out.name} output{' and segment ids' if ids else ''}"
-        reasons.append(f"head size {head_dim} with {what}: tiles exceed shared memory")
-    return tuple(reasons)
-
-
-def _branch_reasons(
-    query: Any, key: Any, branches: Any, q_start: Any, k_start: Any
-) -> list[str]:
-    reasons = []
-    if not 1 <= len(branches) <= 30:
-        reasons.append(f"{len(branches)} branches: wanted 1 to 30")
-    end = UNKNOWN
-    if _is_static(q_start) and _is_static(k_start):
-        end = max(int(q_start) + query.shape[1], int(k_start) + key.shape[1])
-        if end >= schedule.UNBOUNDED:
-            reasons.append(f"positions up to {end}: wanted less than {schedule.UNBOUNDED}")
-    for w, r, _, _ in branches:
-        if w % r and (end == UNKNOWN or w < end):
-            reasons.append(
-                f"segments of {w} positions that rate {r} does not divide, and more than one"
-            )
-    step = 8 * schedule.common_stride(tuple(r for _, r, _, _ in branches))
-    longest = max(query.shape[1], key.shape[1])
-    if step > max(4096, longest):
-        reasons.append(f"rates whose common multiple, {step // 8}, is large for {longest} rows")
-    return reasons
-
-
-UNKNOWN = -1
-
-
-def _is_static(x: Any) -> bool:
-    return isinstance(x, int | np.integer)
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float | np.number)
-
-
-def _out_dtype(query: Any, carry: Any, out_dtype: Any) -> Any:
-    if out_dtype is None:
-        out_dtype = query.dtype if carry is None else jnp.float32
-    return jnp.dtype(out_dtype)
 
 
 def _deterministic_ops() -> bool:
@@ -243,11 +138,6 @@ def _device_kind() -> str:
         return jax.local_devices()[0].device_kind
     # Lowered for a GPU elsewhere, or interpreted.
     return "NVIDIA H100 80GB HBM3"
-
-
-def _padded_head(head_dim: int) -> int:
-    """wgmma takes the head dimension in steps of 16."""
-    return -(-head_dim // 16) * 16
 
 
 def _pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
@@ -326,7 +216,7 @@ def _table(call: Call, plan: schedule.Launch, query: Any, key: Any, skip: bool) 
 
 
 def _pad_inputs(sizes: _Sizes, arrays: Sequence[jax.Array], lengths: Sequence[int]) -> list:
-    head = _padded_head(sizes.head_dim)
+    head = padded_head(sizes.head_dim)
     return [_pad(_pad(x, 1, n), 3, head) for x, n in zip(arrays, lengths, strict=True)]
 
 
@@ -430,7 +320,7 @@ def _run_backward(
     for plan, add, table in plans(blocks.away, True):
         part = dataclasses.replace(options, stages=blocks.stages, add=add, fused=fused)
         with jax.named_scope(f"dilated_keys_gradient_{'_'.join(map(str, plan.rates))}"):
-            new_dq, dk, dv = backward.keys_gradient(
+            new_dq, dk, dv = backward_keys.keys_gradient(
                 plan, part, table, arrays, lse, delta, (dq, dk, dv), out_dtype=dtype, **shared
             )
             dq = new_dq if fused else dq

@@ -1,0 +1,310 @@
+"""The backward kernel for keys and values, which may also add up the queries' gradient."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import schedule
+from pallas_kernels.backward import Options, is_edge, seen_pairs, write_tile
+from pallas_kernels.compat import (
+    COLUMN,
+    ROW,
+    add_product,
+    add_to_global,
+    aligned_rows,
+    launch,
+    load,
+    pl,
+    plgpu,
+    product,
+    shared_tile,
+)
+from pallas_kernels.forward import CONSUMERS, LOG2E, ROWS, view
+
+
+def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
+    views = sorted(set(plan.rates))
+    it = iter(refs)
+    items, part, geometry, seed_ref, k_ref, v_ref = (next(it) for _ in range(6))
+    q_refs = {r: next(it) for r in views}
+    do_refs = {r: next(it) for r in views}
+    lse_refs = {r: next(it) for r in views}
+    delta_refs = {r: next(it) for r in views}
+    k_ids = next(it) if opt.ids else None
+    q_ids = {r: next(it) for r in views} if opt.ids else {}
+    dq_ref = next(it) if opt.fused else None
+    dk_ref, dv_ref = next(it), next(it)
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = (next(it) for _ in range(6))
+    out_smem, dq_smem, ds_smem, id_smem, p_smem = (next(it) for _ in range(5))
+    k_ready, q_ready, do_ready, c_ready, k_free, q_free, do_free, ds_ready, ds_free = it
+
+    wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+    count, bq = items[cta, 0, 0], plan.block_away
+    kv_heads = plan.heads // opt.group
+    visits = len(plan.rates) * opt.group
+    head_dim = k_smem.shape[-1]
+    dtype = k_smem.dtype
+
+    def place(entry: Any) -> tuple[Any, ...]:
+        return schedule.place(plan, geometry, entry[0], kv_heads)
+
+    def visit(branch: Any, head: Any, residue: Any, tile: Any) -> schedule.Visit:
+        return schedule.visit(plan, geometry, branch, part[head, residue], residue, tile)
+
+    def consume() -> None:
+        plgpu.set_max_registers(240, action="increase")
+
+        def one_item(t: Any, state: Any) -> Any:
+            base, current = state
+            following = schedule.entry(items, cta, t + 1, count)
+            b, kv_head, residue, tile, local = place(current)
+            row = tile * plan.block_home + wg * ROWS
+            window = (b, aligned_rows(row, ROWS), local, kv_head)
+            if opt.add:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.copy_gmem_to_smem(dv_ref.at[window], out_smem.at[wg], c_ready.at[wg])
+            id_rows = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
+            plgpu.barrier_wait(k_ready.at[wg])
+
+            def step(
+                j: Any, i: Any, v: schedule.Visit, head: Any, branch: Any, accs: Any
+            ) -> Any:
+                dk_acc, dv_acc = accs
+                slot, start = lax.rem(i, jnp.int32(opt.stages)), v.first + j * bq
+                shape = (ROWS, bq)
+                plgpu.barrier_wait(q_ready.at[slot])
+
+                s = product(
+                    k_smem.at[wg], q_smem.at[slot].transpose((1, 0)), shape, lambda: None
+                )
+                lse = load(lse_smem.at[slot], COLUMN)
+                ids = load(id_smem.at[slot], COLUMN) if opt.ids else None
+                s = lax.cond(
+                    is_edge(plan, v, row, start, bq),
+                    lambda: jnp.where(seen_pairs(plan, v, row, start, shape), s, -jnp.inf),
+                    lambda: s,
+                )
+                if opt.ids:
+                    a = lax.broadcast_in_dim(id_rows, shape, [0])
+                    c = lax.broadcast_in_dim(ids, shape, [1])
+                    s = jnp.where((a == c) & (a != 0), s, -jnp.inf)
+                p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [1]))
+                staging = None if p_smem is None else p_smem.at[wg]
+                weight = p
+                if opt.rate:
+                    seed, at = (seed_ref[0], seed_ref[1]), (b, head, branch, row, start)
+                    seen = schedule.kept(plan, keep, opt.rate, seed, v, at, shape)
+                    weight = jnp.where(seen, p * (1.0 / (1.0 - opt.rate)), 0.0)
+                weight = weight.astype(dtype)
+                plgpu.barrier_wait(do_ready.at[slot])
+
+                def weigh(dp_acc: Any) -> Any:
+                    add_product(dv_acc, weight, do_smem.at[slot], staging)
+                    plgpu.wgmma(dp_acc, v_smem.at[wg], do_smem.at[slot].transpose((1, 0)))
+                    return dp_acc[...]
+
+                dp = pl.run_scoped(weigh, plgpu.ACC(shape, jnp.float32))
+                plgpu.barrier_arrive(do_free.at[slot])
+                # Loaded only now: a column vector takes as many registers as half a score tile.
+                delta = load(delta_smem.at[slot], COLUMN)
+                if opt.rate:
+                    dp = jnp.where(seen, dp * (1.0 / (1.0 - opt.rate)), 0.0)
+                ds = (p * (dp - lax.broadcast_in_dim(delta, shape, [1]))).astype(dtype)
+                if opt.fused:
+                    pl.when(i > 0)(lambda: plgpu.barrier_wait(ds_free))
+                    ds_smem.at[wg][...] = ds
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(ds_ready)
+                add_product(dk_acc, ds, q_smem.at[slot], staging)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(q_free.at[slot])
+                if opt.fused:
+                    add_queries(b, head, v, start)
+                return i + 1
+
+            def add_queries(b: Any, head: Any, v: Any, start: Any) -> None:
+                """Adds this step's share of the queries' gradient, half a tile a warpgroup."""
+                plgpu.barrier_wait(ds_ready)
+                by_rows = bq == CONSUMERS * ROWS
+                half = ROWS if by_rows else head_dim // CONSUMERS
+
+                def side(i: int) -> None:
+                    part_of = pl.ds(i * half, half)
+
+                    def body(acc: Any) -> jax.Array:
+                        for w in range(CONSUMERS):
+                            if by_rows:
+                                left, right = ds_smem.at[w, :, part_of], k_smem.at[w]
+                            else:
+                                left, right = ds_smem.at[w], k_smem.at[w, :, part_of]
+                            plgpu.wgmma(acc, left.transpose((1, 0)), right)
+                        return acc[...]
+
+                    dq = pl.run_scoped(body, plgpu.ACC(dq_smem.shape[1:], jnp.float32))
+                    plgpu.barrier_arrive(ds_free)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    dq_smem.at[i][...] = dq
+                    plgpu.commit_smem()
+                    rows, columns = (start + i * ROWS, slice(None)) if by_rows else (start, part_of)
+                    rows = aligned_rows(rows, ROWS if by_rows else bq)
+                    at = (b, rows, v.away_residue, head, columns)
+                    add_to_global(dq_smem.at[i], dq_ref.at[at], opt.interpret)
+
+                for i in range(CONSUMERS):
+                    pl.when(wg == i)(functools.partial(side, i))
+
+            def one_visit(index: Any, i: Any, accs: Any) -> Any:
+                branch = lax.div(index, jnp.int32(opt.group))
+                head = kv_head * opt.group + lax.rem(index, jnp.int32(opt.group))
+                v = visit(branch, head, residue, tile)
+                body = functools.partial(step, v=v, head=head, branch=branch, accs=accs)
+                return lax.fori_loop(0, v.steps, body, i)
+
+            def gradients(dk_acc: Any, dv_acc: Any) -> Any:
+                body = functools.partial(one_visit, accs=(dk_acc, dv_acc))
+                end = body(0, base) if visits == 1 else lax.fori_loop(0, visits, body, base)
+                return dk_acc[...], dv_acc[...], end
+
+            acc = plgpu.ACC((ROWS, head_dim), jnp.float32)
+            dk, dv, end = pl.run_scoped(gradients, acc, acc)
+            plgpu.barrier_arrive(k_free.at[wg])
+            out = out_smem.at[wg]
+            write_tile(dv, out, dv_ref.at[window], c_ready.at[wg], opt.add)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if opt.add:
+                plgpu.copy_gmem_to_smem(dk_ref.at[window], out, c_ready.at[wg])
+            write_tile(dk * (opt.scale / LOG2E), out, dk_ref.at[window], c_ready.at[wg], opt.add)
+            return end, following
+
+        first = schedule.entry(items, cta, 0, count)
+        lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
+        plgpu.wait_smem_to_gmem(0)
+
+    def produce() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+
+        def one_item(t: Any, fill: Any) -> Any:
+            b, kv_head, residue, tile, local = place(schedule.entry(items, cta, t, count))
+            for i in range(CONSUMERS):
+                pl.when(t > 0)(lambda i=i: plgpu.barrier_wait(k_free.at[i]))
+                at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, kv_head)
+                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[i], k_ready.at[i])
+                plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[i], k_ready.at[i])
+
+            def member(m: Any, fill: Any, branch: int) -> Any:
+                head, rate = kv_head * opt.group + m, plan.rates[branch]
+                v = visit(branch, head, residue, tile)
+
+                def step(j: Any, i: Any) -> Any:
+                    slot = lax.rem(i, jnp.int32(opt.stages))
+                    rows = aligned_rows(v.first + j * bq, bq)
+                    at, reused = (b, rows, v.away_residue, head), i >= opt.stages
+                    vector = (b, head, v.away_residue, rows)
+                    pl.when(reused)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+                    ready = q_ready.at[slot]
+                    plgpu.copy_gmem_to_smem(q_refs[rate].at[at], q_smem.at[slot], ready)
+                    plgpu.copy_gmem_to_smem(lse_refs[rate].at[vector], lse_smem.at[slot], ready)
+                    plgpu.copy_gmem_to_smem(delta_refs[rate].at[vector], delta_smem.at[slot], ready)
+                    if opt.ids:
+                        at_ids = q_ids[rate].at[b, v.away_residue, rows]
+                        plgpu.copy_gmem_to_smem(at_ids, id_smem.at[slot], ready)
+                    pl.when(reused)(lambda: plgpu.barrier_wait(do_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(
+                        do_refs[rate].at[at], do_smem.at[slot], do_ready.at[slot]
+                    )
+                    return i + 1
+
+                return lax.fori_loop(0, v.steps, step, fill)
+
+            for branch in range(len(plan.rates)):
+                body = functools.partial(member, branch=branch)
+                fill = lax.fori_loop(0, opt.group, body, fill) if opt.group > 1 else body(0, fill)
+            return fill
+
+        lax.fori_loop(0, count, one_item, jnp.int32(0))
+
+    pl.when(wg < CONSUMERS)(consume)
+    pl.when(wg == CONSUMERS)(produce)
+
+
+def _by_residue(x: jax.Array, rate: int) -> jax.Array:
+    """`[B, N, T]` as `[B, N, rate, T / rate]`."""
+    return x.reshape(*x.shape[:2], x.shape[2] // rate, rate).swapaxes(2, 3)
+
+
+def keys_gradient(
+    plan: schedule.Launch,
+    opt: Options,
+    table: np.ndarray,
+    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    lse: jax.Array,
+    delta: jax.Array,
+    grads: tuple[jax.Array | None, jax.Array | None, jax.Array | None],
+    *,
+    out_dtype: Any,
+    starts: jax.Array,
+    seed: jax.Array,
+    q_ids: jax.Array | None = None,
+    k_ids: jax.Array | None = None,
+    keep: Any = None,
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """The gradients of keys and values of one launch; with opt.fused also that of the queries.
+
+    arrays, lse, delta as in `queries_gradient`, lse and delta `[B, N, T']`. grads: (dq, dk, dv);
+    dq float32 without the scale, added to when opt.fused; dk and dv added to when opt.add.
+    """
+    query, key, value, do = arrays
+    dq, dk, dv = grads
+    views = sorted(set(plan.rates))
+    head_dim, dtype = query.shape[-1], query.dtype
+    part = schedule.participation(plan).astype(np.int32)
+    operands = [jnp.asarray(table), jnp.asarray(part)]
+    operands += [jnp.asarray(schedule.geometry(plan, starts)), seed]
+    operands += [view(key, plan.stride), view(value, plan.stride)]
+    operands += [view(x, r) for x in (query, do) for r in views]
+    operands += [_by_residue(x, r) for x in (lse, delta) for r in views]
+    if opt.ids:
+        operands += [view(k_ids, plan.stride)]
+        operands += [view(q_ids, r).swapaxes(1, 2) for r in views]
+    bq, stages = plan.block_away, opt.stages
+    vectors = plgpu.SMEM((stages, bq), jnp.float32)
+    split = (CONSUMERS, 1) if bq == CONSUMERS * ROWS else (1, CONSUMERS)
+    scratch = [
+        shared_tile((CONSUMERS, ROWS, head_dim), dtype),
+        shared_tile((CONSUMERS, ROWS, head_dim), dtype),
+        shared_tile((stages, bq, head_dim), dtype),
+        shared_tile((stages, bq, head_dim), dtype),
+        vectors,
+        vectors,
+        shared_tile((CONSUMERS, ROWS, head_dim), out_dtype),
+        shared_tile((CONSUMERS, bq // split[0], head_dim // split[1]), jnp.float32)
+        if opt.fused
+        else None,
+        shared_tile((CONSUMERS, ROWS, bq), dtype) if opt.fused else None,
+        plgpu.SMEM((stages, bq), jnp.int32) if opt.ids else None,
+        shared_tile((CONSUMERS, ROWS, bq), dtype) if opt.interpret else None,
+        plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=4 if opt.ids else 3),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=CONSUMERS),
+        plgpu.Barrier(num_barriers=CONSUMERS),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
+        plgpu.Barrier(num_arrivals=CONSUMERS),
+        plgpu.Barrier(num_arrivals=CONSUMERS),
+    ]
+    shape = (key.shape[0], key.shape[1] // plan.stride, plan.stride, *key.shape[2:])
+    inplace = [view(dq, plan.stride)] if opt.fused else []
+    inplace += [dk.reshape(shape), dv.reshape(shape)] if opt.add else []
+    types = [] if opt.add else [jax.ShapeDtypeStruct(shape, out_dtype)] * 2
+    outs = launch(
+        functools.partial(_keys_body, plan, opt, keep), operands, types, scratch,
+        ctas=table.shape[0], threads=CONSUMERS + 1, name="dilated_keys_gradient",
+        inplace=inplace,
+    )
+    dq = outs[0].reshape(query.shape) if opt.fused else None
+    return dq, outs[-2].reshape(key.shape), outs[-1].reshape(key.shape)

@@ -1,0 +1,122 @@
+"""What the kernels cannot take, decided from shapes, dtypes and options alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import config, schedule
+from pallas_kernels.compat import varying_axes
+
+
+def unsupported(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    branches: Sequence[tuple[int, int, int, tuple[int, ...]]],
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: Any = None,
+    kv_segment_ids: Any = None,
+    q_start: Any = 0,
+    k_start: Any = 0,
+    dropout_rate: float = 0.0,
+    dropout_seed: Any = None,
+    keep: Any = None,
+    carry: Any = None,
+    deterministic: bool | None = None,
+    out_dtype: Any = None,
+    device_kind: str,
+) -> tuple[str, ...]:
+    """Why `attend` cannot take this call; empty if it can. Looks at shapes, dtypes, options only.
+
+    device_kind: `jax.Device.device_kind` of the device that would run it.
+
+    Example:
+        >>> x = jax.ShapeDtypeStruct((1, 8, 1, 20), jnp.float32)
+        >>> unsupported(x, x, x, branches=((8, 1, 0, (0,)),), device_kind="NVIDIA H100 80GB HBM3")
+        ('dtype float32: wanted bfloat16 or float16', 'head size 20: wanted 16 to 224 by 8')
+    """
+    reasons = []
+    if not config.is_hopper(device_kind):
+        reasons.append(f"device {device_kind!r}: wanted an NVIDIA Hopper GPU")
+    dtypes = {jnp.dtype(x.dtype).name for x in (query, key, value)}
+    if not dtypes <= {"bfloat16", "float16"} or len(dtypes) != 1:
+        reasons.append(f"dtype {', '.join(sorted(dtypes))}: wanted bfloat16 or float16")
+    head_dim = query.shape[-1]
+    if head_dim % 8 or not 16 <= head_dim <= 224:
+        reasons.append(f"head size {head_dim}: wanted 16 to 224 by 8")
+    axes = ", ".join(sorted(varying_axes(query)))
+    if axes:
+        reasons.append(
+            f"inside a shard_map that checks what varies over {axes}: wanted check_vma=False,"
+            " because JAX's kernels cannot update arrays in place under that check"
+        )
+    if min(*query.shape, *key.shape) == 0:
+        reasons.append("an empty array")
+    if scale is not None and not (_is_number(scale) and scale > 0):
+        reasons.append(f"scale {scale}: wanted a positive number known when tracing")
+    if dropout_rate and (keep is None or dropout_seed is None):
+        reasons.append("dropout_rate without keep and dropout_seed")
+    if (q_segment_ids is None) and (kv_segment_ids is not None):
+        reasons.append("kv_segment_ids without q_segment_ids")
+    if (q_segment_ids is not None) and kv_segment_ids is None and key.shape[1] != query.shape[1]:
+        reasons.append("q_segment_ids without kv_segment_ids for keys of another length")
+    reasons += _branch_reasons(query, key, branches, q_start, k_start)
+    out, ids = result_dtype(query, carry, out_dtype), q_segment_ids is not None
+    head = padded_head(head_dim)
+    blocks = (
+        config.forward_blocks(head, out.itemsize, is_causal, ids),
+        config.queries_blocks(head, ids),
+        config.keys_blocks(head, ids, fused=False),
+    )
+    if not reasons and None in blocks:
+        what = f"{out.name} output{' and segment ids' if ids else ''}"
+        reasons.append(f"head size {head_dim} with {what}: tiles exceed shared memory")
+    return tuple(reasons)
+
+
+def _branch_reasons(
+    query: Any, key: Any, branches: Any, q_start: Any, k_start: Any
+) -> list[str]:
+    reasons = []
+    if not 1 <= len(branches) <= 30:
+        reasons.append(f"{len(branches)} branches: wanted 1 to 30")
+    end = None
+    if is_static(q_start) and is_static(k_start):
+        end = max(int(q_start) + query.shape[1], int(k_start) + key.shape[1])
+        if end >= schedule.UNBOUNDED:
+            reasons.append(f"positions up to {end}: wanted less than {schedule.UNBOUNDED}")
+    for w, r, _, _ in branches:
+        if w % r and (end is None or w < end):
+            reasons.append(
+                f"segments of {w} positions that rate {r} does not divide, and more than one"
+            )
+    step = 8 * schedule.common_stride(tuple(r for _, r, _, _ in branches))
+    longest = max(query.shape[1], key.shape[1])
+    if step > max(4096, longest):
+        reasons.append(f"rates whose common multiple, {step // 8}, is large for {longest} rows")
+    return reasons
+
+
+def is_static(x: Any) -> bool:
+    """Whether a start position is an int, not a traced value."""
+    return isinstance(x, int | np.integer)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.number)
+
+
+def result_dtype(query: Any, carry: Any, out_dtype: Any) -> Any:
+    """The dtype of out: as asked, else float32 with a carry and query's own without."""
+    if out_dtype is None:
+        out_dtype = query.dtype if carry is None else jnp.float32
+    return jnp.dtype(out_dtype)
+
+
+def padded_head(head_dim: int) -> int:
+    """wgmma takes the head dimension in steps of 16."""
+    return -(-head_dim // 16) * 16
