@@ -155,7 +155,7 @@ def test_forward_compiles_without_spills(head_dim, causal):
     assert done.returncode == 0, log[-3000:]
     assert "bytes spill stores" in log
     # H = 64 without causality takes 256 keys at once, at the price of a few spilled scalars.
-    allowed = 64 if (head_dim, causal) == (64, False) else 0
+    allowed = 32 if (head_dim, causal) == (64, False) else 0
     spilled = [int(part.split()[-1]) for part in log.split(" bytes spill stores")[:-1]]
     assert max(spilled) <= allowed, log[-3000:]
     assert not any(warning in log for warning in ("C7510", "C7512", "C7517"))
