@@ -162,13 +162,13 @@ CASES = (
     Case("zeros_causal", *_RAGGED, T=26, options=_ZEROS + _CAUSAL),
     Case("zeros_extras", *_RAGGED, T=17, bias=True, key_padding=True, options=_ZEROS + _ZERO_KEY),
     # Cross lengths and starts.
-    Case("cross_short_keys", *_RAGGED_THREE, T=24, S=13),
+    Case("cross_short_keys", *_RAGGED, T=24, S=13),
     Case("cross_long_keys_causal", *_RAGGED, T=13, S=24, options=_CAUSAL),
     Case("cross_ids", *_RAGGED, T=13, S=22, segment_ids="packed"),
     Case("cross_padding_gqa", *_RAGGED, T=13, S=22, K=2, key_padding=True, options=_CAUSAL),
     Case("starts", *_RAGGED, T=15, S=21, options=_options(q_start=11, k_start=4)),
     Case(
-        "starts_causal", *_RAGGED_THREE, T=15, S=21,
+        "starts_causal", *_RAGGED, T=15, S=21,
         options=_CAUSAL + _options(q_start=11, k_start=4),
     ),
     Case("starts_keys_later", *_RAGGED, T=20, options=_CAUSAL + _options(q_start=2, k_start=9)),
@@ -179,7 +179,7 @@ CASES = (
         options=_HEADS + _options(q_start=7, k_start=3),
     ),
     # Dropout.
-    Case("dropout", *_RAGGED_THREE, dropout_rate=0.3),
+    Case("dropout", *_RAGGED, dropout_rate=0.3),
     Case("dropout_causal_gqa", *_THREE, N=8, K=2, dropout_rate=0.5, options=_CAUSAL),
     Case("dropout_ids", *_RAGGED, dropout_rate=0.2, segment_ids="packed", options=_CAUSAL),
     Case("dropout_heads", *_THREE, dropout_rate=0.4, options=_HEADS),
