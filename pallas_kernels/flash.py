@@ -103,6 +103,8 @@ def attend(
     reasons = unsupported(query, key, value, device_kind=kind, **options)
     if reasons:
         raise ValueError(f"attend: not supported: {'; '.join(reasons)}")
+    if dropout_rate and keep is None:
+        raise ValueError("attend: dropout_rate without keep, which says what is dropped")
     if kv_segment_ids is None:
         kv_segment_ids = q_segment_ids
     starts = tuple(int(s) if is_static(s) else None for s in (q_start, k_start))
@@ -335,11 +337,13 @@ def _run_backward(
 def _attend(
     call: Call, query: Any, key: Any, value: Any, carry: Any, ids: Any, starts: Any, seed: Any
 ) -> tuple[jax.Array, jax.Array]:
-    return _run_forward(call, query, key, value, carry, ids, starts, seed)
+    # Kernels count in int32; with 64-bit integers as the default they would mix the two.
+    with jax.enable_x64(False):
+        return _run_forward(call, query, key, value, carry, ids, starts, seed)
 
 
 def _attend_fwd(call: Call, *arrays: Any) -> tuple[Any, Any]:
-    out, lse = _run_forward(call, *arrays)
+    out, lse = _attend(call, *arrays)
     return (out, lse), (arrays, out, lse)
 
 
@@ -349,7 +353,8 @@ def _attend_bwd(call: Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     do32 = do.astype(jnp.float32)
     seen = lse > -jnp.inf
     delta = (do32 * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, dlse, 0.0)
-    dq, dk, dv = _run_backward(call, query, key, value, do, lse, delta, ids, starts, seed)
+    with jax.enable_x64(False):
+        dq, dk, dv = _run_backward(call, query, key, value, do, lse, delta, ids, starts, seed)
     d_carry = None
     if carry is not None:
         old_out, old_lse = carry

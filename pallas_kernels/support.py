@@ -58,8 +58,8 @@ def unsupported(
         reasons.append("an empty array")
     if scale is not None and not (_is_number(scale) and scale > 0):
         reasons.append(f"scale {scale}: wanted a positive number known when tracing")
-    if dropout_rate and (keep is None or dropout_seed is None):
-        reasons.append("dropout_rate without keep and dropout_seed")
+    if dropout_rate and dropout_seed is None:
+        reasons.append("dropout_rate without dropout_seed")
     if (q_segment_ids is None) and (kv_segment_ids is not None):
         reasons.append("kv_segment_ids without q_segment_ids")
     if (q_segment_ids is not None) and kv_segment_ids is None and key.shape[1] != query.shape[1]:
