@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,42 @@ def test_an_interrupted_environment_is_made_anew(bootstrap, builds, tmp_path, mo
     bootstrap.environment(".venv", ["wish"])
     assert builds == ["made", "made", "pip>=25.1", "wish"]
     assert not left.exists()
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["moved", "copied"])
+def test_an_environment_from_elsewhere_is_made_anew(copied, bootstrap, builds, tmp_path):
+    """Its scripts name the Python of the old place, or of nothing."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "pyproject.toml").write_text("one")
+    bootstrap.ROOT = str(old)
+    folder = Path(bootstrap.environment(".venv", ["wish"]))
+    put(folder / "bin" / "pytest", "exit 0\n")
+    if copied:
+        shutil.copytree(old, new)
+    else:
+        old.rename(new)
+    bootstrap.ROOT = str(new)
+    for _ in range(2):
+        assert bootstrap.environment(".venv", ["wish"]) == str(new / ".venv")
+    assert builds == ["made", "pip>=25.1", "wish"] * 2
+    assert not (new / ".venv" / "bin" / "pytest").exists()
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["absent", "stale"])
+def test_no_tool_of_another_place_runs(stale, bootstrap, machine, capfd):
+    put(machine / "bin" / "pytest", "echo foreign\n")
+    folder = machine / ".venv"
+    if stale:
+        put(folder / "bin" / "pytest", "")
+        (folder / "bin" / "pytest").write_text(f"#!{machine}/gone/python\n")
+    assert bootstrap.run(str(folder), "pytest") == 127
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert f"cannot run {folder / 'bin' / 'pytest'}" in printed.err
+    put(folder / "bin" / "pytest", "echo ours $1; exit 3\n")
+    assert bootstrap.run(str(folder), "pytest", "-q") == 3
+    assert capfd.readouterr().out == "ours -q\n"
 
 
 def test_a_folder_of_someone_else_is_left_alone(bootstrap, builds, tmp_path):

@@ -171,12 +171,12 @@ def make_empty(python, folder):
     )
 
 
-def fingerprint(folder, wishes):
+def fingerprint(wishes):
     """What the environment depends on; a change means a new installation."""
     digest = hashlib.sha256()
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
         digest.update(file.read())
-    digest.update("\0".join([folder, *wishes]).encode())
+    digest.update("\0".join(wishes).encode())
     return digest.hexdigest()
 
 
@@ -203,22 +203,24 @@ def write(path, text):
 def environment(name, wishes):
     """Path of an environment that has the project and `wishes` (pip's arguments) installed.
 
-    The stamp says "building" until everything is in place, so a run that was cut short is seen and
-    the environment is made anew.
+    The stamp says "building" until everything is in place, then what was installed and in which
+    folder. So a run that was cut short is seen, and so is an environment that came with a moved or
+    copied clone, whose scripts still name the Python of the old place: both are made anew.
     """
     folder = os.path.join(ROOT, name)
     stamp = os.path.join(folder, ".bootstrap")
     python = os.path.join(folder, "bin", "python")
-    wanted = fingerprint(folder, wishes)
+    wanted = f"{fingerprint(wishes)} {folder}"
     with locked(folder):
         state = read(stamp)
         if state is None and set(os.listdir(folder)) - {".lock"}:
             raise Failed(f"{folder} is there but not made by this script: move it away.")
-        works = quiet([python, "-c", ""])[0] == 0
+        in_place = state is not None and state.partition(" ")[2] == folder
+        works = in_place and quiet([python, "-c", ""])[0] == 0
         if state == wanted and works:
             return folder
         write(stamp, "building")
-        if state in (None, "building") or not works:
+        if not works:
             for entry in set(os.listdir(folder)) - {".lock", ".bootstrap"}:
                 path = os.path.join(folder, entry)
                 if os.path.isdir(path) and not os.path.islink(path):
@@ -247,19 +249,25 @@ def oldest():
 
 
 def run(folder, *command):
-    """Exit status of a command of the environment."""
+    """Exit status of a command of the environment, never of one elsewhere on PATH."""
     ours = folder != os.environ.get("DILAX_ENV")
     environ = dict(clean_environ(), VIRTUAL_ENV=folder) if ours else dict(os.environ)
     binaries = os.path.join(folder, "bin")
     environ["PATH"] = binaries + os.pathsep + environ.get("PATH", "")
     say(" ".join(command))
-    return subprocess.run(command, env=environ, cwd=ROOT).returncode
+    program = os.path.abspath(os.path.join(binaries, command[0]))
+    try:
+        return subprocess.run([program, *command[1:]], env=environ, cwd=ROOT).returncode
+    except OSError as error:  # not there, or a script of a Python that is not there
+        say(f"cannot run {program}: {error.strerror}")
+        return 127
 
 
 def test():
     """Lint, types, layers and tests with the newest jax, then core tests with the oldest.
 
-    Every step runs even if one before it failed; the last line is pytest's.
+    Every step runs even if one before it failed. The last line printed is pytest's if all passed,
+    else the list of what failed.
     """
     folder = newest()
     steps = [
