@@ -32,7 +32,7 @@ class BenchConfig:
         num_heads: N, query heads.
         num_kv_heads: K, key and value heads; None for N.
         head_dim: H.
-        dtype: Of queries, keys and values.
+        dtype: Of queries, keys and values; float64 is timed with jax_enable_x64, set or not.
         causal: A query sees no key after it.
         backward: Also time forward and backward together.
         repeats: Timed calls per row; their median counts.
@@ -66,6 +66,11 @@ class BenchConfig:
                 raise refuse(name, "a positive int", getattr(self, name))
         if self.dtype not in FLOAT_DTYPES:
             raise refuse("dtype", " or ".join(FLOAT_DTYPES), self.dtype)
+        if self.head_dim % 8 or self.head_dim > 256:
+            raise refuse("head_dim", "a multiple of 8 up to 256", self.head_dim)
+        kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if kv_heads < 1 or self.num_heads % kv_heads:
+            raise refuse("num_kv_heads", f"a divisor of num_heads={self.num_heads}", kv_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +153,13 @@ def _contestants(config: BenchConfig, length: int) -> Iterator[tuple[str, Any]]:
 def _row(config: BenchConfig, name: str, length: int, work: str, attend: Any) -> Row:
     if isinstance(attend, str):
         return Row(name, length, work, None, None, attend)
+    if config.dtype == "float64":  # without it JAX would make float32 of it
+        with jax.enable_x64(True):
+            return _timed(config, name, length, work, attend)
+    return _timed(config, name, length, work, attend)
+
+
+def _timed(config: BenchConfig, name: str, length: int, work: str, attend: Callable) -> Row:
     shapes = [config.num_heads] + [config.num_kv_heads or config.num_heads] * 2
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [

@@ -1,5 +1,6 @@
 """Checkpoints of training runs, by Orbax: written atomically, the latest ones kept."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -26,6 +27,12 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
+    def _read(self, step: int, items: Any) -> Any:
+        try:
+            return self.manager.restore(step, args=items)
+        except Exception as error:  # Orbax has one for each kind of damage
+            raise _damaged(self.directory, step, error) from error
+
     def save(self, step: int, params: Any, optimizer_state: Any, run: dict[str, Any]) -> None:
         """Write a checkpoint, unless the latest one is of this step."""
         if self.manager.latest_step() != step:
@@ -39,14 +46,32 @@ class Checkpoints:
 
     def run(self, step: int) -> dict[str, Any]:
         """What `save` was given as `run`."""
-        return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
-            "run"
-        ]
+        run = self._read(step, ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if not isinstance(run, dict) or not {"config", "data", "text"} <= run.keys():
+            raise _damaged(self.directory, step, "no description of the run")
+        return run
 
     def restore(self, step: int, **like: Any) -> Any:
         """The named items, "params" or "optimizer", as trees like those given."""
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        return self.manager.restore(step, args=ocp.args.Composite(**items))
+        return self._read(step, ocp.args.Composite(**items))
+
+
+def _damaged(directory: pathlib.Path, step: int, why: Any) -> ValueError:
+    reason = f"{type(why).__name__}: {why}" if isinstance(why, Exception) else str(why)
+    reason = " ".join(reason.split())[:200]
+    return refuse(
+        "checkpoint_dir", f"an undamaged checkpoint of step {step} in {directory}", reason
+    )
+
+
+def check_directory(name: str, directory: str) -> None:
+    """Refuse what neither is nor can become a directory to write checkpoints in."""
+    path = pathlib.Path(directory).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise refuse(name, "a directory that can be written, or made", directory)
 
 
 def load_model(checkpoint_dir: str, step: int | None = None) -> tuple[LongNetLM, TrainConfig]:
@@ -57,7 +82,7 @@ def load_model(checkpoint_dir: str, step: int | None = None) -> tuple[LongNetLM,
         step: which checkpoint; None: the latest.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: there is no such checkpoint, or it is damaged.
     """
     if not pathlib.Path(checkpoint_dir).is_dir():
         raise refuse("checkpoint_dir", "a directory with checkpoints", str(checkpoint_dir))

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dilax._types import UnsupportedError
+from dilax._types import UnsupportedError, refuse
 
 SUMMARIES = {
     "train": "train a LongNet language model on text, beside byte bigrams on the same files",
@@ -18,6 +19,18 @@ SUMMARIES = {
     "show": "draw which keys each query of each head sees",
     "bench": "time the implementations on this machine",
 }
+
+
+def _check_output(name: str, path: Path | None, suffix: str | None = None) -> None:
+    """Refuse a file that could not be written, before anything is computed."""
+    if path is None:
+        return
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise refuse(name, f"a file name that ends in {suffix}", str(path))
+    if path.is_dir() or not path.parent.is_dir():
+        raise refuse(name, "a file in a directory that exists", str(path))
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise refuse(name, "a file that may be written", str(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +52,11 @@ class Show:
     causal: bool = False
     """A query sees no key after it."""
     out: Path = Path("pattern.png")
-    """The picture to write."""
+    """The picture to write, a name that ends in .png."""
 
     def run(self) -> None:
         """Write the picture and say so."""
+        _check_output("out", self.out, ".png")
         from dilax import plotting
 
         figure = plotting.draw_pattern(
@@ -78,6 +92,7 @@ def _train() -> Any:
 
 
 def _run_train(config: Any, resume: bool, picture: Path | None) -> int:
+    _check_output("picture", picture, ".png")
     import jax
     import rich
     from rich.table import Table
@@ -179,15 +194,18 @@ class Generate:
         from dilax.training import load_model
 
         model, _ = load_model(self.checkpoint_dir, self.step)
+        prompt = os.fsencode(self.prompt)  # any bytes may come from a shell
         text = generate(
             model,
-            self.prompt,
+            prompt,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,
             seed=self.seed,
         )
-        print(self.prompt + text.decode(errors="replace"))
+        coding = sys.stdout.encoding or "utf-8"
+        shown = (prompt + text).decode(errors="replace")
+        print(shown.encode(coding, errors="replace").decode(coding))
 
 
 def _generate() -> Any:
@@ -266,6 +284,7 @@ def _bench() -> Any:
 
 
 def _run_bench(config: Any, path: Path | None) -> None:
+    _check_output("json", path)
     from dilax import bench
 
     machine = bench.machine()
@@ -378,6 +397,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_refusal(error):
             raise
         return _failure(str(error))
+    except FloatingPointError as error:  # of `train`, which says what happened
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         if error.name not in ("grain", "matplotlib", "optax", "orbax", "rich", "tyro"):
             raise

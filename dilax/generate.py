@@ -109,7 +109,9 @@ def generate_tokens(
     vocab = model.config.vocab_size or 0
     if top_k is not None and not 1 <= check_index("top_k", top_k) <= vocab:
         raise refuse("top_k", f"None or an int in [1, {vocab}]", top_k)
-    key = jax.random.key(check_index("seed", seed))
+    if check_index("seed", seed) >= 2**32:
+        raise refuse("seed", "an int in [0, 2**32)", seed)
+    key = jax.random.key(seed)
     graphdef, state = nnx.split(model)
     length = first = len(tokens)
     window = _padded(tokens, first + 1)
@@ -138,7 +140,8 @@ def generate(
 
     Args:
         model, max_new_tokens, temperature, top_k, seed: as in `generate_tokens`.
-        prompt: the beginning of a document; strings are taken as UTF-8.
+        prompt: the beginning of a document; strings are taken as UTF-8, where the surrogates of
+            `os.fsdecode` stand for the bytes that are not.
         stop_at_end: end where the model ends the document.
 
     Raises:
@@ -154,7 +157,10 @@ def generate(
     if not isinstance(prompt, str | bytes):
         raise refuse("prompt", "str or bytes", prompt)
     check_bool("stop_at_end", stop_at_end)
-    text = prompt.encode() if isinstance(prompt, str) else prompt
+    try:
+        text = prompt.encode(errors="surrogateescape") if isinstance(prompt, str) else prompt
+    except UnicodeEncodeError:
+        raise refuse("prompt", "text that UTF-8 can encode", prompt) from None
     tokens = generate_tokens(
         model,
         data.encode(text)[:-1],

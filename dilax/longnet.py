@@ -48,6 +48,7 @@ class LongNetConfig:
         remat: None, or the name of the policy in `jax.checkpoint_policies` by which every layer
             is computed again in the backward pass.
         dtype: of the computation, None for that of the parameters; param_dtype: of those.
+            Both may be float64 only with jax_enable_x64.
 
     Raises:
         ValueError: a field is wrong; the message says which, what was wanted and what came.
@@ -116,6 +117,9 @@ class LongNetConfig:
         ):
             if getattr(self, name) not in choices:
                 raise refuse(name, f"one of {choices}", getattr(self, name))
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) == "float64" and not jax.config.jax_enable_x64:
+                raise refuse(name, "float64 only with jax_enable_x64", getattr(self, name))
 
     @property
     def head_dim(self) -> int:

@@ -113,7 +113,8 @@ class TrainConfig:
             check_number(name, getattr(self, name), 0, 1, "a Python number in [0, 1)")
         check_positive("validation_fraction", self.validation_fraction)
         check_number("validation_fraction", self.validation_fraction, 0, 1, "less than 1")
-        check_index("seed", self.seed)
+        if check_index("seed", self.seed) >= 2**32:
+            raise refuse("seed", "an int in [0, 2**32)", self.seed)
         if check_index("warmup_steps", self.warmup_steps) >= self.steps:
             raise refuse("warmup_steps", f"less than steps={self.steps}", self.warmup_steps)
         if self.checkpoint_dir is not None:

@@ -22,7 +22,7 @@ from flax import nnx
 
 from dilax import data
 from dilax._types import refuse
-from dilax.checkpoints import Checkpoints, load_model, merged, new_model
+from dilax.checkpoints import Checkpoints, check_directory, load_model, merged, new_model
 from dilax.checks import check_bool
 from dilax.longnet import LongNetLM
 from dilax.train_config import TrainConfig, default_model
@@ -207,6 +207,8 @@ class _Run:
 
     def __init__(self, config: TrainConfig, resume: bool):
         self.config = config
+        if config.checkpoint_dir is not None:
+            check_directory("checkpoint_dir", config.checkpoint_dir)
         self.corpus = data.load_corpus(
             config.text, validation_fraction=float(config.validation_fraction)
         )
@@ -275,7 +277,7 @@ class _Run:
         )
         bits = float(total) / max(int(number), 1) / math.log(2)
         if not math.isfinite(bits):
-            raise FloatingPointError(f"the loss of step {self.step + 1} is {bits}")
+            raise _diverged(f"the loss of step {self.step + 1}", bits, self.config)
         self.step += 1
         return bits, int(number)
 
@@ -289,6 +291,12 @@ class _Run:
             batch_size=self.config.batch_size,
             max_rows=self.config.validation_rows,
         )
+
+
+def _diverged(what: str, bits: float, config: TrainConfig) -> FloatingPointError:
+    return FloatingPointError(
+        f"training diverged: {what} is {bits} (learning_rate {config.learning_rate:g})"
+    )
 
 
 @contextlib.contextmanager
@@ -344,6 +352,8 @@ def train(
     if finished:
         if validation is None:
             validation = evaluate(run.model(), run.held_out())
+        if not math.isfinite(validation):
+            raise _diverged("the loss on the held-out files", validation, config)
         bigram = data.bigram_bits_per_byte(data.bigram_counts(run.corpus.train), run.held_out())
     return TrainResult(
         model=run.model(),

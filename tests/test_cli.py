@@ -74,6 +74,17 @@ def test_every_command_has_help(name, capsys):
         (["train", "--steps", "0"], "steps: wanted a positive int, got 0"),
         (["train", "--num-heads", "3"], "embed_dim: wanted a multiple of num_heads=3"),
         (["generate", "--checkpoint-dir", "/no/such/folder"], "checkpoint_dir: wanted"),
+        (["show", "--out", "/no/such/folder/a.png"], "out: wanted a file in a directory that"),
+        (["show", "--out", "a.xyz"], "out: wanted a file name that ends in .png, got 'a.xyz'"),
+        (["show", "--out", "t"], "out: wanted a file name that ends in .png, got 't'"),
+        (["train", "--picture", "/no/such/folder/a.png"], "picture: wanted"),
+        (["train", "--checkpoint-dir", __file__], "checkpoint_dir: wanted a directory that can"),
+        (["train", "--seed", "9" * 20], "seed: wanted an int in [0, 2**32)"),
+        (["train", "--param-dtype", "float64"], "param_dtype: wanted float64 only with"),
+        (["bench", "--json", "/no/such/folder/a.json"], "json: wanted a file in a directory that"),
+        (["bench", "--head-dim", "7"], "head_dim: wanted a multiple of 8 up to 256, got 7"),
+        (["bench", "--num-heads", "4", "--num-kv-heads", "3"], "num_kv_heads: wanted a divisor"),
+        (["bench", "--num-kv-heads", "0"], "num_kv_heads: wanted a divisor of num_heads=8, got 0"),
     ],
 )
 def test_refusal_is_one_line(arguments, message, capsys):
@@ -152,6 +163,28 @@ def test_bench_leaves_out_what_does_not_fit():
     assert contestants["dense, jax.nn"] == "its logits need 32768.0 GiB"
 
 
+def test_bench_times_float64_where_it_says_so(monkeypatch):
+    from dilax import bench
+
+    timed = []
+
+    def seconds(job, repeats):
+        timed.append(str(job().dtype))
+        return 1.0
+
+    monkeypatch.setattr(bench, "_median", seconds)
+    sizes = {"num_heads": 2, "head_dim": 8, "backward": False, "dtype": "float64"}
+    list(bench.measure(bench.BenchConfig((16,), (8, 16), (1, 2), **sizes)))
+    assert timed
+    assert set(timed) == {"float64"}
+
+
+def test_training_that_diverges_is_one_line(monkeypatch, capsys):
+    error = FloatingPointError("training diverged: the loss of step 2 is nan")
+    monkeypatch.setattr(cli.Show, "run", lambda self: (_ for _ in ()).throw(error))
+    assert run(capsys, "show") == (1, "", f"error: {error}\n")
+
+
 @pytest.mark.slow
 def test_train_resume_generate(tmp_path, capsys):
     text, runs = tmp_path / "text", tmp_path / "run"
@@ -186,3 +219,18 @@ def test_train_resume_generate(tmp_path, capsys):
     )
     assert status == 0
     assert out.startswith("the")
+
+    generate = ["generate", "--checkpoint-dir", str(runs), "--max-new-tokens", "1"]
+    status, out, _ = run(capsys, *generate, "--prompt", os.fsdecode(b"a\xff"))
+    assert status == 0
+    assert out.startswith("a\N{REPLACEMENT CHARACTER}")
+    status, _, error = run(capsys, *generate, "--seed", "9" * 20)
+    assert (status, error[:13]) == (2, "error: seed: ")
+
+    for file in runs.rglob("params/**/*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    status, _, error = run(capsys, *generate)
+    assert status == 2
+    assert error.startswith("error: checkpoint_dir: wanted an undamaged checkpoint of step 4")
+    assert error.count("\n") == 1
