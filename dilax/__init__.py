@@ -1,5 +1,8 @@
 """Long-context dilated attention in JAX: exact, linear in memory, fast."""
 
+import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from dilax._types import UnsupportedError as UnsupportedError
 from dilax.attention_fn import DilatedAttention as DilatedAttention
 from dilax.attention_fn import DilatedAttentionFn as DilatedAttentionFn
@@ -13,9 +16,17 @@ from dilax.longnet import LongNetDecoder as LongNetDecoder
 from dilax.longnet import LongNetEncoder as LongNetEncoder
 from dilax.longnet import LongNetLM as LongNetLM
 from dilax.modules import MultiheadDilatedAttention as MultiheadDilatedAttention
+from dilax.names import missing as _missing
 from dilax.partial import Partial as Partial
 from dilax.partial import merge as merge
 from dilax.positions import RotaryPosition as RotaryPosition
 from dilax.positions import XPos as XPos
 from dilax.spec import DilatedSpec as DilatedSpec
 from dilax.torchscale import from_torchscale as from_torchscale
+
+if not _TYPE_CHECKING:  # a type checker is to see unknown names as errors
+
+    def __getattr__(name: str):
+        public = (x for x in globals() if not x.startswith("_"))
+        exported = sorted(x for x in public if f"dilax.{x}" not in _sys.modules)
+        raise _missing(name, _sys.modules[__name__], exported)

@@ -8,8 +8,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from dilax._types import refuse
-from dilax.checks import check_bool, check_index, is_array
+from dilax._types import FLOAT_DTYPES, dtype_name, refuse
+from dilax.checks import check_bool, check_choice, check_index, is_array
 from dilax.dilated import dilated_attention
 from dilax.select import check_implementation
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of
@@ -34,6 +34,36 @@ def check_number(name: str, x: Any, low: float, high: float, wanted: str) -> Non
 def check_positive(name: str, x: Any) -> None:
     """Refuse x unless it is a positive finite Python number."""
     check_number(name, x, math.nextafter(0.0, 1.0), math.inf, "a positive finite Python number")
+
+
+def check_dtype(name: str, x: Any) -> Any:
+    """x as a dtype, refused unless it is a floating point one that attention takes."""
+    try:
+        dtype = None if x is None else jnp.dtype(x)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in FLOAT_DTYPES:
+        raise refuse(name, f"one of {', '.join(FLOAT_DTYPES)}", x)
+    return dtype
+
+
+def is_key(x: Any) -> bool:
+    """Is x one `jax.random` key, typed or raw?"""
+    if not is_array(x):
+        return False
+    if dtype_name(x) == "uint32":
+        return len(x.shape) == 1 and x.shape[0] > 0
+    return _takes_part(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.shape == ()
+
+
+def _takes_part(x: Any) -> bool:
+    """May x be an argument of a function that JAX transforms?"""
+    try:
+        for leaf in jax.tree.leaves(x):
+            jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
 
 
 def checkpointed(function: Callable, choice: Any) -> Callable:
@@ -108,8 +138,7 @@ class DilatedAttention:
         self._check_sizes()
         # Names are checked on as many heads as every combine mode takes.
         branches_of(spec, self.num_heads or len(spec), self.combine, self.head_offset)
-        if self.pad_mode not in ("mask", "zeros"):
-            raise refuse("pad_mode", "'mask' or 'zeros'", self.pad_mode)
+        check_choice("pad_mode", self.pad_mode, ("mask", "zeros"))
         if self.average_branches is not None:
             check_bool("average_branches", self.average_branches)
         check_bool("add_zero_attn", self.add_zero_attn)
@@ -157,9 +186,10 @@ class DilatedAttention:
         check_bool("return_lse", return_lse)
         self._check_heads(query)
 
-        def attend(arrays, dropout_key):
+        def attend(arrays):
             return dilated_attention(
                 **arrays,
+                **others,
                 segment_lengths=self.segment_lengths,
                 dilation_rates=self.dilation_rates,
                 combine=self.combine,
@@ -172,7 +202,6 @@ class DilatedAttention:
                 k_start=k_start,
                 zero_attn=self.add_zero_attn,
                 dropout_rate=self.dropout,
-                dropout_key=dropout_key,
                 deterministic=deterministic,
                 implementation=self.implementation,
                 return_lse=True,
@@ -187,8 +216,12 @@ class DilatedAttention:
             "key_padding_mask": key_padding_mask,
             "bias_k": bias_k,
             "bias_v": bias_v,
+            "dropout_key": dropout_key,
         }
-        out, lse = checkpointed(attend, self.use_gradient_checkpointing)(arrays, dropout_key)
+        # What is no array goes around jax.checkpoint, for dilated_attention to refuse by name.
+        others = {name: x for name, x in arrays.items() if not _takes_part(x)}
+        arrays = {name: x for name, x in arrays.items() if name not in others}
+        out, lse = checkpointed(attend, self.use_gradient_checkpointing)(arrays)
         return (out, lse) if return_lse else out
 
     def _check_heads(self, query: Any) -> None:
@@ -281,10 +314,18 @@ class DilatedAttentionFn:
         for name, flag in (("is_causal", is_causal), ("deterministic", deterministic)):
             check_bool(name, flag)
         check_bool("force_fp32_for_softmax", force_fp32_for_softmax)
-        if broadcast_dropout and dropout_rate > 0 and not deterministic:
+        check_number("dropout_rate", dropout_rate, 0.0, 1.0, "a Python number in [0, 1)")
+        check_bool("broadcast_dropout", broadcast_dropout)
+        drops = dropout_rate > 0 and not deterministic
+        if broadcast_dropout and drops:
             wanted = "False with dropout: each pair of tokens is dropped on its own"
             raise refuse("broadcast_dropout", wanted, broadcast_dropout)
-        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        if not is_key(dropout_rng) and (drops or dropout_rng is not None):
+            wanted = f"{'' if drops else 'None or '}one jax.random key"
+            raise refuse("dropout_rng", wanted, dropout_rng)
+        _check_flax_arrays(query, key, value)
+        given = jnp.result_type(query, key, value) if dtype is None else dtype
+        dtype = check_dtype("dtype", given)
         lead = query.shape[:-3]
         mask = _key_mask(mask, query, key)
         query, key, value = (
@@ -304,10 +345,26 @@ class DilatedAttentionFn:
         return out.reshape(*lead, *out.shape[1:])
 
 
+def _check_flax_arrays(query: Any, key: Any, value: Any) -> None:
+    """Refuse what is no floating array [..., T, N, H], and batches that are not the same."""
+    wanted = f"an array [..., length, heads, head dim] of {' or '.join(FLOAT_DTYPES)}"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not is_array(x) or len(x.shape) < 3 or dtype_name(x) not in FLOAT_DTYPES:
+            raise refuse(name, wanted, x)
+        if x.shape[:-3] != query.shape[:-3]:
+            raise refuse(name, f"the batch dimensions {query.shape[:-3]} of the query", x)
+    if value.shape != key.shape:
+        raise refuse("value", f"the shape {key.shape} of the key", value)
+
+
 def _key_mask(mask: Any, query: jax.Array, key: jax.Array) -> jax.Array | None:
     """Flax's mask as a key_padding_mask [B, S], which it must be."""
     if mask is None:
         return None
+    if not is_array(mask) or not _takes_part(mask):
+        raise refuse("mask", "None or an array", mask)
+    if not (jnp.issubdtype(mask.dtype, jnp.bool) or jnp.issubdtype(mask.dtype, jnp.number)):
+        raise refuse("mask", "None or an array of booleans or numbers", mask)
     T, S = query.shape[-3], key.shape[-3]
     if T == 1 and S > 1:
         # Flax's cached decoding looks like this, and its one query is not at position 0.
@@ -321,5 +378,8 @@ def _key_mask(mask: Any, query: jax.Array, key: jax.Array) -> jax.Array | None:
             " (say causality with is_causal)"
         )
         raise refuse("mask", wanted, mask)
-    batch = (*key.shape[:-3], 1, 1, S)
-    return jnp.broadcast_to(mask != 0, batch).reshape(math.prod(batch[:-3]), S)
+    lead, given = key.shape[:-3], shape[:-3]
+    last = lead[len(lead) - len(given) :]
+    if len(given) > len(lead) or any(n not in (1, b) for n, b in zip(given, last, strict=True)):
+        raise refuse("mask", f"batch dimensions that broadcast to {lead}", mask)
+    return jnp.broadcast_to(mask != 0, (*lead, 1, 1, S)).reshape(math.prod(lead), S)

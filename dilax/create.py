@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dilax._types import UnsupportedError, refuse, shown
-from dilax.attention_fn import DilatedAttention, check_number
+from dilax.attention_fn import DilatedAttention, check_dtype, check_number
 from dilax.checks import check_bool, check_index, check_qkv
-from dilax.modules import MultiheadDilatedAttention, check_dtype
+from dilax.modules import MultiheadDilatedAttention
 from dilax.names import Kind, find_kind
 from dilax.select import IMPLEMENTATIONS, check_implementation, device_of, unsupported
 from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of

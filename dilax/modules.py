@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dilax._types import FLOAT_DTYPES, refuse
-from dilax.attention_fn import DilatedAttention, check_positive, checkpointed
+from dilax.attention_fn import (
+    DilatedAttention,
+    check_dtype,
+    check_positive,
+    checkpointed,
+    is_key,
+)
 from dilax.checks import check_array, check_bool, check_index, segment_ids_of
 from dilax.spec import Combine, HeadOffset
 
@@ -136,8 +142,20 @@ class MultiheadDilatedAttention(nnx.Module):
         if deterministic is not None:
             check_bool("deterministic", deterministic)
         self.deterministic = deterministic
-        if not isinstance(rngs, nnx.Rngs):
-            raise refuse("rngs", "nnx.Rngs", rngs)
+        _check_streams(rngs, "params", *(("dropout",) if dropout > 0 else ()))
+        for name, x, optional, wanted in (
+            ("kernel_init", kernel_init, False, "an initializer"),
+            ("bias_init", bias_init, False, "an initializer"),
+            ("out_kernel_init", out_kernel_init, True, "an initializer"),
+            ("out_bias_init", out_bias_init, True, "an initializer"),
+            ("kernel_metadata", kernel_metadata, False, "a mapping from strings"),
+            ("bias_metadata", bias_metadata, False, "a mapping from strings"),
+            ("out_kernel_metadata", out_kernel_metadata, True, "a mapping from strings"),
+            ("out_bias_metadata", out_bias_metadata, True, "a mapping from strings"),
+        ):
+            good = callable(x) if name.endswith("init") else _is_metadata(x)
+            if not good and not (optional and x is None):
+                raise refuse(name, f"{'None or ' if optional else ''}{wanted}", x)
         self.dtype = None if dtype is None else check_dtype("dtype", dtype)
         self.param_dtype = check_dtype("param_dtype", param_dtype)
 
@@ -235,6 +253,9 @@ class MultiheadDilatedAttention(nnx.Module):
         ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
         places = self._positions(query, key, positions, kv_positions)
         drops = self._drops(deterministic)
+        if not (rngs is None or isinstance(rngs, nnx.Rngs | nnx.RngStream) or is_key(rngs)):
+            wanted = 'None, nnx.Rngs with a "dropout" stream, an nnx.RngStream or a jax.random key'
+            raise refuse("rngs", wanted, rngs)
         dropout_key = self._dropout_key(rngs) if drops else None
 
         def mixed(inputs, ids, places, dropout_key):
@@ -310,6 +331,7 @@ class MultiheadDilatedAttention(nnx.Module):
     def _dropout_key(self, rngs: Any) -> jax.Array:
         rngs = _first(rngs, self.rngs)
         if isinstance(rngs, nnx.Rngs):
+            _check_streams(rngs, "dropout")
             return rngs.dropout()
         return rngs() if isinstance(rngs, nnx.RngStream) else rngs
 
@@ -355,15 +377,15 @@ def _positive(name: str, x: Any) -> int:
     return number
 
 
-def check_dtype(name: str, x: Any) -> Any:
-    """x as a dtype, refused unless it is a floating point one that attention takes."""
-    try:
-        dtype = None if x is None else jnp.dtype(x)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in FLOAT_DTYPES:
-        raise refuse(name, f"one of {', '.join(FLOAT_DTYPES)}", x)
-    return dtype
+def _is_metadata(x: Any) -> bool:
+    return isinstance(x, Mapping) and all(isinstance(name, str) for name in x)
+
+
+def _check_streams(rngs: Any, *names: str) -> None:
+    """Refuse rngs unless it is nnx.Rngs with these streams, or with the default one."""
+    for name in names:
+        if not isinstance(rngs, nnx.Rngs) or not hasattr(rngs, name):
+            raise refuse("rngs", f'nnx.Rngs with a "{name}" stream', rngs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The names of the PyTorch libraries' variants, and what each is here: one table."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from dilax._types import UnsupportedError, refuse
@@ -107,7 +108,46 @@ KINDS = (
     ),
     _later("dilated attention on Hilbert-ordered tokens", "hilbert", "HilbertDilatedAttention"),
     _later("'hilbert' on the Pallas kernel", "hilbert_pallas", "HilbertAttentionTritonFixed"),
+    # "dilated" and "standard" are presets too, and kinds above.
+    _later(
+        "a named preset of 'block_sparse'",
+        "local",
+        "global_local",
+        "adaptive_standard",
+        "ultra_sparse",
+        "hilbert_standard",
+        "hilbert_ultra",
+    ),
+    _later("a named preset of 'hierarchical'", "fine_grained", "long_range"),
 )
+
+# Names that `dilax` will export: what a name will be is fixed, what it does is not there yet.
+LATER_EXPORTS = (
+    "block_sparse_attention",
+    "SparsePatternConfig",
+    "create_block_sparse_attention",
+    "from_gigapath",
+    "sharded_dilated_attention",
+    "sharded_block_sparse_attention",
+)
+
+
+def missing(name: str, module: Any, available: Iterable[str]) -> AttributeError:
+    """The error of a module that has no such attribute; names of later versions are said to be.
+
+    Example:
+        >>> import dilax
+        >>> print(missing("SparsePatternConfig", dilax, ["dilated_attention"]))
+        dilax.SparsePatternConfig: a known name, not available in this version; ...
+        >>> print(missing("sparse", dilax, []))
+        module 'dilax' has no attribute 'sparse'
+    """
+    if name in LATER_EXPORTS:
+        said = f"{module.__name__}.{name}: a known name, not available in this version"
+        text = f"{said}; available are {', '.join(available)}"
+    else:
+        text = f"module {module.__name__!r} has no attribute {name!r}"
+    return AttributeError(text, name=name, obj=module)
 
 
 def find_kind(kind: Any) -> Kind:
@@ -122,6 +162,8 @@ def find_kind(kind: Any) -> Kind:
         'dilated attention on the fastest implementation'
     """
     valid = [name for row in KINDS if row.available for name in row.names]
+    if not isinstance(kind, str):
+        raise refuse("kind", f"one of {', '.join(valid)}", kind)
     for row in KINDS:
         if kind in row.names:
             if not row.available:

@@ -112,6 +112,27 @@ def test_callable_checks_sizes(options):
         dilax.DilatedAttention(*SPEC, **options)(*heads())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "x"),
+    [
+        ("query", "x"),
+        ("key", None),
+        ("value", [1.0]),
+        ("value", np.array(["a"])),
+        ("q_segment_ids", {"x": "y"}),
+        ("key_padding_mask", "x"),
+        ("dropout_key", "k"),
+        ("dropout_key", 3),
+    ],
+)
+def test_callable_refuses_what_is_no_array(name, x, checkpointing):
+    attention = dilax.DilatedAttention(*SPEC, use_gradient_checkpointing=checkpointing)
+    q, k, v = heads()
+    with pytest.raises(ValueError, match=rf"^{name}: wanted "):
+        attention(**{"query": q, "key": k, "value": v, name: x})
+
+
 # Dilated attention inside Flax's own modules.
 
 
@@ -244,7 +265,7 @@ def test_drop_in_computes_in_dtype(x64):
     assert layer.attention_fn(q, q, q, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
-Q = jnp.ones((1, 8, 2, 8))
+Q, Q6 = jnp.ones((1, 8, 2, 8)), jnp.ones((6, 8, 2, 8))
 
 
 @pytest.mark.parametrize(
@@ -256,8 +277,28 @@ Q = jnp.ones((1, 8, 2, 8))
         ("mask", {"mask": jnp.ones((1, 2, 1, 8), bool)}),
         ("mask", {"mask": jnp.ones((1, 1, 1, 7), bool)}),
         ("broadcast_dropout", {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)}),
-        ("dropout_key", {"dropout_rate": 0.1, "broadcast_dropout": False}),
-        ("dropout", {"dropout_rate": 1.5, "broadcast_dropout": False}),
+        ("mask", {"mask": [[1]]}),
+        ("mask", {"mask": np.array(["a"] * 8)}),
+        ("mask", {"mask": jnp.ones((3, 1, 1, 8), bool)}),
+        ("mask", {"mask": jnp.ones((1, 1, 1, 1, 8), bool)}),
+        ("broadcast_dropout", {"broadcast_dropout": None}),
+        ("dropout_rng", {"dropout_rate": 0.1, "broadcast_dropout": False}),
+        ("dropout_rng", {"dropout_rng": "k"}),
+        ("dropout_rate", {"dropout_rate": 1.5, "broadcast_dropout": False}),
+        ("dropout_rate", {"dropout_rate": "a"}),
+        ("dtype", {"dtype": "int32"}),
+        ("dtype", {"dtype": "x"}),
+        ("query", {"query": "x"}),
+        ("query", {"query": Q[0, 0]}),
+        ("query", {"query": Q.astype(int)}),
+        ("key", {"key": None}),
+        ("value", {"value": Q[:, :7]}),
+        # Batches of the same size in all, and others.
+        ("key", {"query": Q6.reshape(2, 3, 8, 2, 8), "key": Q6.reshape(3, 2, 8, 2, 8)}),
+        ("key", {"query": Q6, "key": Q6.reshape(3, 2, 8, 2, 8)}),
+        ("key", {"query": Q6}),
+        ("value", {"value": Q6}),
+        ("value", {"value": Q[None]}),
         ("precision", {"precision": "highest"}),
         ("module", {"module": object()}),
         ("is_causal", {"is_causal": 1}),
@@ -270,9 +311,9 @@ Q = jnp.ones((1, 8, 2, 8))
 )
 def test_drop_in_refuses_by_name(name, call):
     attend = dilax.DilatedAttentionFn(dilax.DilatedAttention([4], [1]))
-    arguments: dict[str, Any] = call
-    with pytest.raises(ValueError, match=rf"^{name}: wanted "):
-        attend(Q, Q, Q, **arguments)
+    arguments: dict[str, Any] = {"query": Q, "key": Q, "value": Q, **call}
+    with pytest.raises(ValueError, match=rf"^{name}: wanted .*, got "):
+        attend(**arguments)
 
 
 def test_drop_in_refuses_through_flax(x64):

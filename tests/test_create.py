@@ -11,7 +11,7 @@ from flax import nnx
 
 import dilax
 from dilax import UnsupportedError, reference
-from dilax.names import KINDS
+from dilax.names import KINDS, LATER_EXPORTS
 from tests.compare import assert_exact
 
 SPEC = ([6, 12], [1, 2])
@@ -45,7 +45,9 @@ LATER = (
     "DistributedMultiheadDilatedAttention ring_distributed RingDistributedDilatedAttention "
     "hilbert_post_pattern BlockSparseRingDilatedAttentionHilbertPostPattern ring_hilbert "
     "RingDilatedAttentionHilbertOptimized head_parallel HeadParallelDilatedAttentionOptimized "
-    "hilbert HilbertDilatedAttention hilbert_pallas HilbertAttentionTritonFixed"
+    "hilbert HilbertDilatedAttention hilbert_pallas HilbertAttentionTritonFixed "
+    "local global_local adaptive_standard ultra_sparse hilbert_standard hilbert_ultra "
+    "fine_grained long_range"
 ).split()
 FACTORIES = [dilax.create_dilated_attention, dilax.create_multihead_dilated_attention]
 
@@ -62,7 +64,7 @@ def module(kind, **options):
 def test_the_table_has_every_name_once():
     names = [name for kind in KINDS for name in kind.names]
     assert sorted(names) == sorted({*FUNCTIONS, *MODULES, *LATER})
-    assert len(LATER) == 35
+    assert len(LATER) == 35 + 8
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -117,12 +119,33 @@ def test_names_of_later_versions_are_known(name, create):
 
 
 @pytest.mark.parametrize("create", FACTORIES)
-@pytest.mark.parametrize("name", ["", "Dilated", "flash", None, 3, ("dilated",), ["dilated"]])
+@pytest.mark.parametrize(
+    "name",
+    ["", "Dilated", "flash", None, 3, ("dilated",), ["dilated"], np.array([1, 2]), jnp.ones(2)],
+    ids=str,
+)
 def test_unknown_names_are_refused(name, create):
     with pytest.raises(
         ValueError, match=r"^kind: wanted one of auto, dilated, .*improved_multihead"
     ):
         create(name)
+
+
+@pytest.mark.parametrize("name", LATER_EXPORTS)
+def test_exports_of_later_versions_are_known(name):
+    assert not hasattr(dilax, name)
+    says = rf"^dilax\.{name}: a known name, not available.* are .*Attention, .*dilated_attention,"
+    with pytest.raises(AttributeError, match=says) as error:
+        getattr(dilax, name)
+    listed = str(error.value).partition("available are ")[2].split(", ")
+    assert not {"names", "create"} & {*listed}
+    assert all(hasattr(dilax, x) for x in listed)
+
+
+def test_unknown_attributes_are_those_of_any_module():
+    name = "block_sparse"
+    with pytest.raises(AttributeError, match=rf"^module 'dilax' has no attribute '{name}'$"):
+        getattr(dilax, name)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in FUNCTIONS])

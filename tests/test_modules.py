@@ -442,7 +442,15 @@ BAD_OPTIONS = {
     "dtype": ["int32", "nonsense", 3],
     "param_dtype": [jnp.int8, None],
     "deterministic": [0],
-    "rngs": [0, None, jax.random],
+    "rngs": [0, None, jax.random, nnx.Rngs(dropout=0)],
+    "kernel_init": [None, "xavier"],
+    "bias_init": ["zeros", None],
+    "out_kernel_init": ["xavier"],
+    "out_bias_init": [0],
+    "kernel_metadata": [3, None, {1: 2}],
+    "bias_metadata": [[]],
+    "out_kernel_metadata": [3],
+    "out_bias_metadata": ["x"],
 }
 
 
@@ -479,7 +487,19 @@ BAD_CALLS = [
     ("key_padding_mask", (X, X[:, :5]), {"key_padding_mask": jnp.ones((B, T), bool)}),
     ("positions", (X,), {"positions": jnp.arange(T)}),
     ("deterministic", (X,), {"deterministic": 1}),
+    ("rngs", (X,), {"deterministic": True, "rngs": "abc"}),
+    ("rngs", (X,), {"rngs": jax.random.split(jax.random.key(0))}),
 ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rngs", [3, "abc", nnx.Rngs(params=0), jnp.ones(2)])
+def test_rngs_without_dropout_are_named(rngs, checkpointing):
+    layer = make(np.float32, dropout=0.1, use_gradient_checkpointing=checkpointing)
+    with pytest.raises(ValueError, match=r'^rngs: wanted .*"dropout" stream'):
+        layer(X, deterministic=False, rngs=rngs)
+    with pytest.raises(ValueError, match=r'^rngs: wanted .*"dropout" stream'):
+        dilax.MultiheadDilatedAttention(E, N, *SPEC, dropout=0.1, rngs=nnx.Rngs(params=0))
 
 
 @pytest.mark.parametrize(("name", "arrays", "call"), BAD_CALLS)
