@@ -13,26 +13,70 @@ SMOKE = """
 import sys
 from pathlib import Path
 
-import jax, numpy as np
-import dilax, pallas_kernels, sharding
-from dilax import reference
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
-for package in (dilax, pallas_kernels, sharding):
-    assert Path(package.__file__).is_relative_to(sys.argv[1]), package.__file__
-q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 21, 2, 8))
-out = dilax.dilated_attention(q, k, v, [4, 16], [1, 2], is_causal=True)
-exact, _ = reference.dilated_attention(q, k, v, [4, 16], [1, 2], is_causal=True)
-np.testing.assert_allclose(out, exact, atol=1e-5)
+import dilax, pallas_kernels, sharding
+from dilax import longnet, reference
+
+site, checkout = map(Path, sys.argv[1:])
+assert checkout.resolve() not in [Path(entry).resolve() for entry in sys.path], sys.path
+jax.config.update("jax_enable_x64", True)
+
+
+def close(actual, exact):
+    actual, exact = np.asarray(actual), np.asarray(exact)
+    assert actual.dtype == np.float64 and actual.shape == exact.shape
+    assert np.abs(actual - exact).max() <= 1e-10 * np.abs(exact).max()
+
+
+q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 1, 21, 2, 8), "float64")
+other = cotangent[..., 0]
+
+
+def attend(q, k, v):
+    return dilax.dilated_attention(q, k, v, [4, 16], [1, 2], is_causal=True, return_lse=True)
+
+
+def exactly(q, k, v):
+    return reference.dilated_attention(q, k, v, [4, 16], [1, 2], is_causal=True)
+
+
+results = []
+for f in (attend, exactly):
+    out, pull = jax.vjp(f, q, k, v)
+    results.append([*out, *pull((cotangent, other))])
+for actual, exact in zip(*results, strict=True):
+    close(actual, exact)
+
+layer = dilax.MultiheadDilatedAttention(16, 2, [4, 16], [1, 2], rngs=nnx.Rngs(0))
+y = layer(jnp.ones((1, 21, 16), "float32"), is_causal=True)
+assert y.shape == (1, 21, 16) and bool(jnp.isfinite(y).all()) and bool((y != 0).any())
+
+config = longnet.LongNetConfig(16, 2, 1, 24, (4, 16), (1, 2), vocab_size=11)
+logits = longnet.LongNetLM(config, rngs=nnx.Rngs(0))(jnp.arange(9, dtype="int32")[None])
+assert logits.shape == (1, 9, 11) and bool(jnp.isfinite(logits).all()) and bool(logits.std() > 0)
+
+# Last, when everything that is imported late is here.
+ours = ("dilax", "pallas_kernels", "sharding")
+for name, module in sorted(sys.modules.items()):
+    if name.split(".")[0] in ours:
+        assert Path(module.__file__).is_relative_to(site), module.__file__
 print("computed")
 """
 
 
 def python(folder, site, *arguments):
-    """Run this interpreter in `folder`, with the packages of `site` before all others."""
-    environ = {**os.environ, "PYTHONPATH": str(site)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environ, capture_output=True, text=True
-    )
+    """Run this interpreter in `folder`, with the packages of `site` before all others.
+
+    -S, because the checkout may be installed as editable: a .pth file would bring it in.
+    """
+    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *others])}
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +118,7 @@ def test_wheel_holds_every_source_file(wheel):
 
 
 def test_installed_elsewhere_it_computes(site, tmp_path):
-    done = python(tmp_path, site, "-c", SMOKE, str(site))
+    done = python(tmp_path, site, "-c", SMOKE, str(site), str(ROOT))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "computed"
 
