@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -226,6 +227,44 @@ def test_no_shift_when_the_rate_does_not_divide_the_segment(is_causal, rng, x64)
     q, k, v = _qkv(rng, 30)
     out = dilax.dilated_attention(q, k, v, [10], [4], is_causal=is_causal, head_offset="blocked")
     assert_exact(out, _union(q, k, v, 10, 4, [0, 1, 2, 3], is_causal))
+
+
+SHARDS = np.split(np.arange(32), 4)
+
+
+@pytest.mark.parametrize("head_offset", ["interleaved", "blocked"])
+@pytest.mark.parametrize(
+    ("lengths", "rates"),
+    [([4, 32], [1, 2]), ([4, 8, 16, 32], [1, 2, 3, 4]), ([5, 12], [1, 3]), ([6, 64], [4, 1])],
+)
+def test_causal_sequence_parallel_is_not_wrong(lengths, rates, head_offset, rng, x64):
+    """torchscale masks each shard of the queries as if it began where the gathered keys begin.
+
+    Shards of 8 with segments shorter and longer than one, and across their edges: the queries of a
+    shard over all keys, and over one shard of the keys after the other, equal the whole.
+    """
+    q, k, v = _qkv(rng, 32)
+
+    def attend(queries, keys):
+        out = dilax.dilated_attention(
+            *(q[:, queries], k[:, keys], v[:, keys], lengths, rates),
+            **dict(is_causal=True, head_offset=head_offset, return_lse=True),
+            **dict(q_start=int(queries[0]), k_start=int(keys[0])),
+        )
+        return dilax.Partial(*out)
+
+    def joined(shards):
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *shards)
+
+    everything = np.arange(32)
+    exact = reference.dilated_attention(
+        q, k, v, lengths, rates, is_causal=True, head_offset=head_offset
+    )
+    whole = attend(everything, everything)
+    assert_exact(whole, dilax.Partial(*exact))
+    assert_exact(joined([attend(queries, everything) for queries in SHARDS]), whole)
+    hops = [dilax.merge(*(attend(queries, keys) for keys in SHARDS)) for queries in SHARDS]
+    assert_exact(joined(hops), whole)
 
 
 def test_key_padding_is_not_ignored(rng, x64):
