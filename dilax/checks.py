@@ -48,6 +48,12 @@ def check_bool(name: str, x: Any) -> None:
         raise refuse(name, "True or False", x)
 
 
+def check_choice(name: str, x: Any, choices: tuple[str, ...]) -> None:
+    """Refuse x unless it is one of these strings."""
+    if not isinstance(x, str) or x not in choices:
+        raise refuse(name, " or ".join(map(repr, choices)), x)
+
+
 def check_index(name: str, x: Any) -> int:
     """x as an int, refused unless it is one and not negative."""
     try:

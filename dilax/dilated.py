@@ -11,6 +11,7 @@ from dilax._types import refuse, stats_dtype
 from dilax.checks import (
     check_array,
     check_bool,
+    check_choice,
     check_dropout,
     check_index,
     check_qkv,
@@ -19,7 +20,7 @@ from dilax.checks import (
 )
 from dilax.partial import Partial, merge
 from dilax.select import check_implementation, choose
-from dilax.spec import Branch, Combine, HeadOffset, as_spec, branches_of
+from dilax.spec import Branch, Combine, HeadOffset, as_spec, branches_of, within
 
 
 def dilated_attention(
@@ -107,6 +108,9 @@ def dilated_attention(
     check_qkv(query, key, value)
     spec = as_spec(segment_lengths, dilation_rates)
     T, N = query.shape[1:3]
+    check_choice("combine", combine, ("lse", "heads"))
+    check_choice("head_offset", head_offset, ("interleaved", "blocked"))
+    check_choice("pad_mode", pad_mode, ("mask", "zeros"))
     branches = branches_of(spec, N, combine, head_offset)
     for name, x in (("is_causal", is_causal), ("zero_attn", zero_attn), ("return_lse", return_lse)):
         check_bool(name, x)
@@ -115,9 +119,9 @@ def dilated_attention(
     check_bool("average_branches", average_branches)
     check_scale(scale)
     q_start, k_start = check_index("q_start", q_start), check_index("k_start", k_start)
+    extent = max(q_start + T, k_start + key.shape[1])
+    branches = tuple(within(branch, extent) for branch in branches)
     _check_extra_keys(key, bias_k, bias_v)
-    if pad_mode not in ("mask", "zeros"):
-        raise refuse("pad_mode", "'mask' or 'zeros'", pad_mode)
     if pad_mode == "zeros" and (T != key.shape[1] or q_start or k_start):
         raise refuse("pad_mode", "'mask' when T differs from S or a start is not 0", pad_mode)
     drops = check_dropout(dropout_rate, dropout_key, deterministic)

@@ -19,7 +19,8 @@ IMPLEMENTATIONS = ("pallas", "xla")  # the first that has no reason against it r
 
 def check_implementation(implementation: Any) -> None:
     """Refuse an implementation that is neither None nor the name of one."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    known = isinstance(implementation, str) and implementation in IMPLEMENTATIONS
+    if implementation is not None and not known:
         raise refuse("implementation", f"None or one of {IMPLEMENTATIONS}", implementation)
 
 

@@ -121,6 +121,21 @@ def head_offset_of(head: int, num_heads: int, rate: int, head_offset: HeadOffset
     return head % rate if head_offset == "interleaved" else head // -(-num_heads // rate)
 
 
+def within(branch: Branch, extent: int) -> Branch:
+    """The same branch for positions below `extent`, with no number larger than needed.
+
+    A segment beyond the extent is one segment; a rate beyond the segment keeps one position of it,
+    or none.
+
+    Example:
+        >>> within(Branch(4096, 10**6, 0, (0, 1)), 100)
+        Branch(segment_length=100, dilation_rate=100, first_head=0, offsets=(0, 1))
+    """
+    w, r, first_head, offsets = branch
+    w = min(w, extent)
+    return Branch(w, min(r, max(w, max(offsets) + 1)), first_head, offsets)
+
+
 def branches_of(
     spec: DilatedSpec, num_heads: int, combine: Combine, head_offset: HeadOffset
 ) -> tuple[Branch, ...]:

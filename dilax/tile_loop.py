@@ -53,25 +53,21 @@ def scales(scale: float, dtype) -> tuple[float, float]:
     """The logits' factor as one on the queries and one on the products; softmax is in base 2.
 
     All of it on the queries saves a pass over the logits, but in half precision the product would
-    round: there the queries get only a power of two.
+    round: there the queries get only a power of two, and not one that could overflow.
     """
     scale = scale / math.log(2)
-    if jnp.finfo(dtype).bits >= 32:
+    if jnp.finfo(dtype).bits >= 32 or scale == 0:
         return scale, 1.0
-    if scale == 0:
-        return 1.0, 0.0
-    early = math.copysign(2.0 ** math.floor(math.log2(abs(scale))), scale)
+    early = math.copysign(2.0 ** min(max(math.floor(math.log2(abs(scale))), -4), 0), scale)
     return early, scale / early
 
 
-def _logits(settings: Settings, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Logits over ln(2), rows of a by rows of b: scaled queries and keys, either way round."""
-    s, late = _dot(a, b, (2, 2), stats_dtype(a.dtype)), scales(settings.scale, a.dtype)[1]
-    return s if late == 1 else s * late
+def _times(s: jax.Array, factor: float) -> jax.Array:
+    return s if factor == 1 else s * factor
 
 
 def _exp2(x: jax.Array, platform: str) -> jax.Array:
-    """2^x, 0 at -inf; x at most about 0.
+    """2^min(x, 0), 0 at -inf, NaN at NaN.
 
     XLA's own exp takes as long as a matrix product on a CPU, where half of the forward pass went
     into it. In float32 a rounding trick splits x into an integer, which goes into the exponent
@@ -79,16 +75,17 @@ def _exp2(x: jax.Array, platform: str) -> jax.Array:
     barrier stops XLA from computing it again in every consumer.
     """
     if platform != "cpu" or x.dtype != jnp.float32:
-        return jnp.exp2(x)
-    x = jnp.maximum(x, -127.0)  # 2^-127 has exponent bits 0 and mantissa 0 here: exactly 0
+        return jnp.exp2(jnp.minimum(x, 0.0))
+    # At -127 the exponent bits are 0, so that is exactly 0. Above 0 lies rounding only, but of
+    # large logits that can be a lot: without a limit it would carry into the sign bit.
+    x = jnp.clip(x, -127.0, 0.0)
     shifted = x + 12582912.0  # 1.5 * 2^23: the sum's low mantissa bits are round(x)
     rest = x - (shifted - 12582912.0)
     y = jnp.float32(_EXP2[0])
     for c in _EXP2[1:]:
         y = y * rest + c
-    bits = lax.bitcast_convert_type(y, jnp.int32)
-    bits = bits + (lax.bitcast_convert_type(shifted, jnp.int32) << 23)
-    return lax.optimization_barrier(lax.bitcast_convert_type(bits, jnp.float32))
+    power = (lax.bitcast_convert_type(shifted, jnp.int32) + 127) << 23
+    return lax.optimization_barrier(y * lax.bitcast_convert_type(power, jnp.float32))
 
 
 class _Tiles(NamedTuple):
@@ -190,20 +187,21 @@ def forward(settings: Settings, q, k, v, groups: Groups):
     """out [G, Lq, H] and lse [G, Lq] of one piece, in float32 (or float64)."""
     G, Lq, _ = q.shape
     tiles = _tiles(settings, G, Lq, k.shape[1])
-    stats = stats_dtype(q.dtype)
+    stats, late = stats_dtype(q.dtype), scales(settings.scale, q.dtype)[1]
     loop = _loop_arrays(q, k, v, groups, tiles)
 
     def key_tile(i, x, j, state):
         m, total, acc = state
         k, v, k_ids, k_bits = (_at(a, j) for a in (x.k, x.v, x.k_ids, x.k_bits))
-        s = _logits(settings, x.q, k)
+        s = _dot(x.q, k, (2, 2), stats)
         visible = _visible(settings, groups.behind, tiles, i, j, x.q_ids, k_ids)
         if visible is not None:
             s = jnp.where(visible, s, -jnp.inf)
         top = jnp.maximum(m, s.max(-1))
-        safe = jnp.where(top > -jnp.inf, top, 0)
-        p = _exp2(s - safe[..., None], settings.platform)
-        fade = jnp.exp2(m - safe)
+        safe = jnp.where(top != -jnp.inf, top, 0)
+        # The rest of the scale after the difference: so the largest logit always gives 2^0.
+        p = _exp2(_times(s - safe[..., None], late), settings.platform)
+        fade = jnp.exp2(_times(m - safe, late))
         total = total * fade + p.sum(-1)
         if k_bits is not None:
             kept = dropout.keep(x.q_bits, k_bits, settings.dropout_rate)
@@ -220,9 +218,11 @@ def forward(settings: Settings, q, k, v, groups: Groups):
         state = (jnp.full(shape, -jnp.inf, stats), jnp.zeros(shape, stats))
         state = (*state, jnp.zeros((*shape, q.shape[-1]), stats))
         m, total, acc = _repeat(0, high, tiles.k_count, functools.partial(key_tile, i, x), state)
-        seen = total > 0
+        seen = total != 0  # true of a NaN, which must not pass for a row that saw nothing
         safe = jnp.where(seen, total, 1)
-        return acc / safe[..., None], jnp.where(seen, (m + jnp.log2(safe)) * math.log(2), -jnp.inf)
+        return acc / safe[..., None], jnp.where(
+            seen, (_times(m, late) + jnp.log2(safe)) * math.log(2), -jnp.inf
+        )
 
     def group_tile(x: _Loop):
         if tiles.q_count == 1:
@@ -239,9 +239,9 @@ def backward(settings: Settings, q, k, v, groups: Groups, do, lse, delta):
     """dq [G, Lq, H], dk and dv [G, Lk, H] of one piece, given the total lse and delta."""
     (G, Lq, H), Lk = q.shape, k.shape[1]
     tiles = _tiles(settings, G, Lq, Lk)
-    stats = stats_dtype(q.dtype)
+    stats, late = stats_dtype(q.dtype), scales(settings.scale, q.dtype)[1]
     loop = _loop_arrays(q, k, v, groups, tiles)
-    lse = jnp.where(lse > -jnp.inf, lse, jnp.inf) / math.log(2)  # 2^(s - inf) = 0: unseen rows
+    lse = jnp.where(lse != -jnp.inf, lse, jnp.inf) / math.log(2)  # 2^(s - inf) = 0: unseen rows
     rows = tuple(_cut(x, tiles, tiles.q_count, tiles.q_size) for x in (do, lse, delta))
 
     # The logits are laid out keys by queries here, so that only one of the five matrix products
@@ -251,7 +251,8 @@ def backward(settings: Settings, q, k, v, groups: Groups, do, lse, delta):
         k, v, k_ids, k_bits = keys
         q, q_ids, q_bits = (_at(a, i) for a in (x.q, x.q_ids, x.q_bits))
         do, lse, delta = (_at(a, i) for a in rows)
-        p = _exp2(_logits(settings, k, q) - lse[:, None, :], settings.platform)
+        s = _times(_dot(k, q, (2, 2), stats), late)
+        p = _exp2(s - lse[:, None, :], settings.platform)
         visible = _visible(settings, groups.behind, tiles, i, j, q_ids, k_ids)
         if visible is not None:
             p = jnp.where(jnp.swapaxes(visible, 1, 2), p, 0)
@@ -289,5 +290,5 @@ def backward(settings: Settings, q, k, v, groups: Groups, do, lse, delta):
     dq, dk, dv = lax.map(group_tile, (loop, rows))
     # ds lacks the scale of the logits: dq needs all of it, dk has met the queries' part already.
     dq = dq * settings.scale
-    dk = dk * (scales(settings.scale, q.dtype)[1] * math.log(2))
+    dk = dk * (late * math.log(2))
     return _join(dq, G, Lq), _join(dk, G, Lk), _join(dv, G, Lk)

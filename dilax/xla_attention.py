@@ -114,7 +114,7 @@ def _attend_fwd(static, query, key, value, carry, segment_ids, seed):
 def _attend_bwd(static: _Static, residuals, cotangents):
     query, key, value, carry, segment_ids, seed, total = residuals
     d_out, d_lse = cotangents
-    seen = total.lse > -jnp.inf
+    seen = total.lse != -jnp.inf
     delta = (d_out * total.out).sum(-1) - jnp.where(seen, d_lse, 0)
     stats = total.lse.dtype
     dq, dk, dv = (jnp.zeros(x.shape, stats) for x in (query, key, value))

@@ -169,7 +169,7 @@ def test_examples_do_not_see_each_other(name, x64):
 
 
 def test_packed_documents_do_not_see_each_other():
-    """Another document's tokens may change in any way, NaN included, and no bit moves."""
+    """Another document's tokens may change to any finite number, and no bit moves."""
     x = np.random.default_rng(0).normal(size=(3, 1, 20, 2, 8)).astype(np.float32)
     ids = jnp.asarray([[1] * 9 + [2] * 8 + [0] * 3], jnp.int32)
 
