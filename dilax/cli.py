@@ -42,9 +42,9 @@ class Show:
     dilation_rates: tuple[int, ...] = (1, 2, 4)
     """Dilation rate R of each branch."""
     length: int = 32
-    """Number of tokens, up to 1024."""
+    """Number of tokens, up to 65536."""
     num_heads: int = 4
-    """Number of heads, up to 16."""
+    """Number of heads; of more than 16 the first 16 that differ are drawn."""
     combine: str = "lse"
     """lse: every head takes part in every branch; heads: each branch has heads of its own."""
     head_offset: str = "interleaved"

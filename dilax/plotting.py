@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -16,24 +16,31 @@ from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-SHARED = ("#8c8c8c", "#4d4d4d", "#000000")  # a key that 2, 3, more branches of one head see
-LONGEST = 1024  # more tokens than this have no picture that can be read
-MOST_HEADS = 16
-COLUMNS = 256  # the largest head dim
+GREY = "#4d4d4d"
+LONGEST_EXACT = 1024  # tokens: `pattern` has a number for every pair of them
+LONGEST = 65536  # tokens of a picture
+CELLS = 256  # rows and columns of a panel: what more tokens there are share them
+MOST_HEADS = 16  # panels; further heads are counted, not drawn
+_COLUMNS = 256  # the largest head dim
+_NUMBERS = 2**24  # of one call's values
 
 
-def _counts(spec: DilatedSpec, length: int, num_heads: int, options: Mapping[str, Any]):
-    """[N, T, S]: how often each head's softmax counts each key.
+def _seen(spec: DilatedSpec, length: int, num_heads: int, cell: int, options: Mapping[str, Any]):
+    """Does a query in a cell of cell x cell tokens see a key in it: bool [N, P, P]; and which
+    queries see any key: bool [N, T].
 
     With queries and keys of 0 every visible key has logit 0, so exp(lse) is the number of keys and
     the output on one-hot values times that is how often each one counts. So the picture shows what
-    the attention function does, not what this file believes.
+    the attention function does, not what this file believes. Keys of one cell share a value.
     """
-    width = min(-(-length // 8) * 8, COLUMNS)
-    zeros = jnp.zeros((1, length, num_heads, width), jnp.float32)
+    panel = -(-length // cell)
+    width = min(-(-panel // 8) * 8, _COLUMNS, max(8, _NUMBERS // (length * num_heads) // 8 * 8))
 
     @jax.jit
-    def weights(value):
+    def cells(first):
+        zeros = jnp.zeros((1, length, num_heads, width), jnp.float32)
+        columns = jnp.arange(length)[:, None] // cell == first + jnp.arange(width)[None]
+        value = jnp.broadcast_to(columns[None, :, None].astype(jnp.float32), zeros.shape)
         out, lse = dilated_attention(
             zeros,
             zeros,
@@ -44,14 +51,32 @@ def _counts(spec: DilatedSpec, length: int, num_heads: int, options: Mapping[str
             return_lse=True,
             **options,
         )
-        return out * jnp.exp(lse)[..., None]
+        counted = (out * jnp.exp(lse)[..., None])[0] > 0.5
+        padded = jnp.pad(counted, ((0, panel * cell - length), (0, 0), (0, 0)))
+        rows = padded.reshape(panel, cell, num_heads, width).any(axis=1)
+        return rows.swapaxes(0, 1), jnp.isfinite(lse[0]).T
 
-    parts = []
-    for first in range(0, length, width):
-        one_hot = np.eye(length, width, -first, np.float32)[None, :, None]
-        parts.append(np.asarray(weights(jnp.broadcast_to(one_hot, zeros.shape)))[0])
-    counts = np.concatenate(parts, axis=-1)[..., :length]
-    return np.rint(counts).astype(int).swapaxes(0, 1)
+    parts, awake = [], None
+    for first in range(0, panel, width):
+        part, awake = cells(first)
+        parts.append(np.asarray(part))
+    return np.concatenate(parts, axis=-1)[..., :panel], np.asarray(awake)
+
+
+def _cells(
+    spec: DilatedSpec, length: int, num_heads: int, cell: int, options: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `_seen`, per branch: bool [branches, N, P, P]; and which queries any branch sees."""
+    branches = branches_of(spec, num_heads, options["combine"], options["head_offset"])
+    if options["combine"] == "heads":  # each head has one branch, so one call shows them all
+        seen, awake = _seen(spec, length, num_heads, cell, options)
+        own = np.zeros((len(branches), num_heads, 1, 1), bool)
+        for i, branch in enumerate(branches):
+            own[i, branch.first_head : branch.first_head + len(branch.offsets)] = True
+        return own & seen, awake
+    alone = (DilatedSpec((w,), (r,)) for w, r, *_ in branches)
+    parts = [_seen(one, length, num_heads, cell, options) for one in alone]
+    return np.stack([seen for seen, _ in parts]), np.any([awake for _, awake in parts], axis=0)
 
 
 def pattern(
@@ -75,20 +100,32 @@ def pattern(
         [0, 1, 0, 1, 0, 1, 0, 1]
     """
     spec = as_spec(segment_lengths, dilation_rates)
-    if not 1 <= length <= LONGEST:
-        raise refuse("length", f"1 to {LONGEST} tokens", length)
-    if not 1 <= num_heads <= MOST_HEADS:
-        raise refuse("num_heads", f"1 to {MOST_HEADS} heads", num_heads)
-    branches = branches_of(spec, num_heads, combine, head_offset)
+    _check_sizes(length, num_heads, LONGEST_EXACT)
     options = dict(combine=combine, head_offset=head_offset, is_causal=is_causal)
-    if combine == "heads":  # each head has one branch, so one call shows them all
-        counts = _counts(spec, length, num_heads, options)
-        own = np.zeros((len(branches), num_heads, 1, 1), bool)
-        for i, branch in enumerate(branches):
-            own[i, branch.first_head : branch.first_head + len(branch.offsets)] = True
-        return own & (counts > 0)
-    alone = (DilatedSpec((w,), (r,)) for w, r, *_ in branches)
-    return np.stack([_counts(one, length, num_heads, options) > 0 for one in alone])
+    return _cells(spec, length, num_heads, 1, options)[0]
+
+
+def _check_sizes(length: int, num_heads: int, longest: int) -> None:
+    if not 1 <= length <= longest:
+        raise refuse("length", f"1 to {longest} tokens", length)
+    if num_heads < 1:
+        raise refuse("num_heads", "a positive int", num_heads)
+
+
+def _distinct_heads(
+    spec: DilatedSpec, num_heads: int, combine: Combine, head_offset: HeadOffset
+) -> list[int]:
+    """The first heads that differ in branches or offsets from every head before them."""
+    first: dict[Any, int] = {}
+    branches = branches_of(spec, num_heads, combine, head_offset)
+    for head in range(num_heads):
+        mine = tuple(
+            (i, b.offsets[head - b.first_head])
+            for i, b in enumerate(branches)
+            if 0 <= head - b.first_head < len(b.offsets)
+        )
+        first.setdefault(mine, head)
+    return list(first.values())
 
 
 def draw_pattern(
@@ -103,7 +140,11 @@ def draw_pattern(
 ) -> Figure:
     """A figure of the pattern: one panel per head, and one that counts the heads.
 
-    A row of a panel is a query, a column a key. Arguments as `pattern`.
+    A row of a panel is a query, a column a key. Of more than 256 tokens a panel's cell stands for
+    several queries and keys; it is coloured where any of these queries sees any of these keys. Of
+    more than 16 heads the first 16 that differ are drawn; the last panel counts all.
+
+    Arguments as `pattern`, with a length up to 65536.
 
     Example:
         >>> figure = draw_pattern([8, 16], [1, 2], length=16, num_heads=2)
@@ -111,67 +152,81 @@ def draw_pattern(
         3
     """
     spec = as_spec(segment_lengths, dilation_rates)
-    seen = pattern(
-        spec,
-        length=length,
-        num_heads=num_heads,
-        combine=combine,
-        head_offset=head_offset,
-        is_causal=is_causal,
-    )
-    columns = min(num_heads + 1, 5)
-    rows = -(-(num_heads + 1) // columns)
+    _check_sizes(length, num_heads, LONGEST)
+    heads, cell = list(range(num_heads)), -(-length // CELLS)
+    if num_heads > MOST_HEADS:
+        heads = _distinct_heads(spec, num_heads, combine, head_offset)[:MOST_HEADS]
+    options = dict(combine=combine, head_offset=head_offset, is_causal=is_causal)
+    seen, awake = _cells(spec, length, num_heads, cell, options)
+    columns = min(len(heads) + 1, 5)
+    rows = -(-(len(heads) + 1) // columns)
     figure = Figure(figsize=(2.3 * columns, 2.45 * rows + 0.9), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for head, panel in enumerate(panels[:num_heads]):
-        _draw_head(panel, seen[:, head])
+    for head, panel in zip(heads, panels, strict=False):
+        _draw_head(panel, seen[:, head], cell)
         panel.set_title(f"head {head}", fontsize=9)
-    _draw_union(panels[num_heads], seen.any(axis=0).sum(axis=0), num_heads)
-    for panel in panels[num_heads + 1 :]:
+    blind = length - int(awake.any(axis=0).sum())
+    _draw_union(panels[len(heads)], seen.any(axis=0).sum(axis=0), num_heads, blind, cell)
+    for panel in panels[len(heads) + 1 :]:
         figure.delaxes(panel)
     panels[0].set_ylabel("query", fontsize=9)
     names = [
         f"segment {w}, rate {r}"
         for w, r in zip(spec.segment_lengths, spec.dilation_rates, strict=True)
     ]
-    names += [f"{m} branches" for m in range(2, int(seen.sum(axis=0).max()) + 1)]
+    names += [f"{m} branches" for m in range(2, int(seen[:, heads].sum(axis=0).max()) + 1)]
     colours = _colours(len(spec))
     handles = [Patch(color=c, label=n) for c, n in zip(colours, names, strict=False)]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     causal = "causal" if is_causal else "not causal"
     offset = f", {head_offset} offsets" if combine == "lse" else ""
-    figure.suptitle(f'{length} tokens, combine="{combine}"{offset}, {causal}', fontsize=10)
+    title = f'{length} tokens, combine="{combine}"{offset}, {causal}'
+    notes = []
+    if len(heads) < num_heads:
+        notes.append(f"{len(heads)} of {num_heads} heads")
+    if cell > 1:
+        notes.append(f"a cell: any of {cell} queries sees any of {cell} keys")
+    figure.suptitle("\n".join([title, *([", ".join(notes)] if notes else [])]), fontsize=10)
     return figure
 
 
 def _colours(branches: int) -> list[str]:
     """One colour per branch, then one per number of branches from 2 on."""
-    alone = [COLOURS[i % len(COLOURS)] for i in range(branches)]
-    return alone + [SHARED[min(m, len(SHARED) - 1)] for m in range(branches - 1)]
+    hues = (i * 0.618 % 1 for i in range(branches - len(COLOURS)))
+    more = [to_hex(hsv_to_rgb((hue, 0.6, 0.7))) for hue in hues]
+    greys = [to_hex(str(x)) for x in np.linspace(0.7, 0, branches - 1)]
+    return [*COLOURS[:branches], *more, *greys]
 
 
-def _draw_head(panel: Any, seen: np.ndarray) -> None:
-    """seen [branches, T, S]: a cell has the colour of its branch, or of how many there are."""
+def _draw_head(panel: Any, seen: np.ndarray, cell: int) -> None:
+    """seen [branches, P, P]: a cell has the colour of its branch, or of how many there are."""
     number = seen.sum(axis=0)
     alone = np.where(seen, np.arange(1, len(seen) + 1)[:, None, None], 0).sum(axis=0)
     cells = np.where(number > 1, len(seen) + number - 1, alone)
     colours = _colours(len(seen))
-    _image(panel, cells, ListedColormap(["white", *colours]), len(colours))
+    _image(panel, cells, ListedColormap(["white", *colours]), len(colours), cell)
 
 
-def _draw_union(panel: Any, heads: np.ndarray, num_heads: int) -> None:
-    """heads [T, S]: how many heads see the key; darker is more."""
-    _image(panel, heads, "Greys", num_heads)
-    blind = int((heads == 0).all(axis=1).sum())
+def _draw_union(panel: Any, heads: np.ndarray, num_heads: int, blind: int, cell: int) -> None:
+    """heads [P, P]: how many heads see the key; darker is more."""
+    _image(panel, heads, "Greys", num_heads, cell)
     note = f"\n{blind} queries see nothing" if blind else ""
     panel.set_title(f"all heads, darker is more{note}", fontsize=9)
 
 
-def _image(panel: Any, cells: np.ndarray, colormap: Any, most: int) -> None:
-    panel.imshow(cells, cmap=colormap, vmin=0, vmax=most, interpolation="nearest")
+def _image(panel: Any, cells: np.ndarray, colormap: Any, most: int, cell: int) -> None:
+    end = len(cells) * cell - 0.5
+    panel.imshow(
+        cells,
+        cmap=colormap,
+        vmin=0,
+        vmax=most,
+        interpolation="nearest",
+        extent=(-0.5, end, end, -0.5),
+    )
     panel.set_xlabel("key", fontsize=9)
     panel.tick_params(labelsize=7, length=2)
-    ticks = np.unique(np.linspace(0, len(cells) - 1, 5).astype(int))
+    ticks = np.unique(np.linspace(0, len(cells) * cell - 1, 5).astype(int))
     panel.set_xticks(ticks)
     panel.set_yticks(ticks)
 
@@ -193,7 +248,7 @@ def draw_training(
         marker = "o" if len(steps) < 30 else None
         panel.plot(steps, values, label=name, color=colour, marker=marker, markersize=3)
     for (name, value), style in zip((levels or {}).items(), ("--", ":", "-."), strict=False):
-        panel.axhline(value, label=f"{name}: {value:.3f}", color=SHARED[1], linestyle=style)
+        panel.axhline(value, label=f"{name}: {value:.3f}", color=GREY, linestyle=style)
     panel.set_xlabel("step")
     panel.set_ylabel("bits per byte")
     panel.grid(alpha=0.3)

@@ -63,7 +63,7 @@ def test_every_command_has_help(name, capsys):
     ("arguments", "message"),
     [
         (["shew"], "command: wanted one of train, generate,"),
-        (["show", "--length", "0"], "length: wanted 1 to 1024 tokens, got 0"),
+        (["show", "--length", "0"], "length: wanted 1 to 65536 tokens, got 0"),
         (["show", "--dilation-rates", "1"], "dilation_rates: wanted as many as"),
         (["show", "--combine", "sum"], "combine: wanted 'lse' or 'heads', got 'sum'"),
         (["explain", "--kind", "nothing"], "nothing"),
@@ -72,7 +72,7 @@ def test_every_command_has_help(name, capsys):
         (["bench", "--repeats", "0"], "repeats: wanted a positive int, got 0"),
         (["train", "--text", "/no/such/file"], "text: wanted"),
         (["train", "--steps", "0"], "steps: wanted a positive int, got 0"),
-        (["train", "--num-heads", "3"], "embed_dim: wanted a multiple of num_heads=3"),
+        (["train", "--num-heads", "5"], "embed_dim: wanted a multiple of num_heads=5"),
         (["generate", "--checkpoint-dir", "/no/such/folder"], "checkpoint_dir: wanted"),
         (["show", "--out", "/no/such/folder/a.png"], "out: wanted a file in a directory that"),
         (["show", "--out", "a.xyz"], "out: wanted a file name that ends in .png, got 'a.xyz'"),

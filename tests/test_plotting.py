@@ -65,6 +65,32 @@ def test_one_panel_per_head_and_one_for_all(combine, num_heads):
     assert file.getvalue().startswith(b"\x89PNG")
 
 
+def test_a_cell_of_a_long_pattern_is_seen_where_any_pair_is():
+    options = {"combine": "lse", "head_offset": "interleaved", "is_causal": True}
+    branches, length, cell = ((16, 128, 999), (1, 8, 20)), 1000, 7
+    exact = plotting.pattern(*branches, length=length, num_heads=3, is_causal=True)
+    spec = plotting.DilatedSpec(*branches)
+    seen, awake = plotting._cells(spec, length, 3, cell, options)
+    padded = np.pad(exact, ((0, 0), (0, 0), (0, 1), (0, 1)))
+    pooled = padded.reshape(3, 3, 143, cell, 143, cell).any(axis=(3, 5))
+    np.testing.assert_array_equal(seen, pooled)
+    np.testing.assert_array_equal(awake, exact.any(axis=(0, 3)))
+
+
+def test_more_heads_than_panels_are_counted_and_said():
+    figure = plotting.draw_pattern([8, 300], [1, 20], length=300, num_heads=40)
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles[:-1] == [f"head {n}" for n in range(16)]
+    said = figure.get_suptitle()
+    assert "16 of 40 heads" in said
+    assert "any of 2 queries sees any of 2 keys" in said
+
+
+@pytest.mark.parametrize("branches", [1, 5, 7, 20])
+def test_all_colours_differ(branches):
+    assert len(set(plotting._colours(branches))) == 2 * branches - 1
+
+
 def test_queries_that_see_nothing_are_counted():
     figure = plotting.draw_pattern([8], [4], length=16, num_heads=3)
     assert "4 queries see nothing" in figure.axes[-1].get_title()
@@ -74,9 +100,8 @@ def test_queries_that_see_nothing_are_counted():
     ("options", "message"),
     [
         ({"length": 0}, "length: wanted"),
-        ({"length": 1025}, "length: wanted"),
+        ({"length": 65537}, "length: wanted"),
         ({"num_heads": 0}, "num_heads: wanted"),
-        ({"num_heads": 17}, "num_heads: wanted"),
         ({"combine": "heads", "num_heads": 1}, "combine: wanted"),
         ({"head_offset": "other"}, "head_offset: wanted"),
     ],
