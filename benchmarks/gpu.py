@@ -87,8 +87,16 @@ def relative(a: Any, b: Any) -> float:
 
 
 def measure(
-    case: str, peer: str, f: Callable, lists: peers.Lists, T: int, H: int, causal: bool,
-    dtype: Any = jnp.bfloat16, reference: Any = None, backward: bool = True,
+    case: str,
+    peer: str,
+    f: Callable,
+    lists: peers.Lists,
+    T: int,
+    H: int,
+    causal: bool,
+    dtype: Any = jnp.bfloat16,
+    reference: Any = None,
+    backward: bool = True,
 ) -> tuple[Row, Any]:
     """Times forward, and forward with backward, and compares the output with a reference."""
     row, out = Row(case, peer), None
@@ -166,19 +174,35 @@ def bars(add: Callable[[Row], None], quick: bool, late: Callable[[], bool]) -> N
             if late():
                 return
             row, reference = measure(
-                f"dense {kind} H={H} T=16384", "cudnn", peers.cudnn(causal), ((16384, 1),), 16384,
-                H, causal,
+                f"dense {kind} H={H} T=16384",
+                "cudnn",
+                peers.cudnn(causal),
+                ((16384, 1),),
+                16384,
+                H,
+                causal,
             )
             add(row)
             row, _ = measure(
-                f"LongNet {kind} H={H} T=32768", "dilax pallas", peers.ours(LONGNET, causal),
-                LONGNET, 32768, H, causal,
+                f"LongNet {kind} H={H} T=32768",
+                "dilax pallas",
+                peers.ours(LONGNET, causal),
+                LONGNET,
+                32768,
+                H,
+                causal,
             )
             row.error = oracle_error(((256, 1), (512, 2)), 1024, H, causal, jnp.bfloat16)
             add(row)
             row, _ = measure(
-                f"dense {kind} H={H} T=16384", "dilax pallas", peers.ours(((16384, 1),), causal),
-                ((16384, 1),), 16384, H, causal, reference=reference,
+                f"dense {kind} H={H} T=16384",
+                "dilax pallas",
+                peers.ours(((16384, 1),), causal),
+                ((16384, 1),),
+                16384,
+                H,
+                causal,
+                reference=reference,
             )
             add(row)
             for name in ("flash_attn3_jax", "tokamax"):
@@ -187,20 +211,45 @@ def bars(add: Callable[[Row], None], quick: bool, late: Callable[[], bool]) -> N
                     case = f"dense {kind} H={H} T=16384"
                     add(measure(case, name, f, ((16384, 1),), 16384, H, causal)[0])
             if not quick and not late():
-                add(measure(
-                    f"LongNet {kind} H={H} T=32768", "composed cudnn",
-                    peers.composed(LONGNET, causal), LONGNET, 32768, H, causal,
-                )[0])
+                add(
+                    measure(
+                        f"LongNet {kind} H={H} T=32768",
+                        "composed cudnn",
+                        peers.composed(LONGNET, causal),
+                        LONGNET,
+                        32768,
+                        H,
+                        causal,
+                    )[0]
+                )
 
 
 def gigapath(add: Callable[[Row], None]) -> None:
     """Prov-GigaPath's slide encoder, float16, heads of 48."""
     for T in (10000, 45000):
         case = f"GigaPath H=48 T={T}"
-        add(measure(case, "dilax pallas", peers.ours(GIGAPATH, False), GIGAPATH, T, 48, False,
-                    jnp.float16)[0])
-        add(measure_torch(case, "torchscale arithmetic", lambda t: peers.torchscale(t, GIGAPATH),
-                          GIGAPATH, T, 48))
+        add(
+            measure(
+                case,
+                "dilax pallas",
+                peers.ours(GIGAPATH, False),
+                GIGAPATH,
+                T,
+                48,
+                False,
+                jnp.float16,
+            )[0]
+        )
+        add(
+            measure_torch(
+                case,
+                "torchscale arithmetic",
+                lambda t: peers.torchscale(t, GIGAPATH),
+                GIGAPATH,
+                T,
+                48,
+            )
+        )
         add(measure_torch(case, "dense torch SDPA", peers.torch_dense, ((T, 1),), T, 48))
         gc.collect()
 
@@ -212,20 +261,45 @@ def sweep(add: Callable[[Row], None], late: Callable[[], bool]) -> None:
         if late():
             return
         lists = tuple((w, r) for w, r in LONGNET if w <= T)
-        add(measure(f"sweep H=64 T={T}", "dilax pallas", peers.ours(lists, False), lists, T, 64,
-                    False, backward=False)[0])
+        add(
+            measure(
+                f"sweep H=64 T={T}",
+                "dilax pallas",
+                peers.ours(lists, False),
+                lists,
+                T,
+                64,
+                False,
+                backward=False,
+            )[0]
+        )
         if T <= 1 << 16:
-            add(measure(f"sweep H=64 T={T}", "cudnn", peers.cudnn(False), ((T, 1),), T, 64, False,
-                        backward=False)[0])
+            add(
+                measure(
+                    f"sweep H=64 T={T}",
+                    "cudnn",
+                    peers.cudnn(False),
+                    ((T, 1),),
+                    T,
+                    64,
+                    False,
+                    backward=False,
+                )[0]
+            )
 
 
 def markdown(rows: list[Row], head: str) -> str:
     """The table."""
+
     def show(x: float | None, digits: int) -> str:
         return "" if x is None else f"{x:.{digits}f}"
 
-    lines = [head, "", "| case | who | fwd ms | fwd+bwd ms | TFLOP/s | fwd+bwd TFLOP/s | error |"
-             " MiB | note |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        head,
+        "",
+        "| case | who | fwd ms | fwd+bwd ms | TFLOP/s | fwd+bwd TFLOP/s | error | MiB | note |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         error = "" if r.error is None else f"{r.error:.1e}"
         lines.append(

@@ -55,8 +55,10 @@ def composed(lists: Lists, causal: bool) -> Callable:
         outs, lses = [], []
         for w, r in lists:
             out, lse = jax.nn.dot_product_attention(
-                *(gather(x, w, r) for x in (q, k, v)), is_causal=causal,
-                implementation="cudnn", return_residual=True,
+                *(gather(x, w, r) for x in (q, k, v)),
+                is_causal=causal,
+                implementation="cudnn",
+                return_residual=True,
             )
             lse = lse.swapaxes(1, 2) if lse.shape[1] == N else lse
             kept = scatter(jnp.ones_like(lse)[..., None], B, T, w, r)[..., 0] > 0
@@ -113,8 +115,9 @@ def torchscale(torch: Any, lists: Lists) -> Callable:
 
         def scatter(x: Any, fill: float) -> Any:
             x = x.reshape(segments, r, width, rows, -1).permute(0, 3, 2, 4, 1)
-            y = torch.full((segments, rows, r, r, width, x.shape[3]), fill, dtype=x.dtype,
-                           device=x.device)
+            y = torch.full(
+                (segments, rows, r, r, width, x.shape[3]), fill, dtype=x.dtype, device=x.device
+            )
             torch.diagonal(y, dim1=2, dim2=3).copy_(x)
             y = y.reshape(segments, rows * r, r * width, -1)[:, :w]
             return y.reshape(1, segments * w, r * width, -1)[:, :T, :N]

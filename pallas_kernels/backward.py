@@ -203,7 +203,8 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                     plgpu.copy_gmem_to_smem(k_refs[rate].at[at], k_smem.at[slot], k_ready.at[slot])
                     if opt.ids:
                         plgpu.copy_gmem_to_smem(
-                            k_ids[rate].at[b, v.away_residue, rows], id_smem.at[slot],
+                            k_ids[rate].at[b, v.away_residue, rows],
+                            id_smem.at[slot],
                             k_ready.at[slot],
                         )
                     pl.when(i == begin)(load_home)
@@ -274,8 +275,13 @@ def queries_gradient(
     inplace = [dq.reshape(shape)] if opt.add else []
     types = [] if opt.add else [jax.ShapeDtypeStruct(shape, out_dtype)]
     (dq,) = launch(
-        functools.partial(_queries_body, plan, opt, keep), operands, types, scratch,
-        ctas=table.shape[0], threads=CONSUMERS + 1, name="dilated_queries_gradient",
+        functools.partial(_queries_body, plan, opt, keep),
+        operands,
+        types,
+        scratch,
+        ctas=table.shape[0],
+        threads=CONSUMERS + 1,
+        name="dilated_queries_gradient",
         inplace=inplace,
     )
     return dq.reshape(query.shape)

@@ -70,17 +70,13 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             id_rows = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
             plgpu.barrier_wait(k_ready.at[wg])
 
-            def step(
-                j: Any, i: Any, v: schedule.Visit, head: Any, branch: Any, accs: Any
-            ) -> Any:
+            def step(j: Any, i: Any, v: schedule.Visit, head: Any, branch: Any, accs: Any) -> Any:
                 dk_acc, dv_acc = accs
                 slot, start = lax.rem(i, jnp.int32(opt.stages)), v.first + j * bq
                 shape = (ROWS, bq)
                 plgpu.barrier_wait(q_ready.at[slot])
 
-                s = product(
-                    k_smem.at[wg], q_smem.at[slot].transpose((1, 0)), shape, lambda: None
-                )
+                s = product(k_smem.at[wg], q_smem.at[slot].transpose((1, 0)), shape, lambda: None)
                 lse = load(lse_smem.at[slot], COLUMN)
                 ids = load(id_smem.at[slot], COLUMN) if opt.ids else None
                 s = lax.cond(
@@ -302,8 +298,13 @@ def keys_gradient(
     inplace += [dk.reshape(shape), dv.reshape(shape)] if opt.add else []
     types = [] if opt.add else [jax.ShapeDtypeStruct(shape, out_dtype)] * 2
     outs = launch(
-        functools.partial(_keys_body, plan, opt, keep), operands, types, scratch,
-        ctas=table.shape[0], threads=CONSUMERS + 1, name="dilated_keys_gradient",
+        functools.partial(_keys_body, plan, opt, keep),
+        operands,
+        types,
+        scratch,
+        ctas=table.shape[0],
+        threads=CONSUMERS + 1,
+        name="dilated_keys_gradient",
         inplace=inplace,
     )
     dq = outs[0].reshape(query.shape) if opt.fused else None

@@ -25,9 +25,7 @@ def shared_tile(shape: Sequence[int], dtype: Any) -> Any:
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = plgpu.find_swizzle(shape[-1] * bits)
     tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
-    return plgpu.SMEM(
-        tuple(shape), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle))
-    )
+    return plgpu.SMEM(tuple(shape), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def filled(shape: Sequence[int], value: float, dtype: Any, layout: Any) -> jax.Array:

@@ -95,10 +95,18 @@ def attend(
     """
     kind = _device_kind()
     options = {
-        "branches": branches, "is_causal": is_causal, "scale": scale,
-        "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "q_start": q_start,
-        "k_start": k_start, "dropout_rate": dropout_rate, "dropout_seed": dropout_seed,
-        "keep": keep, "carry": carry, "out_dtype": out_dtype,
+        "branches": branches,
+        "is_causal": is_causal,
+        "scale": scale,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "q_start": q_start,
+        "k_start": k_start,
+        "dropout_rate": dropout_rate,
+        "dropout_seed": dropout_seed,
+        "keep": keep,
+        "carry": carry,
+        "out_dtype": out_dtype,
     }
     reasons = unsupported(query, key, value, device_kind=kind, **options)
     if reasons:
@@ -125,7 +133,7 @@ def attend(
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
     where = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
     ids = (q_segment_ids, kv_segment_ids) if call.ids else None
-    carry = None if carry is None else tuple(carry)
+    carry = None if carry is None else (carry[0], carry[1])
     return _attend(call, query, key, value, carry, ids, where, seed)
 
 
@@ -168,14 +176,17 @@ def _sizes(call: Call, query: jax.Array, key: jax.Array) -> _Sizes:
     T, S = query.shape[1], key.shape[1]
     tile = config.ROWS * config.CONSUMERS * multiple
     return _Sizes(
-        T, S, -(-T // (8 * multiple)) * 8 * multiple, -(-S // (8 * multiple)) * 8 * multiple,
-        -(-T // tile) * tile, -(-S // tile) * tile, query.shape[-1],
+        T,
+        S,
+        -(-T // (8 * multiple)) * 8 * multiple,
+        -(-S // (8 * multiple)) * 8 * multiple,
+        -(-T // tile) * tile,
+        -(-S // tile) * tile,
+        query.shape[-1],
     )
 
 
-def _launch(
-    call: Call, heads: int, T: int, S: int, away: int, transposed: bool
-) -> schedule.Launch:
+def _launch(call: Call, heads: int, T: int, S: int, away: int, transposed: bool) -> schedule.Launch:
     """All branches as one launch; `config.partition` and `config.subset` divide it."""
     starts = (call.q_start, call.k_start)
     end = None if None in starts else max(starts[0] + T, starts[1] + S)
@@ -263,17 +274,37 @@ def _run_forward(
         )
         with jax.named_scope(f"dilated_forward_{'_'.join(map(str, plan.rates))}"):
             out, lse = forward.forward(
-                plan, options, _table(call, plan, q, k, options.carry), q, k, v, out, lse,
-                out_dtype=call.out_dtype, lse_shape=(q.shape[0], q.shape[2], sizes.rows),
-                starts=starts, seed=seed, q_ids=q_ids, k_ids=k_ids, keep=call.keep,
+                plan,
+                options,
+                _table(call, plan, q, k, options.carry),
+                q,
+                k,
+                v,
+                out,
+                lse,
+                out_dtype=call.out_dtype,
+                lse_shape=(q.shape[0], q.shape[2], sizes.rows),
+                starts=starts,
+                seed=seed,
+                q_ids=q_ids,
+                k_ids=k_ids,
+                keep=call.keep,
             )
     return out[:, : sizes.T, :, : sizes.head_dim], lse[:, :, : sizes.T].swapaxes(1, 2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_backward(
-    call: Call, query: Any, key: Any, value: Any, do: Any, lse: Any, delta: Any, ids: Any,
-    starts: Any, seed: Any,
+    call: Call,
+    query: Any,
+    key: Any,
+    value: Any,
+    do: Any,
+    lse: Any,
+    delta: Any,
+    ids: Any,
+    starts: Any,
+    seed: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     sizes = _sizes(call, query, key)
     lengths = (sizes.padded_T, sizes.padded_S, sizes.padded_S, sizes.padded_T)
@@ -282,14 +313,23 @@ def _run_backward(
     delta = _rows(delta, sizes.rows, 0.0)
     q_ids, k_ids = _pad_ids(sizes, ids)
     shared = {
-        "starts": starts, "seed": seed, "q_ids": q_ids, "k_ids": k_ids,
+        "starts": starts,
+        "seed": seed,
+        "q_ids": q_ids,
+        "k_ids": k_ids,
         "keep": call.keep,
     }
     heads, head_dim = query.shape[2], arrays[0].shape[-1]
     fused = not call.deterministic and config.fuses_backward(head_dim)
     options = backward.Options(
-        scale=call.scale * LOG2E, stages=1, group=heads // key.shape[2], add=False, ids=call.ids,
-        rate=call.rate, fused=False, interpret=call.interpret,
+        scale=call.scale * LOG2E,
+        stages=1,
+        group=heads // key.shape[2],
+        add=False,
+        ids=call.ids,
+        rate=call.rate,
+        fused=False,
+        interpret=call.interpret,
     )
 
     def groups(away: int, transposed: bool) -> Any:

@@ -94,9 +94,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             acc, m, mass, n = state
             slot = lax.rem(n, jnp.int32(opt.stages))
             start = v.first + j * bkv
-            s = product(
-                q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), (ROWS, bkv), pass_turn
-            )
+            s = product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), (ROWS, bkv), pass_turn)
             ids = None
             if opt.ids:
                 ids = load(id_smem.at[slot], COLUMN)
@@ -108,9 +106,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 return iota + (start + v.away_shift)
 
             def masked() -> jax.Array:
-                seen = schedule.visible(
-                    plan, v.length, g_rows, columns(), v.limit + v.away_shift
-                )
+                seen = schedule.visible(plan, v.length, g_rows, columns(), v.limit + v.away_shift)
                 return jnp.where(seen, s, -jnp.inf)
 
             first, last = start + v.away_shift, start + v.away_shift + bkv
@@ -126,9 +122,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             if opt.rate:
                 seed = (seed_ref[0], seed_ref[1])
                 at = (*drop, start)
-                p = jnp.where(
-                    schedule.kept(plan, keep, opt.rate, seed, v, at, p.shape), p, 0.0
-                )
+                p = jnp.where(schedule.kept(plan, keep, opt.rate, seed, v, at, p.shape), p, 0.0)
             p16 = p.astype(q_smem.dtype)
             acc, mass, m, p16 = lax.optimization_barrier((acc, mass, m, p16))
             plgpu.barrier_wait(v_ready.at[slot])
@@ -176,9 +170,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 g_rows = (iota + row) * v.home_step + v.home_shift
                 g_first = row * v.home_step + v.home_shift
                 _, high = schedule.row_bounds(plan, v.length, g_first)
-                low, _ = schedule.row_bounds(
-                    plan, v.length, g_first + (ROWS - 1) * v.home_step
-                )
+                low, _ = schedule.row_bounds(plan, v.length, g_first + (ROWS - 1) * v.home_step)
                 rows = (g_rows, low, high, id_rows)
                 step = functools.partial(
                     kv_step, v=v, drop=(b, n, branch, row), total=total, rows=rows
@@ -243,6 +235,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
             def load_queries() -> None:
                 for i in range(CONSUMERS):
+
                     @pl.when(queries > 0)
                     def _(i: int = i) -> None:
                         plgpu.barrier_wait(q_free.at[i])
@@ -267,7 +260,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], k_ready.at[slot])
                     if opt.ids:
                         plgpu.copy_gmem_to_smem(
-                            k_ids[rate].at[b, v.away_residue, rows], id_smem.at[slot],
+                            k_ids[rate].at[b, v.away_residue, rows],
+                            id_smem.at[slot],
                             k_ready.at[slot],
                         )
                     pl.when(n_fill == begin)(load_queries)
@@ -351,7 +345,13 @@ def forward(
             jax.ShapeDtypeStruct(lse_view, jnp.float32),
         ]
     out, lse = launch(
-        functools.partial(_body, plan, opt, keep), operands, types, scratch,
-        ctas=table.shape[0], threads=CONSUMERS + 1, name="dilated_forward", **args,
+        functools.partial(_body, plan, opt, keep),
+        operands,
+        types,
+        scratch,
+        ctas=table.shape[0],
+        threads=CONSUMERS + 1,
+        name="dilated_forward",
+        **args,
     )
     return out.reshape(query.shape), lse.reshape(lse_shape)

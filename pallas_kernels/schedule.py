@@ -95,9 +95,7 @@ def steps(launch: Launch) -> np.ndarray:
 def _chunks(launch: Launch, kv_head: np.ndarray, tile: np.ndarray, row_bytes: int) -> np.ndarray:
     """Numbers the chunks of tiles that share CHUNK_BYTES of keys and values."""
     budget = max(1, CHUNK_BYTES // row_bytes)
-    shortest = min(
-        launch.home, *(n * r for n, r in zip(launch.lengths, launch.rates, strict=True))
-    )
+    shortest = min(launch.home, *(n * r for n, r in zip(launch.lengths, launch.rates, strict=True)))
     span = max(budget // shortest, 1) * shortest
     if span >= launch.home:
         return kv_head // max(1, budget // launch.home)

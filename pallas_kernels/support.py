@@ -78,9 +78,7 @@ def unsupported(
     return tuple(reasons)
 
 
-def _branch_reasons(
-    query: Any, key: Any, branches: Any, q_start: Any, k_start: Any
-) -> list[str]:
+def _branch_reasons(query: Any, key: Any, branches: Any, q_start: Any, k_start: Any) -> list[str]:
     reasons = []
     if not 1 <= len(branches) <= 30:
         reasons.append(f"{len(branches)} branches: wanted 1 to 30")

@@ -93,8 +93,14 @@ def _run(
     def run(q: Any, k: Any, v: Any, carry: Any, starts: Any) -> Any:
         def f(q: Any, k: Any, v: Any, carry: Any) -> Any:
             return attend(
-                q, k, v, carry=carry, q_start=starts[0], k_start=starts[1],
-                **case.options(), **extra,
+                q,
+                k,
+                v,
+                carry=carry,
+                q_start=starts[0],
+                k_start=starts[1],
+                **case.options(),
+                **extra,
             )
 
         result, pull = jax.vjp(f, q, k, v, carry)

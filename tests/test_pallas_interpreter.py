@@ -24,8 +24,19 @@ pytestmark = [
 CASES = [
     KernelCase("causal gqa", (128, 256), (1, 2), T=136, H=16, N=2, K=1, causal=True),
     KernelCase("ids", (1 << 20,), (1,), T=128, H=32, N=1, ids=True),
-    KernelCase("carry traced", (64, 128), (1, 2), T=72, S=130, H=24, starts=(90, 37), carry=True,
-               traced=True, N=1, causal=True),
+    KernelCase(
+        "carry traced",
+        (64, 128),
+        (1, 2),
+        T=72,
+        S=130,
+        H=24,
+        starts=(90, 37),
+        carry=True,
+        traced=True,
+        N=1,
+        causal=True,
+    ),
     KernelCase("dropout", (1 << 20,), (1,), T=128, H=16, N=1, rate=0.3),
 ]
 
@@ -50,7 +61,11 @@ def test_kernel_bodies(case):
     environment = os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
     environment.pop("XLA_FLAGS", None)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(case=case)], capture_output=True, text=True,
-        timeout=300, check=False, env=environment,
+        [sys.executable, "-c", SCRIPT.format(case=case)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
     )
     assert done.stdout.strip().endswith("checked"), (done.stdout + done.stderr)[-3000:]

@@ -61,11 +61,17 @@ CALLS = {
     "ids": {"T": 256, "H": 128, "q_segment_ids": ints(1, 256)},
     "carry": {"T": 256, "H": 128, "carry": partial(256, 128)},
     "carry and ids": {
-        "T": 256, "H": 128, "carry": partial(256, 128), "q_segment_ids": ints(1, 256),
+        "T": 256,
+        "H": 128,
+        "carry": partial(256, 128),
+        "q_segment_ids": ints(1, 256),
     },
     "fused backward": {"T": 512, "H": 64, "deterministic": False},
     "dropout": {
-        "T": 256, "H": 64, "dropout_rate": 0.1, "keep": dropout,
+        "T": 256,
+        "H": 64,
+        "dropout_rate": 0.1,
+        "keep": dropout,
         "dropout_seed": jax.ShapeDtypeStruct((2,), jnp.uint32),
     },
 }
@@ -85,9 +91,19 @@ def test_head_sizes_lower(head_dim):
 def test_work_lists_cover_every_tile_once():
     offsets = tuple(tuple(n % r for n in range(4)) for r in (1, 2, 4))
     plan = schedule.Launch(
-        rates=(1, 2, 4), lengths=(512, 512, 512), offsets=offsets, numbers=(0, 1, 2), stride=4,
-        home=3000, away=3000, home_start=0, away_start=0, causal=False, transposed=False,
-        block_home=128, block_away=128,
+        rates=(1, 2, 4),
+        lengths=(512, 512, 512),
+        offsets=offsets,
+        numbers=(0, 1, 2),
+        stride=4,
+        home=3000,
+        away=3000,
+        home_start=0,
+        away_start=0,
+        causal=False,
+        transposed=False,
+        block_home=128,
+        block_away=128,
     )
     table = schedule.work_lists(plan, batch=2, ctas=7, row_bytes=256, group=1, skip_empty=False)
     codes = np.concatenate([row[1 : 1 + row[0, 0], 0] for row in table])
@@ -148,7 +164,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 def test_forward_compiles_without_spills(head_dim, causal):
     code = AOT.format(target=TARGET, H=head_dim, causal=causal)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "PYTHONPATH": "."},
     )
     log = done.stdout + done.stderr
@@ -164,9 +184,7 @@ def test_forward_compiles_without_spills(head_dim, causal):
 @pytest.mark.parametrize("transform", ["vmap", "remat", "scan", "shard_map"])
 def test_transforms_lower(transform):
     x = jax.ShapeDtypeStruct((2, 1, 256, 2, 64), jnp.bfloat16)
-    mesh = jax.sharding.AbstractMesh(
-        (2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)
-    )
+    mesh = jax.sharding.AbstractMesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def attend(q, k, v):
         return flash.attend(q, k, v, branches=PAIR, is_causal=True)[0].astype(q.dtype)
@@ -181,9 +199,7 @@ def test_transforms_lower(transform):
                 step = lambda x, kv: (attend(x, *kv), None)  # noqa: E731
                 return jax.lax.scan(step, q[0], (k, v))[0]
         spec = jax.sharding.PartitionSpec("x")
-        mapped = jax.shard_map(
-            attend, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-        )
+        mapped = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
         return mapped(q[:, 0], k[:, 0], v[:, 0])
 
     grad = jax.grad(lambda *x: run(*x).astype(jnp.float32).sum(), (0, 1, 2))
