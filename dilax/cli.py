@@ -110,12 +110,16 @@ def _run_train(config: Any, resume: bool, picture: Path | None) -> int:
     )
     with _progress(config.steps) as on_step:
         result = train(config, resume=resume, on_step=on_step)
+    if result.skipped_files:
+        print(f"files left out of the text because they are not UTF-8: {result.skipped_files}")
     bigrams, ours = result.bigram_bits_per_byte, result.validation_bits_per_byte
     if bigrams is None or ours is None:  # interrupted
         print(f"interrupted after step {result.step}", end="")
         print(f": --resume goes on from {result.checkpoint}" if result.checkpoint else "")
         return 130
-    table = Table("on the held-out files", "bits per byte")
+    covered, held_out = result.validation_bytes
+    part = "all" if covered == held_out else f"{covered:,} of the"
+    table = Table(f"on {part} {held_out:,} held-out bytes", "bits per byte")
     table.columns[1].justify = "right"
     table.add_row("byte bigrams", f"{bigrams:.3f}")
     table.add_row("this model", f"{ours:.3f}")

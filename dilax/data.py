@@ -51,6 +51,7 @@ class Corpus:
 
     train: tuple[Document, ...]
     validation: tuple[Document, ...]
+    skipped: int = 0  # files of the directories that are not UTF-8 text
 
     @property
     def num_bytes(self) -> tuple[int, int]:
@@ -112,12 +113,27 @@ def standard_library() -> tuple[Document, ...]:
     return documents
 
 
-def read_documents(paths: Sequence[str | pathlib.Path]) -> tuple[Document, ...]:
+def read_documents(
+    paths: Sequence[str | pathlib.Path], *, exclude: str | pathlib.Path | None = None
+) -> tuple[Document, ...]:
     """Files, and the text files in directories (UTF-8, not hidden), in a fixed order.
+
+    Args:
+        paths: files and directories.
+        exclude: a directory whose files are left out of directories that contain it.
 
     Raises:
         ValueError: a path does not exist, or there is no byte of text in all of them.
     """
+    return _read(paths, exclude)[0]
+
+
+def _read(
+    paths: Sequence[str | pathlib.Path], exclude: str | pathlib.Path | None
+) -> tuple[tuple[Document, ...], int]:
+    """The documents, and how many files in directories are none because they are not UTF-8."""
+    left_out = None if exclude is None else pathlib.Path(exclude).resolve()
+    skipped = set()
     found: dict[pathlib.Path, Document] = {}
     if isinstance(paths, str | pathlib.Path):
         raise refuse("text", "a sequence of paths", paths)
@@ -127,16 +143,24 @@ def read_documents(paths: Sequence[str | pathlib.Path]) -> tuple[Document, ...]:
             continue
         if not given.is_dir():
             raise refuse("text", "files and directories that exist", str(given))
+        inner = left_out is not None and given.resolve() in left_out.parents
         for path in sorted(given.rglob("*")):
+            if inner and left_out in path.resolve().parents:
+                continue
             parts = path.relative_to(given).parts
             if path.is_file() and not any(p.startswith(".") or p == "__pycache__" for p in parts):
                 text = path.read_bytes()
                 if _is_text(text):
                     found.setdefault(path.resolve(), Document(path.as_posix(), text))
+                else:
+                    skipped.add(path.resolve())
     documents = tuple(d for d in found.values() if d.text)
     if not documents:
-        raise refuse("text", "at least one file that is not empty", [str(p) for p in paths])
-    return documents
+        wanted = "at least one file that is not empty"
+        if skipped:
+            wanted += f", and UTF-8 text if in a directory ({len(skipped)} are not)"
+        raise refuse("text", wanted, [str(p) for p in paths])
+    return documents, len(skipped - found.keys())
 
 
 def _is_text(text: bytes) -> bool:
@@ -148,7 +172,10 @@ def _is_text(text: bytes) -> bool:
 
 
 def load_corpus(
-    paths: Sequence[str | pathlib.Path] | None = None, *, validation_fraction: float = 0.1
+    paths: Sequence[str | pathlib.Path] | None = None,
+    *,
+    validation_fraction: float = 0.1,
+    exclude: str | pathlib.Path | None = None,
 ) -> Corpus:
     """Documents split by file into those to train on and those held out.
 
@@ -156,6 +183,7 @@ def load_corpus(
         paths: files and directories; None: the standard library's own source files.
         validation_fraction: share of the files that is held out, at least one. Which ones depends
             only on their names. Of a single file, the last part of this share is held out.
+        exclude: as in `read_documents`.
 
     Raises:
         ValueError: a path does not exist, there is no text, or the fraction is not in (0, 1).
@@ -167,19 +195,21 @@ def load_corpus(
     """
     if not isinstance(validation_fraction, float) or not 0 < validation_fraction < 1:
         raise refuse("validation_fraction", "a number between 0 and 1", validation_fraction)
-    documents = standard_library() if paths is None else read_documents(paths)
+    documents, skipped = (standard_library(), 0) if paths is None else _read(paths, exclude)
     if len(documents) == 1:
         (name, text) = documents[0].name, documents[0].text
         cut = len(text) - max(1, round(len(text) * validation_fraction))
         if cut < 1:
             raise refuse("text", "at least two bytes", f"{len(text)} in {name}")
-        return Corpus((Document(name, text[:cut]),), (Document(f"{name} (end)", text[cut:]),))
+        held_out = (Document(f"{name} (end)", text[cut:]),)
+        return Corpus((Document(name, text[:cut]),), held_out, skipped)
     count = min(len(documents) - 1, max(1, math.floor(len(documents) * validation_fraction)))
     order = sorted(documents, key=lambda d: hashlib.sha256(_name_bytes(d)).digest())
     held_out = {id(d) for d in order[:count]}
     return Corpus(
         tuple(d for d in documents if id(d) not in held_out),
         tuple(d for d in order[:count]),
+        skipped,
     )
 
 
@@ -309,6 +339,17 @@ def predicted(batch: Any) -> Any:
     """
     ids = batch["segment_ids"]
     return (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)
+
+
+def predicted_bytes(batches: Any) -> int:
+    """How many bytes are predicted in batches; the marks are no bytes.
+
+    Example:
+        >>> predicted_bytes(
+        ...     validation_batches([Document("a", b"abc")], sequence_length=4, batch_size=1))
+        3
+    """
+    return sum(int((predicted(b) & (b["tokens"][:, 1:] < BEGIN)).sum()) for b in batches)
 
 
 def bigram_counts(documents: Sequence[Document]) -> np.ndarray:

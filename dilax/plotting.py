@@ -1,12 +1,13 @@
 """Pictures: which keys each query of each head sees, and how a training run went."""
 
+import colorsys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.colors import ListedColormap, hsv_to_rgb, to_hex
+from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -193,7 +194,7 @@ def draw_pattern(
 def _colours(branches: int) -> list[str]:
     """One colour per branch, then one per number of branches from 2 on."""
     hues = (i * 0.618 % 1 for i in range(branches - len(COLOURS)))
-    more = [to_hex(hsv_to_rgb((hue, 0.6, 0.7))) for hue in hues]
+    more = [to_hex(colorsys.hsv_to_rgb(hue, 0.6, 0.7)) for hue in hues]
     greys = [to_hex(str(x)) for x in np.linspace(0.7, 0, branches - 1)]
     return [*COLOURS[:branches], *more, *greys]
 

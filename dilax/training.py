@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
 import signal
 import threading
 import time
@@ -76,6 +77,8 @@ class TrainResult:
         seconds: wall time of this call.
         checkpoint: directory of the last checkpoint's run, None without checkpoints.
         interrupted: whether a signal or a KeyboardInterrupt ended it before the last step.
+        validation_bytes: how many held-out bytes the comparison covers, and how many there are.
+        skipped_files: files in directories of text that are not UTF-8 and so were left out.
     """
 
     model: LongNetLM
@@ -87,6 +90,8 @@ class TrainResult:
     seconds: float
     checkpoint: str | None
     interrupted: bool
+    validation_bytes: tuple[int, int] = (0, 0)
+    skipped_files: int = 0
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -209,8 +214,14 @@ class _Run:
         self.config = config
         if config.checkpoint_dir is not None:
             check_directory("checkpoint_dir", config.checkpoint_dir)
+            here = pathlib.Path(config.checkpoint_dir).resolve()
+            if any(pathlib.Path(path).resolve() == here for path in config.text or ()):
+                wanted = "a directory other than those of text"
+                raise refuse("checkpoint_dir", wanted, config.checkpoint_dir)
         self.corpus = data.load_corpus(
-            config.text, validation_fraction=float(config.validation_fraction)
+            config.text,
+            validation_fraction=float(config.validation_fraction),
+            exclude=config.checkpoint_dir,
         )
         self.batches = data.training_batches(
             self.corpus.train,
@@ -348,8 +359,9 @@ def train(
         bits, tokens, validation = _train_loop(run, stop, on_step)
         run.save()
     finished = run.step == config.steps
-    bigram = None
+    bigram, covered = None, 0
     if finished:
+        covered = data.predicted_bytes(run.held_out())
         if validation is None:
             validation = evaluate(run.model(), run.held_out())
         if not math.isfinite(validation):
@@ -365,6 +377,8 @@ def train(
         seconds=time.perf_counter() - begin,
         checkpoint=config.checkpoint_dir,
         interrupted=not finished,
+        validation_bytes=(covered, run.corpus.num_bytes[1]),
+        skipped_files=run.corpus.skipped,
     )
 
 

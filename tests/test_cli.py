@@ -197,6 +197,7 @@ def test_train_resume_generate(tmp_path, capsys):
     train = ["train", *where, *sizes, *model, *branches]
     status, out, _ = run(capsys, *train, "--picture", str(picture))
     assert status == 0
+    assert "held-out bytes" in out
     assert "byte bigrams" in out
     assert "this model" in out
     assert "step      4/4" in out

@@ -61,6 +61,22 @@ def test_directories_give_their_text_files_and_files_are_taken_as_they_are(tmp_p
     assert data.read_documents([tmp_path / "b.bin"])[0].text == b"\xff\xfe"
 
 
+def test_files_that_are_no_text_are_counted_and_an_inner_directory_left_out(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (tmp_path / "b.bin").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"UTF-8 text if in a directory \(1 are not\)"):
+        data.load_corpus([tmp_path])
+    for path in (tmp_path / "a.txt", tmp_path / "b.txt", runs / "c.txt"):
+        path.write_text("text")
+    corpus = data.load_corpus([tmp_path], exclude=runs)
+    assert corpus.skipped == 1
+    names = {d.name for d in corpus.train + corpus.validation}
+    assert names == {(tmp_path / n).as_posix() for n in ("a.txt", "b.txt")}
+    assert len(data.read_documents([runs], exclude=runs)) == 1
+    assert len(data.read_documents([tmp_path])) == 3
+
+
 def test_of_a_single_file_the_end_is_held_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(range(100)))
     corpus = data.load_corpus([tmp_path / "a.txt"])
