@@ -117,9 +117,6 @@ class LongNetConfig:
         ):
             if getattr(self, name) not in choices:
                 raise refuse(name, f"one of {choices}", getattr(self, name))
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) == "float64" and not jax.config.jax_enable_x64:
-                raise refuse(name, "float64 only with jax_enable_x64", getattr(self, name))
 
     @property
     def head_dim(self) -> int:
@@ -248,6 +245,9 @@ def _start_stack(stack: Any, config: Any, is_causal: bool, rngs: nnx.Rngs) -> No
     """Give an encoder or decoder its config, layers and final norm."""
     if not isinstance(config, LongNetConfig):
         raise refuse("config", "a LongNetConfig", config)
+    for name in ("dtype", "param_dtype"):
+        if getattr(config, name) == "float64" and not jax.config.jax_enable_x64:
+            raise refuse(name, "float64 only with jax_enable_x64", getattr(config, name))
     stack.config = config
     stack.layers = _stacked_layers(config, is_causal, rngs)
     stack.norm = _norm(config, config.embed_dim, rngs) if config.final_norm else None
