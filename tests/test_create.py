@@ -312,7 +312,6 @@ def test_explain_follows_kind_and_arguments():
 
 @pytest.mark.kernel
 def test_explain_asks_the_kernels_about_another_device():
-    pytest.importorskip("absl")
     call = {"seq_len": 4096, "device_kind": H100, "packed": True, "dropout": 0.1, "num_kv_heads": 4}
     taken = dilax.explain(dtype="bfloat16", **call)
     assert taken.implementation == "pallas"

@@ -102,7 +102,6 @@ def test_missing_kernels_are_a_reason(monkeypatch, on_gpu):
 @pytest.mark.kernel
 def test_the_real_kernels_state_their_reasons():
     """Asked about a GPU that is not there: the real package is found and answers."""
-    pytest.importorskip("absl")
     assert select.unsupported("pallas", X, X, X, device_kind=H100, **OPTIONS) == ()
     single = jax.ShapeDtypeStruct(X.shape, jnp.float32)
     reasons = select.unsupported(
