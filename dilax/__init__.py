@@ -17,6 +17,7 @@ from dilax.longnet import LongNetEncoder as LongNetEncoder
 from dilax.longnet import LongNetLM as LongNetLM
 from dilax.modules import MultiheadDilatedAttention as MultiheadDilatedAttention
 from dilax.names import missing as _missing
+from dilax.order import TokenOrder as TokenOrder
 from dilax.partial import Partial as Partial
 from dilax.partial import merge as merge
 from dilax.positions import RotaryPosition as RotaryPosition

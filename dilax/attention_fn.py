@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dilax._types import FLOAT_DTYPES, dtype_name, refuse
 from dilax.checks import check_bool, check_choice, check_index, is_array
 from dilax.dilated import dilated_attention
+from dilax.order import TokenOrder
 from dilax.select import check_implementation
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of
 
@@ -23,6 +24,10 @@ POLICIES = (
     "everything_saveable",
     "nothing_saveable",
 )
+
+
+# Arguments of a call that have the tokens on axis 1 and go into the order with them.
+_ALONG_TOKENS = ("query", "key", "value", "q_segment_ids", "kv_segment_ids", "key_padding_mask")
 
 
 def check_number(name: str, x: Any, low: float, high: float, wanted: str) -> None:
@@ -98,6 +103,8 @@ class DilatedAttention:
         add_zero_attn: its `zero_attn`.
         use_gradient_checkpointing: recompute in the backward pass: True, the name of a policy in
             `jax.checkpoint_policies`, or a policy; out and lse are named "dilax_out", "dilax_lse".
+        order: a `TokenOrder` of the grid that the tokens are; they come and go row by row, segments
+            and dilation act along the order, causality and dropout go by the original positions.
         embed_dim, num_heads: if given, queries must have num_heads heads and embed_dim features
             over all heads.
 
@@ -128,6 +135,7 @@ class DilatedAttention:
     add_zero_attn: bool = False
     use_gradient_checkpointing: Any = False
     implementation: str | None = None
+    order: TokenOrder | None = None
     embed_dim: int | None = None
     num_heads: int | None = None
 
@@ -148,6 +156,8 @@ class DilatedAttention:
         check_number("dropout", self.dropout, 0.0, 1.0, "a Python number in [0, 1)")
         checkpointed(abs, self.use_gradient_checkpointing)
         check_implementation(self.implementation)
+        if self.order is not None and not isinstance(self.order, TokenOrder):
+            raise refuse("order", "None or a TokenOrder", self.order)
 
     def _check_sizes(self) -> None:
         for name in ("embed_dim", "num_heads"):
@@ -176,6 +186,8 @@ class DilatedAttention:
         key_padding_mask: jax.Array | None = None,
         q_start: int = 0,
         k_start: int = 0,
+        q_positions: jax.Array | None = None,
+        kv_positions: jax.Array | None = None,
         bias_k: jax.Array | None = None,
         bias_v: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
@@ -185,9 +197,20 @@ class DilatedAttention:
         """out [B, T, N, H], or (out, lse [B, T, N]); arguments as `dilax.dilated_attention`."""
         check_bool("return_lse", return_lse)
         self._check_heads(query)
+        order = self.order
+        if order is not None:
+            for name, x in (("query", query), ("key", key)):
+                order.check_length(name, x)
+            if q_positions is not None or kv_positions is not None or q_start or k_start:
+                raise refuse("q_positions", "no positions or starts with an order", q_positions)
+            q_positions = kv_positions = jnp.asarray(order.positions)
 
         def attend(arrays):
-            return dilated_attention(
+            if order is not None:
+                along = {name: x for name, x in arrays.items() if name in _ALONG_TOKENS}
+                along = {name: x for name, x in along.items() if x is not None}
+                arrays = arrays | {name: order.permute(x) for name, x in along.items()}
+            out, lse = dilated_attention(
                 **arrays,
                 **others,
                 segment_lengths=self.segment_lengths,
@@ -206,6 +229,7 @@ class DilatedAttention:
                 implementation=self.implementation,
                 return_lse=True,
             )
+            return (out, lse) if order is None else (order.unpermute(out), order.unpermute(lse))
 
         arrays = {
             "query": query,
@@ -214,6 +238,8 @@ class DilatedAttention:
             "q_segment_ids": q_segment_ids,
             "kv_segment_ids": kv_segment_ids,
             "key_padding_mask": key_padding_mask,
+            "q_positions": q_positions,
+            "kv_positions": kv_positions,
             "bias_k": bias_k,
             "bias_v": bias_v,
             "dropout_key": dropout_key,

@@ -19,6 +19,7 @@ from dilax.attention_fn import DilatedAttention, check_dtype, check_number
 from dilax.checks import check_bool, check_index, check_qkv
 from dilax.modules import MultiheadDilatedAttention
 from dilax.names import Kind, find_kind
+from dilax.order import TokenOrder
 from dilax.select import IMPLEMENTATIONS, check_implementation, device_of, unsupported
 from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of
 
@@ -63,6 +64,17 @@ def _implementation_of(row: Kind, implementation: Any, use_flash_attn: Any) -> s
     return forced
 
 
+def _order(kind: str, row: Kind, grid: Any, order: Any) -> TokenOrder | None:
+    """The token order that a kind has, or that was asked for."""
+    if row.order is None:
+        if grid is not None:
+            raise refuse("grid", f"None with kind {kind!r}: 'hilbert' takes it", grid)
+        return order
+    if order is not None:
+        raise refuse("order", f"None with kind {kind!r}, which has its own", order)
+    return TokenOrder(grid, row.order)
+
+
 def _spec(segment_lengths: Any, dilation_rates: Any) -> DilatedSpec:
     """The spec; the default lengths bring their rates along."""
     if dilation_rates is None and segment_lengths is SEGMENT_LENGTHS:
@@ -92,6 +104,8 @@ def create_dilated_attention(
     pattern_type: str | None = None,
     need_speed: bool = False,
     implementation: str | None = None,
+    grid: Any = None,
+    order: TokenOrder | None = None,
     **options: Any,
 ) -> DilatedAttention:
     """A callable (query, key, value, ...) -> out of the named kind, with its options fixed.
@@ -99,7 +113,8 @@ def create_dilated_attention(
     Args:
         kind: "auto", "dilated" or "standard", "improved", or the class name that a PyTorch library
             has for it. All compute the same; "dilated" runs in XLA, the others on the fastest
-            implementation that takes the call.
+            implementation that takes the call. "hilbert" does so along a Hilbert curve through
+            `grid`, and "hilbert_pallas" in the Pallas kernel.
         segment_lengths, dilation_rates: sequences of ints, or one DilatedSpec in place of both;
             default (2048, 4096, 8192) and (1, 2, 4).
         dropout: a call then needs `dropout_key`, or `deterministic=True`.
@@ -114,6 +129,8 @@ def create_dilated_attention(
         sparsity_ratio, block_size, pattern_type, need_speed: refused, since this version has no
             block-sparse attention.
         implementation: "xla", "pallas" or None.
+        grid: sizes of the 2-D or 3-D grid that the tokens are, for the kinds "hilbert".
+        order: a `TokenOrder`, for the other kinds.
         options: combine, head_offset, pad_mode, average_branches of `dilax.dilated_attention`.
 
     Raises:
@@ -159,6 +176,7 @@ def create_dilated_attention(
         add_zero_attn=add_zero_attn,
         use_gradient_checkpointing=use_gradient_checkpointing,
         implementation=_implementation_of(row, implementation, use_flash_attn),
+        order=_order(kind, row, grid, order),
         **options,
     )
 
@@ -179,6 +197,8 @@ def create_multihead_dilated_attention(
     pattern_type: str | None = None,
     need_speed: bool = False,
     implementation: str | None = None,
+    grid: Any = None,
+    order: TokenOrder | None = None,
     rngs: nnx.Rngs | None = None,
     **options: Any,
 ) -> MultiheadDilatedAttention:
@@ -193,7 +213,7 @@ def create_multihead_dilated_attention(
             default segments and rates are (2048, 4096, 8192) and (1, 2, 4).
         fused_qkv, layer_norm: None for what the kind says.
         ring_size, use_flash_attn, sparsity_ratio, block_size, pattern_type, need_speed,
-            implementation: as in `create_dilated_attention`.
+            implementation, grid, order: as in `create_dilated_attention`.
         rngs: None for nnx.Rngs(0).
         options: every other option of `MultiheadDilatedAttention`.
 
@@ -230,6 +250,7 @@ def create_multihead_dilated_attention(
         fused_qkv=row.fused if fused_qkv is None else fused_qkv,
         layer_norm=row.fused if layer_norm is None else layer_norm,
         implementation=_implementation_of(row, implementation, use_flash_attn),
+        order=_order(kind, row, grid, order),
         rngs=nnx.Rngs(0) if rngs is None else rngs,
         **options,
     )
@@ -347,6 +368,8 @@ def explain(
         "dropout_rate": float(dropout),
         "dropout_seed": jax.ShapeDtypeStruct((2,), jnp.uint32) if dropout else None,
     }
+    if row.order is not None and (is_causal or dropout):
+        options["q_positions"] = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     named = _implementation_of(row, implementation, use_flash_attn)
     taken, over = _implementations(kind, row, named, arrays, options, device_kind)
     later = "not available yet, and changes the result: never chosen unasked"
@@ -354,7 +377,8 @@ def explain(
     over += [("placement", name, "not available yet") for name in ("ring", "head_parallel")]
     return Decision(
         kind=kind,
-        variant=f"dilated_attention, {spec.segment_lengths} every {spec.dilation_rates}",
+        variant=f"dilated_attention, {spec.segment_lengths} every {spec.dilation_rates}"
+        + (f" in {row.order} order" if row.order else ""),
         implementation=taken,
         placement="where the inputs lie",
         device_kind=device_of(None).device_kind if device_kind is None else device_kind,

@@ -41,6 +41,8 @@ def dilated_attention(
     key_padding_mask: jax.Array | None = None,
     q_start: int = 0,
     k_start: int = 0,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
     bias_k: jax.Array | None = None,
     bias_v: jax.Array | None = None,
     zero_attn: bool = False,
@@ -78,6 +80,10 @@ def dilated_attention(
             T = S. Ids only mask: a packed document does not restart the segments.
         key_padding_mask: bool [B, S], True where a key is real (as masks in JAX, unlike torch).
         q_start, k_start: position of the first query and of the first key.
+        q_positions, kv_positions: int32 [T] or [B, T], [S] or [B, S], for tokens that lie in
+            another order than their own (see `dilax.order`): causality and dropout go by them.
+            Segments and dilation go by the indices all the same. kv positions default to the
+            query's when T = S.
         bias_k, bias_v: [K, H], one more key and value that every query of every head sees.
         zero_attn: one more key with logit 0 and value 0 that every query of every head sees.
         dropout_rate: share of probabilities dropped, in [0, 1), if not deterministic. Which ones
@@ -126,6 +132,7 @@ def dilated_attention(
         raise refuse("pad_mode", "'mask' when T differs from S or a start is not 0", pad_mode)
     drops = check_dropout(dropout_rate, dropout_key, deterministic)
     check_implementation(implementation)
+    positions = _positions(query, key, q_positions, kv_positions)
     # The last check, and the first thing that computes.
     q_ids, kv_ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
     rate, seed = 0.0, None
@@ -139,7 +146,8 @@ def dilated_attention(
     if zero_attn:
         extra.append(_constant_key(query, jnp.zeros(query.shape[:-1], stats_dtype(query.dtype))))
     if bias_k is not None:
-        extra.append(_bias_key(query, bias_k, bias_v, scale, q_start, rate, seed, len(branches)))
+        place = jnp.arange(q_start, q_start + T)[None] if positions is None else positions[0]
+        extra.append(_bias_key(query, bias_k, bias_v, scale, place, rate, seed, len(branches)))
     options = dict(
         branches=branches,
         is_causal=is_causal,
@@ -152,6 +160,8 @@ def dilated_attention(
         dropout_seed=seed,
         carry=merge(*extra) if extra else None,
     )
+    if positions is not None and (is_causal or rate > 0):  # else they change nothing
+        options |= {"q_positions": positions[0], "kv_positions": positions[1]}
     attend = choose(implementation, query, key, value, **options)
     with jax.named_scope("dilax.dilated_attention"):
         out, lse = attend(query, key, value, **options)
@@ -159,6 +169,23 @@ def dilated_attention(
         out = out / len(branches)
     out = out.astype(query.dtype)
     return (out, lse) if return_lse else out
+
+
+def _positions(query: Any, key: Any, q_positions: Any, kv_positions: Any):
+    """Both positions as int32 [B, T] and [B, S], or None."""
+    if q_positions is None:
+        if kv_positions is not None:
+            raise refuse("q_positions", "positions too when kv_positions are given", None)
+        return None
+    (B, T), S = query.shape[:2], key.shape[1]
+    if kv_positions is None:
+        if T != S:
+            raise refuse("kv_positions", f"positions too when T={T} differs from S={S}", None)
+        kv_positions = q_positions
+    for name, x, length in (("q_positions", q_positions, T), ("kv_positions", kv_positions, S)):
+        batched = len(getattr(x, "shape", ())) == 2
+        check_array(name, x, (B, length) if batched else (length,), ("int32",))
+    return jnp.broadcast_to(q_positions, (B, T)), jnp.broadcast_to(kv_positions, (B, S))
 
 
 def _check_extra_keys(key: jax.Array, bias_k: Any, bias_v: Any) -> None:
@@ -191,7 +218,7 @@ def _zero_keys(query: jax.Array, branches: tuple[Branch, ...]) -> Partial:
     return _constant_key(query, jnp.broadcast_to(lse, (B, T, N)))
 
 
-def _bias_key(query, bias_k, bias_v, scale, q_start, rate, seed, number) -> Partial:
+def _bias_key(query, bias_k, bias_v, scale, position, rate, seed, number) -> Partial:
     """The Partial over the one extra key that add_bias_kv gives every query."""
     B, T, N, H = query.shape
     stats = stats_dtype(query.dtype)
@@ -201,8 +228,8 @@ def _bias_key(query, bias_k, bias_v, scale, q_start, rate, seed, number) -> Part
     values = jnp.repeat(bias_v.astype(stats), N // bias_v.shape[0], axis=0)
     out = jnp.broadcast_to(values, (B, T, N, H))
     if rate > 0:
-        batch, head, row = np.ogrid[:B, :N, q_start : q_start + T]
-        rows = dropout.row_bits(seed, batch, head, row)
+        batch, head, _ = np.ogrid[:B, :N, :1]
+        rows = dropout.row_bits(seed, batch, head, position[:, None])
         column = dropout.column_bits(seed, np.array([[[-1]]]), number)
         kept = dropout.keep(rows, column, rate)
         out = jnp.where(jnp.swapaxes(kept, 1, 2), out / (1 - rate), 0)

@@ -18,6 +18,7 @@ from dilax._types import FLOAT_DTYPES, refuse
 from dilax.attention_fn import POLICIES, check_number, check_positive
 from dilax.checks import check_array, check_bool
 from dilax.modules import MultiheadDilatedAttention
+from dilax.order import TokenOrder
 from dilax.positions import RotaryPosition, XPos
 from dilax.select import IMPLEMENTATIONS
 from dilax.spec import DilatedSpec, HeadOffset
@@ -215,14 +216,16 @@ class LongNetLayer(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        order: TokenOrder | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """[B, T, E] -> [B, T, E]; dropout acts when there are rngs."""
+        """[B, T, E] -> [B, T, E], tokens lying in `order`; dropout acts when there are rngs."""
         added = self.attention(
             self.attention_norm(x),
             is_causal=self.is_causal,
             q_segment_ids=segment_ids,
             positions=positions,
+            order=order,
             deterministic=rngs is None,
             rngs=rngs,
         )
@@ -253,10 +256,16 @@ def _start_stack(stack: Any, config: Any, is_causal: bool, rngs: nnx.Rngs) -> No
     stack.norm = _norm(config, config.embed_dim, rngs) if config.final_norm else None
 
 
-def _run_stack(stack: Any, x, segment_ids, positions, deterministic, rngs) -> jax.Array:
+def _run_stack(stack: Any, x, segment_ids, positions, order, deterministic, rngs) -> jax.Array:
     """x through dropout, all layers, by one scan, and the final norm."""
     config = stack.config
     check_array("x", x, (None, None, config.embed_dim), FLOAT_DTYPES)
+    if order is not None:
+        if not isinstance(order, TokenOrder):
+            raise refuse("order", "None or a TokenOrder", order)
+        x = order.permute(x)
+        segment_ids = None if segment_ids is None else order.permute(segment_ids)
+        positions = None if positions is None else order.permute(positions, axis=-1)
     check_bool("deterministic", deterministic)
     if deterministic or not (config.dropout or config.attention_dropout):
         rngs = keys = None
@@ -271,12 +280,14 @@ def _run_stack(stack: Any, x, segment_ids, positions, deterministic, rngs) -> ja
     def step(x, along):
         layer, key = nnx.merge(graphdef, along[0]), along[1]
         layer_rngs = None if key is None else nnx.Rngs(dropout=key)
-        return layer(x, segment_ids=segment_ids, positions=positions, rngs=layer_rngs), None
+        said = {"segment_ids": segment_ids, "positions": positions, "order": order}
+        return layer(x, rngs=layer_rngs, **said), None
 
     if config.remat is not None:
         step = jax.checkpoint(step, policy=getattr(jax.checkpoint_policies, config.remat))
     x = _dropped(x, config.dropout, rngs)
     x, _ = jax.lax.scan(step, x, (arrays, keys))
+    x = x if order is None else order.unpermute(x)
     return x if stack.norm is None else stack.norm(x)
 
 
@@ -291,6 +302,8 @@ class LongNetEncoder(nnx.Module):
         x: [B, T, E], any T.
         segment_ids: int32 [B, T], packed documents; 0 is padding (its outputs mean nothing).
         positions: int32 [T] or [B, T] for rope and xpos; None for 0, 1, ...
+        order: a `TokenOrder` of the grid that the tokens are, into which they go once for all
+            layers and from which they return; causality and positions stay the original ones.
         deterministic: False for dropout, which needs `rngs` with a "dropout" stream.
 
     Raises:
@@ -313,11 +326,12 @@ class LongNetEncoder(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        order: TokenOrder | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """[B, T, E] -> [B, T, E]; see the class."""
-        return _run_stack(self, x, segment_ids, positions, deterministic, rngs)
+        return _run_stack(self, x, segment_ids, positions, order, deterministic, rngs)
 
 
 class LongNetDecoder(nnx.Module):
@@ -340,11 +354,12 @@ class LongNetDecoder(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        order: TokenOrder | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """[B, T, E] -> [B, T, E]; see `LongNetEncoder`."""
-        return _run_stack(self, x, segment_ids, positions, deterministic, rngs)
+        return _run_stack(self, x, segment_ids, positions, order, deterministic, rngs)
 
 
 class LongNetLM(nnx.Module):
@@ -388,6 +403,7 @@ class LongNetLM(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        order: TokenOrder | None = None,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
@@ -397,6 +413,7 @@ class LongNetLM(nnx.Module):
             self.embed(tokens) * self.config.embed_dim**0.5,
             segment_ids=segment_ids,
             positions=positions,
+            order=order,
             deterministic=deterministic,
             rngs=rngs,
         )

@@ -18,6 +18,7 @@ from dilax.attention_fn import (
     is_key,
 )
 from dilax.checks import check_array, check_bool, check_index, segment_ids_of
+from dilax.order import TokenOrder
 from dilax.spec import Combine, HeadOffset
 
 _zeros = nnx.initializers.zeros_init()
@@ -53,6 +54,8 @@ class MultiheadDilatedAttention(nnx.Module):
         use_gradient_checkpointing: recompute projections and attention in the backward pass: True,
             the name of a policy in `jax.checkpoint_policies`, or a policy. The attention's output
             and log-sum-exp are named "dilax_out" and "dilax_lse".
+        order: a `TokenOrder`, into which queries, keys and values go for the attention. A model of
+            several layers gives the order to their calls instead, and permutes once.
         dtype: of the computation; None: that of inputs and parameters together.
         param_dtype: of the parameters.
         kernel_init, out_kernel_init: initializers of the weights in place of Xavier normal, also
@@ -101,6 +104,7 @@ class MultiheadDilatedAttention(nnx.Module):
         position: Callable | None = None,
         use_gradient_checkpointing: bool | str | Callable = False,
         implementation: str | None = None,
+        order: TokenOrder | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: Callable = _xavier_normal,
@@ -131,6 +135,7 @@ class MultiheadDilatedAttention(nnx.Module):
             dropout=dropout,
             add_zero_attn=add_zero_attn,
             implementation=implementation,
+            order=order,
             embed_dim=embed_dim,
             num_heads=num_heads,
         )
@@ -224,6 +229,7 @@ class MultiheadDilatedAttention(nnx.Module):
         key_padding_mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         kv_positions: jax.Array | None = None,
+        order: TokenOrder | None = None,
         deterministic: bool | None = None,
         rngs: Any = None,
     ) -> jax.Array:
@@ -236,6 +242,8 @@ class MultiheadDilatedAttention(nnx.Module):
                 `dilax.dilated_attention`.
             positions, kv_positions: int32 [T] and [S] or [B, T] and [B, S], given to `position`.
                 Default: 0, 1, ...; kv_positions default to positions where T = S.
+            order: the `TokenOrder` in which queries and keys already lie and the result stays;
+                causality, dropout and the default positions are those of the original order.
             deterministic: no dropout; needed here or in the constructor if dropout > 0.
             rngs: nnx.Rngs with "dropout", an nnx.RngStream or a `jax.random` key, in place of the
                 stream of the constructor.
@@ -251,6 +259,9 @@ class MultiheadDilatedAttention(nnx.Module):
         query, key, _ = _three(inputs)
         check_bool("is_causal", is_causal)
         ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
+        own = None if order is None else self._original_positions(query, key, order)
+        if self.position is not None:
+            positions = _first(positions, own)
         places = self._positions(query, key, positions, kv_positions)
         drops = self._drops(deterministic)
         if not (rngs is None or isinstance(rngs, nnx.Rngs | nnx.RngStream) or is_key(rngs)):
@@ -272,6 +283,7 @@ class MultiheadDilatedAttention(nnx.Module):
                 is_causal=is_causal,
                 q_segment_ids=ids[0],
                 kv_segment_ids=ids[1],
+                q_positions=own,
                 bias_k=bias_k,
                 bias_v=bias_v,
                 dropout_key=dropout_key,
@@ -302,6 +314,14 @@ class MultiheadDilatedAttention(nnx.Module):
             return (query,) if key is query else (query, key)
         check_array("value", value, key.shape, FLOAT_DTYPES)
         return (query, key, value)
+
+    def _original_positions(self, query: Any, key: Any, order: Any) -> jax.Array:
+        if not isinstance(order, TokenOrder) or self.attention.order is not None:
+            wanted = "None" if self.attention.order is not None else "None or a TokenOrder"
+            raise refuse("order", f"{wanted} in a call of this module", order)
+        for name, x in (("query", query), ("key", key)):
+            order.check_length(name, x)
+        return jnp.asarray(order.positions)
 
     def _positions(self, query: Any, key: Any, positions: Any, kv_positions: Any) -> tuple:
         (B, T), S = query.shape[:2], key.shape[1]

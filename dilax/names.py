@@ -16,6 +16,7 @@ class Kind:
     module: bool = False  # names a module with projections, not a function
     fused: bool = False  # as a module: fused projections and a LayerNorm before the last one
     implementation: str | None = None  # None: the fastest that takes the call
+    order: str | None = None  # the kind of the token order
     available: bool = True
 
 
@@ -106,8 +107,17 @@ KINDS = (
         "head_parallel",
         "HeadParallelDilatedAttentionOptimized",
     ),
-    _later("dilated attention on Hilbert-ordered tokens", "hilbert", "HilbertDilatedAttention"),
-    _later("'hilbert' on the Pallas kernel", "hilbert_pallas", "HilbertAttentionTritonFixed"),
+    Kind(
+        ("hilbert", "HilbertDilatedAttention"),
+        "dilated attention on Hilbert-ordered tokens of a grid",
+        order="hilbert",
+    ),
+    Kind(
+        ("hilbert_pallas", "HilbertAttentionTritonFixed"),
+        "'hilbert' on the Pallas kernel",
+        order="hilbert",
+        implementation="pallas",
+    ),
     # "dilated" and "standard" are presets too, and kinds above.
     _later(
         "a named preset of 'block_sparse'",

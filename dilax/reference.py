@@ -59,6 +59,8 @@ def dilated_attention(
     key_padding_mask: Any = None,
     q_start: int = 0,
     k_start: int = 0,
+    q_positions: Any = None,
+    kv_positions: Any = None,
     bias_k: Any = None,
     bias_v: Any = None,
     zero_attn: bool = False,
@@ -85,8 +87,11 @@ def dilated_attention(
     q_position, k_position = q_start + np.arange(T), k_start + np.arange(S)
 
     shared = jnp.ones((B, T, S), bool)
+    kv_positions = q_positions if kv_positions is None else kv_positions
+    q_place = jnp.broadcast_to(q_position if q_positions is None else q_positions, (B, T))
+    k_place = jnp.broadcast_to(k_position if q_positions is None else kv_positions, (B, S))
     if is_causal:
-        shared &= (q_position[:, None] >= k_position[None, :])[None]
+        shared &= q_place[:, :, None] >= k_place[:, None, :]
     if q_segment_ids is not None:
         kv_segment_ids = q_segment_ids if kv_segment_ids is None else kv_segment_ids
         same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
@@ -102,14 +107,15 @@ def dilated_attention(
     seed: Any = dropout.seed_bits(dropout_key) if dropping else None
     rows: Any = None
     if dropping:
-        rows = dropout.row_bits(seed, *np.ogrid[:B, :N, q_start : q_start + T])
+        batch, head, _ = np.ogrid[:B, :N, :1]
+        rows = dropout.row_bits(seed, batch, head, q_place[:, None])
     for i, branch in enumerate(branches):
         sees = np.stack([_sees(branch, n, q_position, k_position) for n in range(N)])
         logits.append(dots)
         visible.append(shared[:, None] & sees[None])
         values.append(value)
         if dropping:
-            columns = dropout.column_bits(seed, k_position[None, None], i)
+            columns = dropout.column_bits(seed, k_place[:, None], i)
             kept.append(dropout.keep(rows, columns, dropout_rate))
     if pad_mode == "zeros" and not is_causal:
         for branch in branches:

@@ -74,6 +74,9 @@ def unsupported(
     """
     if name == "xla":
         return ()
+    if options.pop("q_positions", None) is not None:
+        return ("its causality and dropout go by indices, not by the positions of a token order",)
+    options.pop("kv_positions", None)
     if device_kind is None:
         device = device_of(query)
         if device.platform != "gpu":

@@ -43,7 +43,7 @@ class Groups(NamedTuple):
 
     key_row: np.ndarray  # [G] row of k and v that a group of queries reads
     q_ids: jax.Array | None  # int32 [G, Lq], None: every pair is visible but for causality
-    k_ids: jax.Array | None  # int32 [G, Lk], 0: invisible
+    k_ids: jax.Array | None  # int32 [G, Lk], 0: invisible; [G, L, 2]: ids and positions, causal
     q_bits: jax.Array | None  # uint32 [G, Lq], for dropout
     k_bits: jax.Array | None  # uint32 [G, Lk]
     behind: int  # key j is visible to query i if j <= i + behind; only if causal
@@ -157,6 +157,9 @@ def _visible(settings: Settings, behind: int, tiles: _Tiles, i, j, q_ids, k_ids)
     if settings.is_causal:
         row = i * tiles.q_size + behind + jnp.arange(tiles.q_size)[:, None]
         visible = (row >= j * tiles.k_size + jnp.arange(tiles.k_size)[None])[None]
+    if k_ids is not None and k_ids.ndim == 3:
+        visible = q_ids[:, :, None, 1] >= k_ids[:, None, :, 1]
+        q_ids, k_ids = q_ids[..., 0], k_ids[..., 0]
     if k_ids is not None:
         same = (q_ids[:, :, None] == k_ids[:, None, :]) & (k_ids != 0)[:, None, :]
         visible = same if visible is None else visible & same
