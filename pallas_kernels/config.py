@@ -95,6 +95,49 @@ def keys_blocks(head_dim: int, ids: bool, fused: bool, out_bytes: int = 2) -> Bl
     return _first_fit(((64, 2), (64, 1)), fixed, 2 * 2 * head_dim + 4 * ids)
 
 
+def block_forward_blocks(
+    head_dim: int, block_size: int, out_bytes: int, ids: bool
+) -> Blocks | None:
+    """Away (key) tile of the forward kernel over block lists, or None if none fits.
+
+    Example:
+        >>> block_forward_blocks(128, 128, 2, ids=False)
+        Blocks(away=128, stages=2)
+    """
+    fixed = CONSUMERS * ROWS * head_dim * (2 + out_bytes)
+    return _first_fit(_key_tiles(head_dim, block_size), fixed, 2 * 2 * head_dim + 4 * ids)
+
+
+def block_queries_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | None:
+    """Away (key) tile of the queries' gradient over block lists, or None if none fits.
+
+    Example:
+        >>> block_queries_blocks(128, 64, ids=False)
+        Blocks(away=64, stages=3)
+    """
+    fixed = CONSUMERS * ROWS * head_dim * 2 * 3
+    return _first_fit(_key_tiles(head_dim, block_size), fixed, 2 * 2 * head_dim + 4 * ids)
+
+
+def _key_tiles(head_dim: int, block_size: int) -> tuple[tuple[int, int], ...]:
+    small = ((64, 3), (64, 2), (64, 1))
+    if head_dim > 128 or block_size < 128:
+        return ((64, 4), *small) if head_dim <= 64 else small
+    # Smaller tiles only where whole ones do not fit twice.
+    return ((128, 3), (128, 2), *small) if head_dim <= 96 else ((128, 2), *small)
+
+
+def block_keys_blocks(head_dim: int, ids: bool) -> Blocks | None:
+    """Away (query) tile of the keys' and values' gradient over block lists, or None if none fits.
+
+    Example:
+        >>> block_keys_blocks(128, ids=False)
+        Blocks(away=64, stages=2)
+    """
+    fixed = CONSUMERS * ROWS * head_dim * 2 * 3
+    return _first_fit(((64, 2), (64, 1)), fixed, 2 * 2 * head_dim + 4 * ids)
+
+
 def fuses_backward(head_dim: int) -> bool:
     """Whether the keys' kernel may also add up the queries' gradient.
 

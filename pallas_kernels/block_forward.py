@@ -1,0 +1,422 @@
+"""The forward kernel over block lists: one online softmax over the key blocks of a tile's list."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import block_lists, block_schedule, schedule
+from pallas_kernels.block_lists import TILE_ROWS
+from pallas_kernels.compat import (
+    COLUMN,
+    ROW,
+    TILE,
+    accumulate,
+    aligned_rows,
+    filled,
+    launch,
+    load,
+    named_barrier,
+    pl,
+    plgpu,
+    product,
+    shared_tile,
+    store,
+)
+
+LOG2E = math.log2(math.e)
+ROWS = 64
+CONSUMERS = 2
+# First of two numbered hardware barriers; Mosaic's own allocation starts from 0.
+TURN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Static options of a kernel beside its `block_schedule.Plan`."""
+
+    scale: float
+    stages: int
+    group: int
+    ids: bool
+    rate: float
+    interpret: bool
+
+
+def masked_scores(
+    plan: block_schedule.Plan,
+    s: jax.Array,
+    entry: block_lists.Entry,
+    row: Any,
+    start: Any,
+    shift: Any,
+    wg: Any,
+) -> jax.Array:
+    """Scores `[home, away]` with -inf where the place of a pair hides it, if anything is hidden.
+
+    row, start: first home and away row. Blocks that lie wholly inside cost only the question.
+    """
+    if not plan.masks:
+        return s
+    rows, columns = s.shape
+    low, high = block_schedule.limits(plan, entry.band, shift)
+    end = jnp.minimum(high + row, plan.away_rows - 1)
+    edge = start + columns - 1 > end
+    if plan.banded:
+        edge |= start < low + row + rows - 1
+    hidden: Any = False
+    if plan.halves:
+        hidden = (entry.half != 0) & (entry.half != wg + 1)
+        edge |= hidden
+
+    def masked() -> jax.Array:
+        away = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE) + start
+        seen = away < plan.away_rows
+        if plan.halves:
+            seen = away < jnp.where(hidden, 0, plan.away_rows)
+        if plan.banded:
+            home = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROW) + row
+            seen &= away >= lax.broadcast_in_dim(home + low, s.shape, [0])
+            seen &= away <= lax.broadcast_in_dim(home + high, s.shape, [0])
+        return jnp.where(seen, s, -jnp.inf)
+
+    return lax.cond(edge, masked, lambda: s)
+
+
+def same_ids(s: jax.Array, home: jax.Array, away: jax.Array) -> jax.Array:
+    """Scores with -inf where ids `[home]` and `[away]` differ or are 0."""
+    a = lax.broadcast_in_dim(home, s.shape, [0])
+    c = lax.broadcast_in_dim(away, s.shape, [1])
+    return jnp.where((a == c) & (c != 0), s, -jnp.inf)
+
+
+def kept(
+    plan: block_schedule.Plan,
+    opt: Options,
+    keep: Any,
+    seed: Any,
+    starts: Any,
+    where: tuple[Any, Any, Any, Any],
+    shape: tuple[int, int],
+) -> jax.Array:
+    """Which pairs dropout keeps. where: (batch, query head, first home row, first away row)."""
+    batch, head, row, start = where
+    home, away = (starts[1], starts[0]) if plan.transposed else (starts[0], starts[1])
+    visit: Any = schedule.Visit(
+        first=0,
+        steps=0,
+        home_shift=home,
+        away_shift=away,
+        away_residue=0,
+        limit=0,
+        offset=0,
+        rate=1,
+        length=0,
+        home_step=1,
+    )
+    launch_: Any = plan
+    at = (batch, head, 0, row, start)
+    return schedule.kept(launch_, keep, opt.rate, (seed[0], seed[1]), visit, at, shape)
+
+
+def _softmax(s: jax.Array, m: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One online softmax step in base 2: (p, new row maximum, factor for what was summed)."""
+    top = jnp.maximum(m, s.max(axis=1) * scale)
+    # A row that has seen nothing yet has maximum -inf; its exponents must not become NaN.
+    safe = jnp.where(top == -jnp.inf, 0.0, top)
+    p = jnp.exp2(s * scale - lax.broadcast_in_dim(safe, s.shape, [0]))
+    return p, top, jnp.exp2(m - safe)
+
+
+def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: Any) -> None:
+    """The producer's way through a block's items: `visit(t, item, carry, loop)`.
+
+    What comes next is read from memory ahead of its use: the item after the next one, the first
+    entry of the next item, and the next entry of this one, so that copies never wait for it.
+    """
+    count = items[cta, 0, 0]
+
+    def first_entry(item: block_schedule.Item) -> Any:
+        batch, head, _ = block_schedule.place(plan, item.code)
+        last = entries.shape[-1] - 1
+        at = jnp.minimum(item.begin, last)
+        return entries[(*block_schedule.list_place(plan, batch, head), at)]
+
+    def one(t: Any, state: Any) -> Any:
+        carry, item, following, current = state
+        later = block_schedule.item(items, cta, t + 2, count)
+        upcoming = first_entry(following)
+        batch, head, _ = block_schedule.place(plan, item.code)
+        where = block_schedule.list_place(plan, batch, head)
+        last = item.begin + lax.div(item.steps - 1, jnp.int32(plan.steps_per_entry))
+
+        def loop(step: Any, fill: Any) -> Any:
+            """Runs `step(j, entry, fill)` for the steps of the item; the new fill."""
+
+            def body(j: Any, state: Any) -> Any:
+                fill, entry = state
+                index, _ = block_schedule.entry_of(plan, j + 1)
+                ahead = entries[(*where, jnp.minimum(item.begin + index, last))]
+                return step(j, entry, fill), ahead
+
+            return lax.fori_loop(0, item.steps, body, (fill, current))[0]
+
+        return visit(t, item, carry, loop), following, later, upcoming
+
+    start = block_schedule.item(items, cta, 0, count)
+    second = block_schedule.item(items, cta, 1, count)
+    zero = (jnp.int32(0), jnp.int32(0))
+    lax.fori_loop(0, count, one, (zero, start, second, first_entry(start)))
+
+
+def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> None:
+    it = iter(refs)
+    items, entries, starts_ref, seed_ref, q_ref, k_ref, v_ref = (next(it) for _ in range(7))
+    q_ids, k_ids = (next(it), next(it)) if opt.ids else (None, None)
+    out_ref, lse_ref = next(it), next(it)
+    part_out, part_lse = (next(it), next(it)) if plan.parts else (None, None)
+    q_smem, k_smem, v_smem, o_smem, id_smem, p_smem = (next(it) for _ in range(6))
+    q_ready, k_ready, v_ready, q_free, k_free, v_free = it
+
+    wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+    count, bkv, head_dim = items[cta, 0, 0], plan.away, q_smem.shape[-1]
+    shape = (ROWS, bkv)
+
+    def consume() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        starts = (starts_ref[0], starts_ref[1])
+        shift = starts[0] - starts[1]
+
+        # The two warpgroups alternate: while one uses the tensor cores the other does its
+        # softmax. Turns are passed on numbered barriers, which the interpreter does not have.
+        def pass_turn() -> None:
+            if not opt.interpret:
+                named_barrier("arrive", TURN + 1 - wg, CONSUMERS * 128)
+
+        def await_turn() -> None:
+            if not opt.interpret:
+                named_barrier("sync", TURN + wg, CONSUMERS * 128)
+
+        def step(j: Any, state: Any, item: Any, b: Any, n: Any, row: Any, id_rows: Any) -> Any:
+            acc, m, mass, i = state
+            slot = lax.rem(i, jnp.int32(opt.stages))
+            entry, start = block_lists.decode(jnp.int32(0)), jnp.int32(0)
+            if plan.masks or opt.rate:
+                # Read before the product, needed after it.
+                index, inside = block_schedule.entry_of(plan, j)
+                where = block_schedule.list_place(plan, b, n)
+                entry = block_lists.decode(entries[(*where, item.begin + index)])
+                start = entry.block * (plan.away * plan.steps_per_entry) + inside
+            s = product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), shape, pass_turn)
+            ids = load(id_smem.at[slot], COLUMN) if opt.ids else None
+            plgpu.barrier_arrive(k_free.at[slot])
+            pl.when(j + 1 == item.steps)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+            s = masked_scores(plan, s, entry, row, start, shift, wg)
+            if opt.ids:
+                s = same_ids(s, id_rows, ids)
+            p, m, alpha = _softmax(s, m, opt.scale)
+            acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
+            mass = mass * alpha + p.sum(axis=1)
+            if opt.rate:
+                seen = kept(plan, opt, keep, seed_ref, starts, (b, n, row, start), shape)
+                p = jnp.where(seen, p, 0.0)
+            p16 = p.astype(q_smem.dtype)
+            acc, mass, m, p16 = lax.optimization_barrier((acc, mass, m, p16))
+            plgpu.barrier_wait(v_ready.at[slot])
+            await_turn()
+
+            def await_next() -> None:
+                @pl.when(j + 1 < item.steps)
+                def _() -> None:
+                    plgpu.barrier_wait(k_ready.at[lax.rem(i + 1, jnp.int32(opt.stages))])
+
+            staging = None if p_smem is None else p_smem.at[wg]
+            acc = accumulate(acc, p16, v_smem.at[slot], staging, await_next)
+            plgpu.barrier_arrive(v_free.at[slot])
+            return acc, m, mass, i + 1
+
+        def one_item(t: Any, state: Any) -> Any:
+            base, item = state
+            # Read early: the next tile must not start by waiting for memory.
+            following = block_schedule.item(items, cta, t + 1, count)
+            b, n, tile = block_schedule.place(plan, item.code)
+            row = tile * TILE_ROWS + wg * ROWS
+            id_rows = load(q_ids.at[b, pl.ds(row, ROWS)], ROW) if opt.ids else None
+
+            @pl.when(item.steps > 0)
+            def _() -> None:
+                plgpu.barrier_wait(q_ready.at[wg])
+                plgpu.barrier_wait(k_ready.at[lax.rem(base, jnp.int32(opt.stages))])
+                pl.when(wg == 1)(await_turn)
+
+            state = (
+                filled((ROWS, head_dim), 0.0, jnp.float32, TILE),
+                filled((ROWS,), -jnp.inf, jnp.float32, ROW),
+                filled((ROWS,), 0.0, jnp.float32, ROW),
+                base,
+            )
+            body = functools.partial(step, item=item, b=b, n=n, row=row, id_rows=id_rows)
+            acc, m, mass, end = lax.fori_loop(0, item.steps, body, state)
+            pl.when((item.steps > 0) & (wg == 0))(pass_turn)
+            finish(acc, m, mass, item, (b, n, row))
+            return end, following
+
+        def finish(acc: Any, m: Any, mass: Any, item: Any, at: Any) -> None:
+            b, n, row = at
+            factor = 1.0 / (1.0 - opt.rate)
+            inverse = jnp.where(mass > 0.0, factor / mass, 0.0)
+            out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+            lse = jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf)
+
+            def whole() -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                o_smem.at[wg][...] = out.astype(o_smem.dtype)
+                plgpu.commit_smem()
+                window = (b, aligned_rows(row, ROWS), n)
+                plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window])
+                store(lse_ref.at[b, n, pl.ds(row, ROWS)], lse)
+
+            if not plan.parts:
+                whole()
+                return
+            pl.when(item.part < 0)(whole)
+
+            @pl.when(item.part >= 0)
+            def _() -> None:
+                rows = pl.ds(wg * ROWS, ROWS)
+                store(part_out.at[item.part, rows], out)
+                store(part_lse.at[item.part, rows], lse)
+
+        first = block_schedule.item(items, cta, 0, count)
+        lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
+        plgpu.wait_smem_to_gmem(0)
+
+    def produce() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+
+        def visit(t: Any, item: Any, carry: Any, loop: Any) -> Any:
+            fill, queries = carry
+            b, n, tile = block_schedule.place(plan, item.code)
+            kv_head = lax.div(n, jnp.int32(opt.group))
+
+            def load_queries() -> None:
+                for i in range(CONSUMERS):
+                    pl.when(queries > 0)(lambda i=i: plgpu.barrier_wait(q_free.at[i]))
+                    rows = aligned_rows(tile * TILE_ROWS + i * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[i], q_ready.at[i])
+
+            def step(j: Any, packed: Any, i: Any) -> Any:
+                slot = lax.rem(i, jnp.int32(opt.stages))
+                _, inside = block_schedule.entry_of(plan, j)
+                block = block_lists.decode(packed).block
+                start = block * (plan.away * plan.steps_per_entry) + inside
+                rows, reused = aligned_rows(start, bkv), i >= opt.stages
+                pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                window, ready = (b, rows, kv_head), k_ready.at[slot]
+                plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], ready)
+                if opt.ids:
+                    plgpu.copy_gmem_to_smem(k_ids.at[b, rows], id_smem.at[slot], ready)
+                pl.when(j == 0)(load_queries)
+                pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+                plgpu.copy_gmem_to_smem(v_ref.at[window], v_smem.at[slot], v_ready.at[slot])
+                return i + 1
+
+            return loop(step, fill), queries + jnp.where(item.steps > 0, 1, 0)
+
+        walk(plan, items, entries, cta, visit)
+
+    pl.when(wg < CONSUMERS)(consume)
+    pl.when(wg == CONSUMERS)(produce)
+
+
+def forward(
+    plan: block_schedule.Plan,
+    opt: Options,
+    work: block_schedule.Work,
+    entries: Any,
+    arrays: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    out_dtype: Any,
+    starts: jax.Array,
+    seed: jax.Array,
+    ids: tuple[jax.Array, jax.Array] | None,
+    keep: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """out `[B, T', N, H]` and lse `[B, N, rows]` (rows whole tiles) of padded query, key, value.
+
+    arrays: query `[B, T', N, H]`, key and value `[B, S', K, H]`, lengths multiples of 8. ids:
+    int32 `[B, rows]` and `[B, S']`.
+    """
+    query, key, value = arrays
+    B, _, N, head_dim = query.shape
+    dtype, bkv, stages = query.dtype, plan.away, opt.stages
+    operands = [jnp.asarray(work.items), jnp.asarray(entries), starts, seed, query, key, value]
+    operands += ids or ()
+    types = [
+        jax.ShapeDtypeStruct(query.shape, out_dtype),
+        jax.ShapeDtypeStruct((B, N, plan.tiles * TILE_ROWS), jnp.float32),
+    ]
+    if plan.parts:
+        types += [
+            jax.ShapeDtypeStruct((plan.parts, TILE_ROWS, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((plan.parts, TILE_ROWS), jnp.float32),
+        ]
+    scratch = [
+        shared_tile((CONSUMERS, ROWS, head_dim), dtype),
+        shared_tile((stages, bkv, head_dim), dtype),
+        shared_tile((stages, bkv, head_dim), dtype),
+        shared_tile((CONSUMERS, ROWS, head_dim), out_dtype),
+        plgpu.SMEM((stages, bkv), jnp.int32) if opt.ids else None,
+        shared_tile((CONSUMERS, ROWS, bkv), dtype) if opt.interpret else None,
+        plgpu.Barrier(num_barriers=CONSUMERS),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=2 if opt.ids else 1),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=CONSUMERS),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
+    ]
+    out, lse, *parts = launch(
+        functools.partial(_body, plan, opt, keep),
+        operands,
+        types,
+        scratch,
+        ctas=work.items.shape[0],
+        threads=CONSUMERS + 1,
+        name="block_forward",
+    )
+    if plan.parts:
+        out, lse = _merge(plan, work, out, lse, *parts)
+    return out, lse
+
+
+def split_rows(plan: block_schedule.Plan, work: block_schedule.Work) -> tuple[Any, Any, Any, Any]:
+    """(batch, head, positions) of the split rows, and which parts `[R, parts]` are theirs.
+
+    Places past the last row have batch one past the end: writes to them are dropped.
+    """
+    rows = jnp.asarray(work.rows)
+    outer, tile = rows // plan.tiles, rows % plan.tiles
+    positions = tile[:, None] * TILE_ROWS + jnp.arange(TILE_ROWS)
+    mine = jnp.arange(rows.shape[0])[:, None] == jnp.asarray(work.owners)[None]
+    return (outer // plan.heads)[:, None], (outer % plan.heads)[:, None], positions, mine
+
+
+def _merge(
+    plan: block_schedule.Plan, work: Any, out: Any, lse: Any, part_out: Any, part_lse: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Writes the results of rows that were split: one softmax over their parts."""
+    batch, head, positions, mine = split_rows(plan, work)
+    logits = jnp.where(mine[..., None], part_lse[None], -jnp.inf)
+    total = jax.nn.logsumexp(logits, axis=1)
+    safe = jnp.where(total > -jnp.inf, total, 0.0)
+    weights = jnp.exp(logits - safe[:, None])
+    # Parts of nobody were never written and may be NaN.
+    written = mine.any(0)[:, None, None]
+    part_out = jnp.where(written, part_out, 0.0)
+    merged = jnp.einsum("rpq,pqh->rqh", weights, part_out, precision=lax.Precision.HIGHEST)
+    out = out.at[batch, positions, head].set(merged.astype(out.dtype), mode="drop")
+    return out, lse.at[batch, head, positions].set(total, mode="drop")

@@ -1,0 +1,289 @@
+"""Which tiles a multiprocessor works on, and in which order, for block lists.
+
+Rows that are much longer than others would stall a whole call, so they are split into parts of
+equal length whose results are merged; how a row is split depends on the lists alone, so that
+every order of visits gives the same bits.
+"""
+
+import dataclasses
+import heapq
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.block_lists import TILE_ROWS, Lists
+
+UNBOUNDED = 1 << 30
+ORDERS = ("row", "longest_first", "hilbert")
+# Keys and values of the heads that are worked on together should share the L2 cache.
+CHUNK_BYTES = 24 << 20
+# A shorter row is not worth splitting; a traced one, whose parts have to be provided for, even less.
+SHORTEST_SPLIT, SHORTEST_TRACED_SPLIT = 32, 256
+# Starting and ending a tile costs about as much as one or two steps.
+OVERHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static description of one kernel launch.
+
+    tiles, heads: home tiles of 128 rows, and heads of the home side. away: rows of a step.
+    steps_per_entry: steps that one entry takes. home_rows, away_rows: true lengths. bands: (left,
+    right) in tokens, causality included. transposed: home rows are keys. numbers: of the branch
+    (for dropout).
+    """
+
+    batch: int
+    heads: int
+    tiles: int
+    away: int
+    steps_per_entry: int
+    home_rows: int
+    away_rows: int
+    bands: tuple[tuple[int, int], ...]
+    halves: bool
+    transposed: bool
+    list_batch: int
+    list_heads: int
+    parts: int = 0
+    numbers: tuple[int, ...] = (0,)
+
+    @property
+    def banded(self) -> bool:
+        """Whether some band masks anything."""
+        return any(side < UNBOUNDED for band in self.bands for side in band)
+
+    @property
+    def masks(self) -> bool:
+        """Whether any entry may have to be masked by its place.
+
+        Queries past the end need no mask: their gradients are 0.
+        """
+        ragged = not self.transposed and self.away_rows % self.away != 0
+        return self.banded or self.halves or ragged
+
+
+class Work(NamedTuple):
+    """What a launch does.
+
+    items: int32 `[ctas, 1 + items, 4]`, entry 0 holds the count, the others (code of the tile,
+    first entry, steps, number of the part or -1). rows: int32 `[R]`, codes of the split rows (or
+    one past the last code), owners: int32 `[parts]`, to which of them a part belongs (or R).
+    """
+
+    items: Any
+    rows: Any
+    owners: Any
+
+
+def bands(blocks: Any, causal: bool) -> tuple[tuple[int, int], ...]:
+    """The bands of a call as numbers, joined with causality."""
+
+    def side(x: int | None) -> int:
+        return UNBOUNDED if x is None else min(int(x), UNBOUNDED)
+
+    return tuple(
+        (side(left), min(side(right), 0) if causal else side(right)) for left, right in blocks.bands
+    )
+
+
+def _spread(x: Any, plan: Plan) -> Any:
+    """`[b, n, tiles]` of lists as a flat `[batch * heads * tiles]`."""
+    xp = np if isinstance(x, np.ndarray) else jnp
+    x = xp.repeat(x, plan.heads // x.shape[1], axis=1)
+    return xp.broadcast_to(x, (plan.batch, *x.shape[1:])).reshape(-1)
+
+
+def work(plan: Plan, lists: Lists, *, ctas: int, head_bytes: int, group: int, order: str) -> Work:
+    """Splits long rows and assigns every tile or part of one to a block of the persistent grid.
+
+    head_bytes: bytes of both away arrays of one head. group: home heads that share them.
+    """
+    static = isinstance(lists.counts, np.ndarray)
+    xp: Any = np if static else jnp
+    count, begin = _spread(lists.counts, plan), _spread(lists.begin, plan)
+    codes = count.shape[0]
+    least = -(-(SHORTEST_SPLIT if static else SHORTEST_TRACED_SPLIT) // plan.steps_per_entry)
+    parts = xp.ones_like(count)
+    slots, split = codes, 0
+    if lists.longest > least:
+        share = count.sum() // ctas + 1
+        limit = xp.maximum(least, share // 4 if static else share)
+        parts = xp.maximum(1, -(-count // limit)).astype(xp.int32)
+        split = int((parts > 1).sum()) if static else ctas
+        slots = int(parts.sum()) if static else codes + 2 * ctas
+    ends = xp.cumsum(parts, dtype=xp.int32)
+    code = xp.searchsorted(ends, xp.arange(slots, dtype=xp.int32), side="right").astype(xp.int32)
+    valid = code < codes
+    code = xp.minimum(code, codes - 1)
+    part, whole = xp.arange(slots, dtype=xp.int32) - (ends - parts)[code], parts[code]
+    size = -(-count[code] // whole)
+    first = xp.minimum(part * size, count[code])
+    entries = xp.where(valid, xp.minimum(size, count[code] - first), 0)
+    many = valid & (whole > 1)
+    number = xp.where(many, xp.cumsum(many) - 1, -1)
+    table = xp.stack(
+        [code, begin[code] + first, entries * plan.steps_per_entry, number], -1
+    ).astype(xp.int32)
+    visits = _visits(plan, lists, code, table[:, 1], entries, order, head_bytes, group)
+    # Parts of long rows first of all, empty places last.
+    visits = visits[xp.argsort(xp.where(many, 0, xp.where(valid, 1, 2))[visits], stable=True)]
+    items = _host_items(table[visits], ctas) if static else _items(table, visits, valid, ctas)
+    rows, owners = _merges(parts, code, many, number, split)
+    return Work(items, rows, owners)
+
+
+def _merges(parts: Any, code: Any, many: Any, number: Any, split: int) -> tuple[Any, Any]:
+    """The codes of split rows, and the row of every part."""
+    xp = np if isinstance(parts, np.ndarray) else jnp
+    if not split:
+        return np.zeros(0, np.int32), np.zeros(0, np.int32)
+    codes = parts.shape[0]
+    is_split = parts > 1
+    rank = xp.cumsum(is_split) - 1
+    if xp is np:
+        return np.flatnonzero(is_split).astype(np.int32), rank[code[many]].astype(np.int32)
+    rows = jnp.nonzero(is_split, size=split, fill_value=codes)[0].astype(jnp.int32)
+    owners = jnp.full((2 * split + 1,), split, jnp.int32)
+    place = jnp.where(many, number, 2 * split)
+    owners = owners.at[place].set(jnp.where(many, rank[code], split).astype(jnp.int32))
+    return rows, owners[:-1]
+
+
+def _visits(
+    plan: Plan,
+    lists: Lists,
+    code: Any,
+    begin: Any,
+    entries: Any,
+    order: str,
+    head_bytes: int,
+    group: int,
+) -> Any:
+    """The order in which items are handed out."""
+    xp: Any = np if isinstance(code, np.ndarray) else jnp
+    tile, head = code % plan.tiles, code // plan.tiles
+    if order == "row":
+        return xp.arange(code.shape[0])
+    chunk = head // max(1, group * (CHUNK_BYTES // max(1, head_bytes)))
+    if order == "hilbert":
+        flat = xp.broadcast_to(lists.entries, (plan.batch, *lists.entries.shape[1:]))
+        b, n = head // plan.heads, head % plan.heads // (plan.heads // lists.entries.shape[1])
+        middle = xp.minimum(begin + entries // 2, flat.shape[-1] - 1)
+        column = flat[b, n, middle] & ((1 << 18) - 1)
+        key = _hilbert(xp, tile, column)
+    else:
+        key = -entries
+    return xp.lexsort((code, key, chunk))
+
+
+def _hilbert(xp: Any, x: Any, y: Any, bits: int = 15) -> Any:
+    """The distance along Hilbert's curve of points in a square of side 2^bits."""
+    distance = xp.zeros_like(x)
+    for level in range(bits - 1, -1, -1):
+        side = 1 << level
+        right, upper = (x & side) > 0, (y & side) > 0
+        distance = distance + xp.where(right, xp.where(upper, 2, 3), xp.where(upper, 1, 0)) * (
+            1 << (2 * level)
+        )
+        turned = xp.where(right, side - 1 - (x & (side - 1)), x & (side - 1))
+        other = xp.where(right, side - 1 - (y & (side - 1)), y & (side - 1))
+        x, y = xp.where(upper, x & (side - 1), other), xp.where(upper, y & (side - 1), turned)
+    return distance
+
+
+def _host_items(table: np.ndarray, ctas: int) -> np.ndarray:
+    """Each item goes to the block with the least work so far."""
+    steps = table[:, 2]
+    # The end of the list only fills gaps: the smallest items of all chunks, longest first.
+    ascending = np.argsort(steps, kind="stable")
+    small = ascending[: np.searchsorted(np.cumsum(steps[ascending]), steps.sum() // 8)]
+    if len(small) and steps[small[-1]] < steps.max(initial=0):
+        rest = np.ones(len(steps), bool)
+        rest[small] = False
+        table = np.concatenate([table[rest], table[small[::-1]]])
+    lists: list[list[list[int]]] = [[] for _ in range(ctas)]
+    load = [(0, cta) for cta in range(ctas)]
+    for item in table.tolist():
+        total, cta = load[0]
+        heapq.heapreplace(load, (total + item[2] + OVERHEAD, cta))
+        lists[cta].append(item)
+    result = np.zeros((ctas, 1 + max(1, *map(len, lists)), 4), np.int32)
+    for cta, items in enumerate(lists):
+        result[cta, 0, 0] = len(items)
+        if items:
+            result[cta, 1 : 1 + len(items)] = items
+    return result
+
+
+def _items(table: Any, visits: Any, valid: Any, ctas: int) -> Any:
+    """Deals items out in turns, every second turn backwards."""
+    turns = -(-table.shape[0] // ctas)
+    turn, cta = np.meshgrid(np.arange(turns), np.arange(ctas), indexing="ij")
+    place = turn * ctas + np.where(turn % 2, ctas - 1 - cta, cta)
+    count = valid.sum()
+    dealt = jnp.asarray(place) < count
+    items = table[visits[np.minimum(place, table.shape[0] - 1)]]
+    items = jnp.where(dealt[..., None], items, 0).swapaxes(0, 1)
+    head = jnp.zeros((ctas, 1, 4), jnp.int32).at[:, 0, 0].set(dealt.sum(0).astype(jnp.int32))
+    return jnp.concatenate([head, items], axis=1).astype(jnp.int32)
+
+
+class Item(NamedTuple):
+    """One tile or part of one: int32 scalars."""
+
+    code: Any
+    begin: Any
+    steps: Any
+    part: Any
+
+
+def item(items: Any, cta: Any, t: Any, count: Any) -> Item:
+    """Item t of a block; the last one again past the end."""
+    at = jnp.minimum(t + 1, count)
+    return Item(*(items[cta, at, i] for i in range(4)))
+
+
+def place(plan: Plan, code: Any) -> tuple[Any, Any, Any]:
+    """(batch, home head, tile) of a code."""
+    rest, tile = lax.div(code, jnp.int32(plan.tiles)), lax.rem(code, jnp.int32(plan.tiles))
+    return lax.div(rest, jnp.int32(plan.heads)), lax.rem(rest, jnp.int32(plan.heads)), tile
+
+
+def list_place(plan: Plan, batch: Any, head: Any) -> tuple[Any, Any]:
+    """Which list a home head of an example follows."""
+    first = batch if plan.list_batch > 1 else 0
+    if plan.list_heads == 1:
+        return first, 0
+    return first, lax.div(head, jnp.int32(plan.heads // plan.list_heads))
+
+
+def entry_of(plan: Plan, j: Any) -> tuple[Any, Any]:
+    """(entry, row of the first away row in its block) of step j of an item."""
+    if plan.steps_per_entry == 1:
+        return j, 0
+    per = jnp.int32(plan.steps_per_entry)
+    return lax.div(j, per), lax.rem(j, per) * plan.away
+
+
+def limits(plan: Plan, band: Any, shift: Any) -> tuple[Any, Any]:
+    """Home row h sees away rows h + low to h + high; shift: position of home 0 less away 0."""
+
+    def pick(side: int) -> Any:
+        values = tuple(pair[side] for pair in plan.bands)
+        result: Any = jnp.int32(values[-1])
+        for i in range(len(values) - 2, -1, -1):
+            result = jnp.where(band == i, values[i], result)
+        return result
+
+    left, right = pick(0), pick(1)
+    if plan.transposed:
+        left, right = right, left
+    return shift - left, shift + right
+
+
+def tiles_of(rows: int) -> int:
+    """Tiles that cover some rows."""
+    return -(-rows // TILE_ROWS)

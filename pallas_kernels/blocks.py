@@ -1,0 +1,386 @@
+"""Block-sparse flash attention on Hopper: one differentiable function and the reasons against it."""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import (
+    block_backward,
+    block_backward_keys,
+    block_forward,
+    block_lists,
+    block_schedule,
+    config,
+)
+from pallas_kernels.block_forward import LOG2E
+from pallas_kernels.block_lists import TILE_ROWS
+from pallas_kernels.block_support import unsupported
+from pallas_kernels.compat import interpreting
+from pallas_kernels.flash import _device_kind
+from pallas_kernels.support import is_static, padded_head, result_dtype
+
+__all__ = ["attend", "unsupported"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Block lists whose arrays are not traced, compared by content; or only their description."""
+
+    columns: Any = dataclasses.field(compare=False)
+    counts: Any = dataclasses.field(compare=False)
+    band_index: Any = dataclasses.field(compare=False)
+    bands: tuple[tuple[int | None, int | None], ...]
+    block_size: int
+    digest: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Everything static about one call of `attend`. With traced lists, `blocks` has no arrays."""
+
+    blocks: Blocks
+    causal: bool
+    scale: float
+    rate: float
+    keep: Any
+    out_dtype: Any
+    ids: bool
+    order: str
+    device_kind: str
+    interpret: bool
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    blocks: Any,
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_start: int | jax.Array = 0,
+    k_start: int | jax.Array = 0,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
+    keep: Any = None,
+    carry: tuple[jax.Array, jax.Array] | None = None,
+    deterministic: bool | None = None,
+    out_dtype: Any = None,
+    order: str = "longest_first",
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over the listed key blocks, in one softmax, by Pallas Mosaic GPU kernels.
+
+    Differentiable in query, key, value and carry, also through lse; always deterministic. Rows that
+    see nothing have out 0, lse -inf and zero gradients. Works under jit, grad, vmap, remat, scan,
+    and inside shard_map with check_vma=False.
+
+    Args:
+        query: `[B, T, N, H]`, bfloat16 or float16.
+        key, value: `[B, S, K, H]` of the same dtype; N is a multiple of K.
+        blocks: block lists as in `dilax.block_lists.BlockLists`; NumPy arrays (the schedule is
+            then made at trace time) or JAX arrays, which may be traced.
+        is_causal: a key is seen only from its own position on.
+        scale: of the logits; None means 1 / sqrt(H).
+        q_segment_ids, kv_segment_ids: int32 `[B, T]` and `[B, S]`; a pair is seen if its ids are
+            equal and not 0. kv_segment_ids None means q_segment_ids.
+        q_start, k_start: position of the first query and key: ints, or traced int32 scalars.
+        dropout_rate, dropout_seed, keep: as in `pallas_kernels.flash.attend`; branch number 0.
+        carry: a partial result (out float32 `[B, T, N, H]`, lse float32 `[B, T, N]`) over other
+            keys, which the softmax continues.
+        deterministic: every value is honoured, because no sum depends on timing.
+        out_dtype: of out; None means query's dtype, or float32 when there is a carry.
+        order: in which tiles are visited, "longest_first", "row" or "hilbert" (along Hilbert's
+            curve through query tile and middle key block); the result is the same bit for bit.
+
+    Returns:
+        out `[B, T, N, H]` in out_dtype, lse `[B, T, N]` float32 (natural logarithm).
+
+    Raises:
+        ValueError: `unsupported` gives reasons against the call.
+
+    Source: BigBird (arXiv:2007.14062); FlashAttention-3 (arXiv:2407.08608).
+
+    Example:
+        >>> attend(q, k, v, blocks=lists, is_causal=True)
+    """
+    kind = _device_kind()
+    options = {
+        "blocks": blocks,
+        "is_causal": is_causal,
+        "scale": scale,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "q_start": q_start,
+        "k_start": k_start,
+        "dropout_rate": dropout_rate,
+        "dropout_seed": dropout_seed,
+        "keep": keep,
+        "carry": carry,
+        "out_dtype": out_dtype,
+    }
+    reasons = unsupported(query, key, value, device_kind=kind, **options)
+    if reasons:
+        raise ValueError(f"attend: not supported: {'; '.join(reasons)}")
+    if dropout_rate and keep is None:
+        raise ValueError("attend: dropout_rate without keep, which says what is dropped")
+    if order not in block_schedule.ORDERS:
+        raise ValueError(f"order: wanted one of {', '.join(block_schedule.ORDERS)}, got {order!r}")
+    if kv_segment_ids is None:
+        kv_segment_ids = q_segment_ids
+    described, lists = _describe(blocks)
+    final = result_dtype(query, carry, out_dtype)
+    call = Call(
+        blocks=described,
+        causal=bool(is_causal),
+        scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+        rate=float(dropout_rate),
+        keep=keep if dropout_rate else None,
+        out_dtype=final if carry is None else jnp.dtype(jnp.float32),
+        ids=q_segment_ids is not None,
+        order=order,
+        device_kind=kind,
+        interpret=interpreting(),
+    )
+    seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
+    starts = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
+    ids = (q_segment_ids, kv_segment_ids) if call.ids else None
+    out, lse = _attend(call, query, key, value, lists, ids, starts, seed)
+    if carry is not None:
+        out, lse = _continue(out, lse, *carry)
+    return out.astype(final), lse
+
+
+def _describe(blocks: Any) -> tuple[Blocks, Any]:
+    """Lists as a hashable constant, or its description and the arrays to trace."""
+    arrays = (blocks.columns, blocks.counts, blocks.band_index)
+    bands = tuple(tuple(band) for band in blocks.bands)
+    if not block_lists.is_static(blocks):
+        return Blocks(None, None, None, bands, int(blocks.block_size), b""), arrays
+    digest = hashlib.blake2b()
+    for x in arrays:
+        if x is not None:
+            digest.update(repr(x.shape).encode())
+            digest.update(np.ascontiguousarray(x))
+    return Blocks(*arrays, bands, int(blocks.block_size), digest.digest()), None
+
+
+def _lists(call: Call, traced: Any) -> Blocks:
+    if traced is None:
+        return call.blocks
+    columns, counts, band_index = (None if x is None else jnp.asarray(x) for x in traced)
+    return dataclasses.replace(
+        call.blocks, columns=columns, counts=counts, band_index=band_index
+    )
+
+
+def _continue(
+    out: jax.Array, lse: jax.Array, old_out: jax.Array, old_lse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One softmax over the keys of two partial results."""
+    top = jax.lax.stop_gradient(jnp.maximum(lse, old_lse))
+    safe = jnp.where(top > -jnp.inf, top, 0.0)
+
+    def weigh(x: jax.Array) -> jax.Array:
+        return jnp.where(x > -jnp.inf, jnp.exp(jnp.where(x > -jnp.inf, x, 0.0) - safe), 0.0)
+
+    ours, theirs = weigh(lse), weigh(old_lse)
+    mass = ours + theirs
+    seen = mass > 0.0
+    mass = jnp.where(seen, mass, 1.0)
+    old_out = jnp.where(theirs[..., None] > 0.0, old_out.astype(jnp.float32), 0.0)
+    merged = (out * ours[..., None] + old_out * theirs[..., None]) / mass[..., None]
+    return merged, jnp.where(seen, jnp.log(mass) + safe, -jnp.inf)
+
+
+def _pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def _pad_inputs(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Lengths to multiples of 8 and heads of 16, as copies want them."""
+    head = padded_head(arrays[0].shape[-1])
+    return tuple(_pad(_pad(x, 1, -(-x.shape[1] // 8) * 8), 3, head) for x in arrays)
+
+
+def _whole(rows: int) -> int:
+    return block_schedule.tiles_of(rows) * TILE_ROWS
+
+
+def _plan(call: Call, blocks: Any, query: Any, key: Any, away: int, transposed: bool) -> Any:
+    T, S = query.shape[1], key.shape[1]
+    heads, kv_heads = query.shape[2], key.shape[2]
+    home_rows, away_rows = (S, T) if transposed else (T, S)
+    b, n = blocks.columns.shape[:2]
+    return block_schedule.Plan(
+        batch=query.shape[0],
+        heads=kv_heads if transposed else heads,
+        tiles=block_schedule.tiles_of(home_rows),
+        away=away,
+        steps_per_entry=blocks.block_size // away,
+        home_rows=home_rows,
+        away_rows=away_rows,
+        bands=block_schedule.bands(blocks, call.causal),
+        halves=blocks.block_size < TILE_ROWS,
+        transposed=transposed,
+        list_batch=b,
+        list_heads=min(n, kv_heads) if transposed else n,
+    )
+
+
+def _work(call: Call, plan: Any, lists: Any, query: Any, key: Any) -> Any:
+    other = query if plan.transposed else key
+    work = block_schedule.work(
+        plan,
+        lists,
+        ctas=2 if call.interpret else config.multiprocessors(call.device_kind),
+        head_bytes=2 * other.shape[1] * other.shape[3] * other.dtype.itemsize,
+        group=1 if plan.transposed else query.shape[2] // key.shape[2],
+        order=call.order,
+    )
+    return dataclasses.replace(plan, parts=work.owners.shape[0]), work
+
+
+def _options(call: Call, query: Any, key: Any, stages: int) -> block_forward.Options:
+    return block_forward.Options(
+        scale=call.scale * LOG2E,
+        stages=stages,
+        group=query.shape[2] // key.shape[2],
+        ids=call.ids,
+        rate=call.rate,
+        interpret=call.interpret,
+    )
+
+
+def _pad_ids(ids: Any, q_rows: int, k_rows: int) -> Any:
+    """Ids of whole tiles or copies; id 0 sees nothing."""
+    if ids is None:
+        return None
+    return _pad(ids[0].astype(jnp.int32), 1, q_rows), _pad(ids[1].astype(jnp.int32), 1, k_rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_forward(
+    call: Call, query: Any, key: Any, value: Any, lists: Any, ids: Any, starts: Any, seed: Any
+) -> tuple[jax.Array, jax.Array]:
+    T, H = query.shape[1], query.shape[3]
+    blocks = _lists(call, lists)
+    arrays = _pad_inputs(query, key, value)
+    tiles = config.block_forward_blocks(
+        arrays[0].shape[-1], blocks.block_size, call.out_dtype.itemsize, call.ids
+    )
+    plan = _plan(call, blocks, query, key, tiles.away, False)
+    found = block_lists.for_queries(blocks, plan.tiles)
+    plan, work = _work(call, plan, found, arrays[0], arrays[1])
+    with jax.named_scope("block_forward"):
+        out, lse = block_forward.forward(
+            plan,
+            _options(call, query, key, tiles.stages),
+            work,
+            found.entries,
+            arrays,
+            out_dtype=call.out_dtype,
+            starts=starts,
+            seed=seed,
+            ids=_pad_ids(ids, _whole(T), arrays[1].shape[1]),
+            keep=call.keep,
+        )
+    return out[:, :T, :, :H], lse[:, :, :T].swapaxes(1, 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_backward(
+    call: Call,
+    query: Any,
+    key: Any,
+    value: Any,
+    do: Any,
+    lse: Any,
+    delta: Any,
+    lists: Any,
+    ids: Any,
+    starts: Any,
+    seed: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    T, S, H = query.shape[1], key.shape[1], query.shape[3]
+    blocks = _lists(call, lists)
+    arrays = _pad_inputs(query, key, value, do.astype(query.dtype))
+    padded_T, padded_S = arrays[0].shape[1], arrays[1].shape[1]
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).swapaxes(1, 2)
+    lse = _pad(lse, 2, _whole(T), jnp.inf)
+    delta = _pad(delta.swapaxes(1, 2), 2, _whole(T))
+    shared = {"starts": starts, "seed": seed, "keep": call.keep}
+
+    tiles = config.block_queries_blocks(arrays[0].shape[-1], blocks.block_size, call.ids)
+    plan = _plan(call, blocks, query, key, tiles.away, False)
+    found = block_lists.for_queries(blocks, plan.tiles)
+    plan, work = _work(call, plan, found, arrays[0], arrays[1])
+    with jax.named_scope("block_queries_gradient"):
+        dq = block_backward.queries_gradient(
+            plan,
+            _options(call, query, key, tiles.stages),
+            work,
+            found.entries,
+            arrays,
+            lse,
+            delta,
+            ids=_pad_ids(ids, _whole(T), padded_S),
+            **shared,
+        )
+
+    tiles = config.block_keys_blocks(arrays[0].shape[-1], call.ids)
+    plan = _plan(call, blocks, query, key, tiles.away, True)
+    found = block_lists.for_keys(blocks, plan.tiles, query.shape[2], key.shape[2])
+    plan, work = _work(call, plan, found, arrays[0], arrays[1])
+    with jax.named_scope("block_keys_gradient"):
+        dk, dv = block_backward_keys.keys_gradient(
+            plan,
+            _options(call, query, key, tiles.stages),
+            work,
+            found.entries,
+            arrays,
+            lse[:, :, :padded_T],
+            delta[:, :, :padded_T],
+            ids=_pad_ids(ids, padded_T, _whole(S)),
+            **shared,
+        )
+    return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    call: Call, query: Any, key: Any, value: Any, lists: Any, ids: Any, starts: Any, seed: Any
+) -> tuple[jax.Array, jax.Array]:
+    # Kernels count in int32; with 64-bit integers as the default they would mix the two.
+    with jax.enable_x64(False):
+        return _run_forward(call, query, key, value, lists, ids, starts, seed)
+
+
+def _attend_fwd(call: Call, *arrays: Any) -> tuple[Any, Any]:
+    out, lse = _attend(call, *arrays)
+    return (out, lse), (arrays, out, lse)
+
+
+def _attend_bwd(call: Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    (query, key, value, lists, ids, starts, seed), out, lse = residuals
+    do, dlse = cotangents
+    seen = lse > -jnp.inf
+    delta = (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, dlse, 0.0)
+    with jax.enable_x64(False):
+        dq, dk, dv = _run_backward(
+            call, query, key, value, do, lse, delta, lists, ids, starts, seed
+        )
+    return dq, dk, dv, None, None, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
