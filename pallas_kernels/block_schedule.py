@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.block_lists import TILE_ROWS, Lists
+from pallas_kernels.block_lists import BLOCK_BITS, TILE_ROWS, Lists
 
 UNBOUNDED = 1 << 30
 ORDERS = ("row", "longest_first", "hilbert")
 # Keys and values of the heads that are worked on together should share the L2 cache.
 CHUNK_BYTES = 24 << 20
-# A shorter row is not worth splitting; a traced one, whose parts have to be provided for, even less.
+# Shorter rows are not worth splitting; traced ones, which need room for parts, even less.
 SHORTEST_SPLIT, SHORTEST_TRACED_SPLIT = 32, 256
 # Starting and ending a tile costs about as much as one or two steps.
 OVERHEAD = 2
@@ -127,10 +127,17 @@ def work(plan: Plan, lists: Lists, *, ctas: int, head_bytes: int, group: int, or
     table = xp.stack(
         [code, begin[code] + first, entries * plan.steps_per_entry, number], -1
     ).astype(xp.int32)
-    visits = _visits(plan, lists, code, table[:, 1], entries, order, head_bytes, group)
+    chunk = code // plan.tiles // max(1, group * (CHUNK_BYTES // max(1, head_bytes)))
+    key = _key(plan, lists, code, table[:, 1], entries, order)
+    if order == "row":
+        chunk = xp.zeros_like(code)
     # Parts of long rows first of all, empty places last.
-    visits = visits[xp.argsort(xp.where(many, 0, xp.where(valid, 1, 2))[visits], stable=True)]
-    items = _host_items(table[visits], ctas) if static else _items(table, visits, valid, ctas)
+    visits = xp.lexsort((key, xp.where(valid, xp.where(many, -1, chunk), codes)))
+    if static:
+        table = table[visits]
+        items = _host_items(_small_last(table) if order == "longest_first" else table, ctas)
+    else:
+        items = _items(table, visits, valid, ctas)
     rows, owners = _merges(parts, code, many, number, split)
     return Work(items, rows, owners)
 
@@ -152,31 +159,18 @@ def _merges(parts: Any, code: Any, many: Any, number: Any, split: int) -> tuple[
     return rows, owners[:-1]
 
 
-def _visits(
-    plan: Plan,
-    lists: Lists,
-    code: Any,
-    begin: Any,
-    entries: Any,
-    order: str,
-    head_bytes: int,
-    group: int,
-) -> Any:
-    """The order in which items are handed out."""
+def _key(plan: Plan, lists: Lists, code: Any, begin: Any, entries: Any, order: str) -> Any:
+    """What items of a chunk are sorted by."""
     xp: Any = np if isinstance(code, np.ndarray) else jnp
-    tile, head = code % plan.tiles, code // plan.tiles
     if order == "row":
-        return xp.arange(code.shape[0])
-    chunk = head // max(1, group * (CHUNK_BYTES // max(1, head_bytes)))
-    if order == "hilbert":
-        flat = xp.broadcast_to(lists.entries, (plan.batch, *lists.entries.shape[1:]))
-        b, n = head // plan.heads, head % plan.heads // (plan.heads // lists.entries.shape[1])
-        middle = xp.minimum(begin + entries // 2, flat.shape[-1] - 1)
-        column = flat[b, n, middle] & ((1 << 18) - 1)
-        key = _hilbert(xp, tile, column)
-    else:
-        key = -entries
-    return xp.lexsort((code, key, chunk))
+        return code
+    if order == "longest_first":
+        return -entries
+    tile, head = code % plan.tiles, code // plan.tiles
+    flat = xp.broadcast_to(lists.entries, (plan.batch, *lists.entries.shape[1:]))
+    b, n = head // plan.heads, head % plan.heads // (plan.heads // lists.entries.shape[1])
+    middle = xp.minimum(begin + entries // 2, flat.shape[-1] - 1)
+    return _hilbert(xp, tile, flat[b, n, middle] & ((1 << BLOCK_BITS) - 1))
 
 
 def _hilbert(xp: Any, x: Any, y: Any, bits: int = 15) -> Any:
@@ -194,16 +188,20 @@ def _hilbert(xp: Any, x: Any, y: Any, bits: int = 15) -> Any:
     return distance
 
 
-def _host_items(table: np.ndarray, ctas: int) -> np.ndarray:
-    """Each item goes to the block with the least work so far."""
+def _small_last(table: np.ndarray) -> np.ndarray:
+    """The end of the list only fills gaps: the smallest items of all chunks, longest first."""
     steps = table[:, 2]
-    # The end of the list only fills gaps: the smallest items of all chunks, longest first.
     ascending = np.argsort(steps, kind="stable")
     small = ascending[: np.searchsorted(np.cumsum(steps[ascending]), steps.sum() // 8)]
-    if len(small) and steps[small[-1]] < steps.max(initial=0):
-        rest = np.ones(len(steps), bool)
-        rest[small] = False
-        table = np.concatenate([table[rest], table[small[::-1]]])
+    if not len(small) or steps[small[-1]] == steps.max():
+        return table
+    rest = np.ones(len(steps), bool)
+    rest[small] = False
+    return np.concatenate([table[rest], table[small[::-1]]])
+
+
+def _host_items(table: np.ndarray, ctas: int) -> np.ndarray:
+    """Each item goes to the block with the least work so far."""
     lists: list[list[list[int]]] = [[] for _ in range(ctas)]
     load = [(0, cta) for cta in range(ctas)]
     for item in table.tolist():

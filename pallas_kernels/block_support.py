@@ -38,7 +38,7 @@ def unsupported(
     that would run it.
 
     Example:
-        >>> import types
+        >>> import types, jax
         >>> x = jax.ShapeDtypeStruct((1, 256, 1, 64), jnp.bfloat16)
         >>> one = np.zeros((1, 1, 8, 1), np.int32)
         >>> lists = types.SimpleNamespace(

@@ -1,8 +1,10 @@
-"""Block-sparse flash attention on Hopper: one differentiable function and the reasons against it."""
+"""Block-sparse flash attention on Hopper: one differentiable function."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.block_support import unsupported
 from pallas_kernels.compat import interpreting
 from pallas_kernels.flash import _device_kind
-from pallas_kernels.support import is_static, padded_head, result_dtype
+from pallas_kernels.support import padded_head, result_dtype
 
 __all__ = ["attend", "unsupported"]
 
@@ -175,9 +177,7 @@ def _lists(call: Call, traced: Any) -> Blocks:
     if traced is None:
         return call.blocks
     columns, counts, band_index = (None if x is None else jnp.asarray(x) for x in traced)
-    return dataclasses.replace(
-        call.blocks, columns=columns, counts=counts, band_index=band_index
-    )
+    return dataclasses.replace(call.blocks, columns=columns, counts=counts, band_index=band_index)
 
 
 def _continue(
@@ -357,12 +357,21 @@ def _run_backward(
     return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
 
 
+@contextlib.contextmanager
+def _numbers() -> Iterator[None]:
+    """Kernels count in int32 (with 64 bits as the default they would mix the two).
+
+    The schedule is written once for NumPy and JAX, so it broadcasts as NumPy does.
+    """
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     call: Call, query: Any, key: Any, value: Any, lists: Any, ids: Any, starts: Any, seed: Any
 ) -> tuple[jax.Array, jax.Array]:
-    # Kernels count in int32; with 64-bit integers as the default they would mix the two.
-    with jax.enable_x64(False):
+    with _numbers():
         return _run_forward(call, query, key, value, lists, ids, starts, seed)
 
 
@@ -376,7 +385,7 @@ def _attend_bwd(call: Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     do, dlse = cotangents
     seen = lse > -jnp.inf
     delta = (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, dlse, 0.0)
-    with jax.enable_x64(False):
+    with _numbers():
         dq, dk, dv = _run_backward(
             call, query, key, value, do, lse, delta, lists, ids, starts, seed
         )
