@@ -6,11 +6,13 @@ A `Case` is small and static. `Case.arrays` draws its inputs, `Case.keywords` ev
 
 import dataclasses
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,3 +220,20 @@ CASES = (
 )  # fmt: skip
 
 BY_NAME = {case.name: case for case in CASES}
+
+# One of each path through the code: what also runs with the oldest jax.
+ON_EVERY_JAX = (
+    "averaged", "bias_zero_attn_ids", "cross_padding_gqa", "dropout_starts", "gqa_causal_blocked",
+    "heads_blocked_causal", "key_padding_ids_causal", "length_one", "prime", "starts_causal",
+    "zeros_extras", "all_masks",
+)  # fmt: skip
+
+
+def as_parameters(cases: Iterable[Case] = CASES) -> list[Any]:
+    """Parameters of pytest, named; those that one version of jax is enough for are marked so."""
+    return [
+        pytest.param(
+            case, id=case.name, marks=[] if case.name in ON_EVERY_JAX else pytest.mark.newest
+        )
+        for case in cases
+    ]

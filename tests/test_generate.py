@@ -40,7 +40,7 @@ def test_greedy_tokens_are_the_argmax_of_one_full_pass(model, rng):
     prompt = rng.integers(0, 256, 5)
     new = generate_tokens(model, prompt, max_new_tokens=60, temperature=0)
     whole = np.concatenate([prompt, new])
-    logits = np.asarray(model(jnp.asarray(whole[None], jnp.int32)))[0]
+    logits = np.asarray(nnx.jit(model)(jnp.asarray(whole[None], jnp.int32)))[0]
     np.testing.assert_array_equal(new, logits[4:-1].argmax(-1))
     assert len(set(new.tolist())) > 5
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dilax import reference
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, as_parameters
 from tests.compare import assert_exact, assert_within
 
 ONE = ((64,), (1,))  # one branch, one segment: ordinary attention
@@ -110,9 +110,7 @@ def by_hand(case):
     return out / (G if options.get("average_branches", heads_mode) else 1), lse
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if not c.dropout_rate], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", as_parameters(c for c in CASES if not c.dropout_rate))
 def test_equals_loops(case, x64):
     run = jax.jit(functools.partial(reference.dilated_attention, **case.keywords()))
     assert_exact(run(**case.arrays()), by_hand(case))

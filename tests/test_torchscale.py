@@ -51,16 +51,23 @@ def test_golden_cases_are_all_there():
 @pytest.mark.parametrize("attention", [dilax.dilated_attention, reference.dilated_attention])
 def test_golden_attention(name, attention, x64):
     with np.load(DATA / f"{name}.npz") as case:
-        result = attention(
-            *(jnp.asarray(case[x]) for x in ("query", "key", "value")),
-            case["segment_lengths"].tolist(),
-            case["dilation_rates"].tolist(),
+        attend = functools.partial(
+            attention,
+            segment_lengths=case["segment_lengths"].tolist(),
+            dilation_rates=case["dilation_rates"].tolist(),
             is_causal=bool(case["is_causal"]),
             head_offset=str(case["head_offset"]),
             pad_mode=str(case["pad_mode"]),
         )
+        result = jax.jit(attend)(*(case[x] for x in ("query", "key", "value")))
         out = result if attention is dilax.dilated_attention else result[0]
         assert_exact(jnp.asarray(out), case["out"])
+
+
+@functools.cache
+def _attend(*branches):
+    options = dict(head_offset="blocked", pad_mode="zeros")
+    return jax.jit(lambda q, k, v: dilax.dilated_attention(q, k, v, *branches, **options))
 
 
 def _formula(case, state, gelu):
@@ -77,12 +84,11 @@ def _formula(case, state, gelu):
     sizes, x = _sizes(case), case["input"]
     branches = sizes["segment_lengths"], sizes["dilation_rates"]
     B, T, E = x.shape
+    attend = _attend(*map(tuple, branches))
     for i in range(2):
         h = norm(x, f"layers.{i}.self_attn_layer_norm")
         qkv = (linear(h, f"layers.{i}.self_attn.{c}_proj").reshape(B, T, 4, -1) for c in "qkv")
-        h = dilax.dilated_attention(
-            *map(jnp.asarray, qkv), *branches, head_offset="blocked", pad_mode="zeros"
-        )
+        h = attend(*map(jnp.asarray, qkv))
         h = norm(np.asarray(h).reshape(B, T, E), f"layers.{i}.self_attn.inner_attn_ln")
         x = x + linear(h, f"layers.{i}.self_attn.out_proj")
         h = gelu(linear(norm(x, f"layers.{i}.final_layer_norm"), f"layers.{i}.ffn.fc1"))
@@ -108,7 +114,7 @@ def test_golden_encoder_by_original_names(x64):
     assert (model.config.embed_dim, model.config.num_layers) == (about["embed"], about["layers"])
     assert (model.config.ffn_dim, model.config.layer_norm_eps) == (about["ffn"], 1e-5)
     assert model.config.param_dtype == "float64"
-    out = model(jnp.asarray(case["input"]))
+    out = nnx.jit(model)(jnp.asarray(case["input"]))
     assert_exact(out, _formula(case, state, _gelu))
     rounded = _formula(case, state, lambda x: _gelu(x.astype(np.float32)).astype(np.float64))
     assert error(out, case["out"]) <= FACTOR * error(rounded, out)
@@ -275,10 +281,11 @@ def test_key_padding_is_not_ignored(rng, x64):
     x = jnp.asarray(rng.normal(size=(1, 20, 32)))
     ids = jnp.asarray(np.arange(20)[None] < 13, jnp.int32)
     other = x.at[:, 13:].set(rng.normal(size=(1, 7, 32)))
-    out = encoder(x, segment_ids=ids)[:, :13]
-    assert_exact(out, encoder(other, segment_ids=ids)[:, :13])
-    assert error(encoder(x)[:, :13], encoder(other)[:, :13]) > 1e-3
-    assert_exact(out, encoder(x[:, :13]))  # also as if the padding were not there
+    run = nnx.jit(encoder)
+    out = run(x, segment_ids=ids)[:, :13]
+    assert_exact(out, run(other, segment_ids=ids)[:, :13])
+    assert error(run(x)[:, :13], run(other)[:, :13]) > 1e-3
+    assert_exact(out, run(x[:, :13]))  # also as if the padding were not there
 
 
 def test_dropout_does_not_act_in_evaluation(rng):
@@ -290,10 +297,12 @@ def test_dropout_does_not_act_in_evaluation(rng):
     x = jnp.asarray(rng.normal(size=(1, 20, 32)), jnp.float32)
     model = LongNetDecoder(drops, rngs=nnx.Rngs(params=0, dropout=1))
     same = LongNetDecoder(plain, rngs=nnx.Rngs(params=0, dropout=1))
-    np.testing.assert_array_equal(model(x), same(x))
-    np.testing.assert_array_equal(model(x), model(x, rngs=nnx.Rngs(dropout=1)))
-    dropped = model(x, deterministic=False, rngs=nnx.Rngs(dropout=1))
-    assert error(dropped, model(x)) > 1e-2
+    exact = nnx.jit(same)(x)
+    run = nnx.jit(lambda model, x, rngs: model(x, rngs=rngs))
+    np.testing.assert_array_equal(nnx.jit(model)(x), exact)
+    np.testing.assert_array_equal(run(model, x, nnx.Rngs(dropout=1)), exact)
+    drop = nnx.jit(lambda model, x, rngs: model(x, deterministic=False, rngs=rngs))
+    assert error(drop(model, x, nnx.Rngs(dropout=1)), exact) > 1e-2
 
 
 def test_a_true_lse_of_zero_counts(rng, x64):
