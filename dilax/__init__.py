@@ -22,6 +22,7 @@ from dilax.partial import Partial as Partial
 from dilax.partial import merge as merge
 from dilax.positions import RotaryPosition as RotaryPosition
 from dilax.positions import XPos as XPos
+from dilax.sharded import sharded_dilated_attention as sharded_dilated_attention
 from dilax.spec import DilatedSpec as DilatedSpec
 from dilax.torchscale import from_torchscale as from_torchscale
 

@@ -127,7 +127,7 @@ def dilated_attention(
     q_start, k_start = check_index("q_start", q_start), check_index("k_start", k_start)
     extent = max(q_start + T, k_start + key.shape[1])
     branches = tuple(within(branch, extent) for branch in branches)
-    _check_extra_keys(key, bias_k, bias_v)
+    check_extra_keys(key, bias_k, bias_v)
     if pad_mode == "zeros" and (T != key.shape[1] or q_start or k_start):
         raise refuse("pad_mode", "'mask' when T differs from S or a start is not 0", pad_mode)
     drops = check_dropout(dropout_rate, dropout_key, deterministic)
@@ -142,12 +142,13 @@ def dilated_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     extra = []
     if pad_mode == "zeros" and not is_causal:
-        extra.append(_zero_keys(query, branches))
+        extra.append(zero_keys(query, branches, np.arange(T), T, np.arange(N)))
     if zero_attn:
-        extra.append(_constant_key(query, jnp.zeros(query.shape[:-1], stats_dtype(query.dtype))))
+        extra.append(constant_key(query, jnp.zeros(query.shape[:-1], stats_dtype(query.dtype))))
     if bias_k is not None:
-        place = jnp.arange(q_start, q_start + T)[None] if positions is None else positions[0]
-        extra.append(_bias_key(query, bias_k, bias_v, scale, place, rate, seed, len(branches)))
+        place = q_start + np.arange(T)[None] if positions is None else positions[0]
+        where = np.arange(query.shape[0]), np.arange(N), place
+        extra.append(bias_key(query, bias_k, bias_v, scale, where, rate, seed, len(branches)))
     options = dict(
         branches=branches,
         is_causal=is_causal,
@@ -188,7 +189,8 @@ def _positions(query: Any, key: Any, q_positions: Any, kv_positions: Any):
     return jnp.broadcast_to(q_positions, (B, T)), jnp.broadcast_to(kv_positions, (B, S))
 
 
-def _check_extra_keys(key: jax.Array, bias_k: Any, bias_v: Any) -> None:
+def check_extra_keys(key: jax.Array, bias_k: Any, bias_v: Any) -> None:
+    """Refuse an extra key without its value, and shapes that are not those of one key."""
     if (bias_k is None) != (bias_v is None):
         raise refuse("bias_v" if bias_v is None else "bias_k", "bias_k and bias_v together", None)
     if bias_k is not None:
@@ -196,30 +198,40 @@ def _check_extra_keys(key: jax.Array, bias_k: Any, bias_v: Any) -> None:
             check_array(name, x, key.shape[2:], (jnp.dtype(key.dtype).name,))
 
 
-def _constant_key(query: jax.Array, lse: jax.Array) -> Partial:
+def constant_key(query: jax.Array, lse: jax.Array) -> Partial:
     """A Partial over keys whose values are all 0."""
     return Partial(jnp.zeros(query.shape, lse.dtype), lse)
 
 
-def _zero_keys(query: jax.Array, branches: tuple[Branch, ...]) -> Partial:
-    """pad_mode="zeros": the padding keys of all branches, each with logit 0 and value 0."""
-    B, T, N, _ = query.shape
-    counts = np.zeros((T, N))
-    position = np.arange(T)
+def zero_keys(query: jax.Array, branches: tuple[Branch, ...], position, length: int, head):
+    """pad_mode="zeros": the padding keys of all branches, each with logit 0 and value 0.
+
+    position [T] and head [N] are those of the query's rows and heads among `length` positions and
+    all heads; they may be traced.
+    """
+    xp: Any = np if isinstance(position, np.ndarray) and isinstance(head, np.ndarray) else jnp
+    position, head = position[:, None], head[None]
+    counts = 0
     for w, r, first, offsets in branches:
-        w = min(w, T)
-        offset = np.asarray(offsets)
-        length = np.minimum(T - position // w * w, w)[:, None]  # real tokens in the segment
-        real = np.maximum(-(-(length - offset) // r), 0)
-        kept = (position % w % r)[:, None] == offset
-        counts[:, first : first + len(offsets)] += np.where(kept, -(-w // r) - real, 0)
+        w = min(w, length)
+        table = np.asarray(offsets)
+        taking = (head >= first) & (head < first + len(table))
+        offset = xp.asarray(table)[xp.where(taking, head - first, 0)]
+        tokens = xp.minimum(length - position // w * w, w)  # real ones in the segment
+        real = xp.maximum(-((offset - tokens) // r), 0)
+        kept = taking & (position % w % r == offset)
+        counts = counts + xp.where(kept, -(-w // r) - real, 0)
+    stats = stats_dtype(query.dtype)
     with np.errstate(divide="ignore"):
-        lse = jnp.asarray(np.log(counts), stats_dtype(query.dtype))
-    return _constant_key(query, jnp.broadcast_to(lse, (B, T, N)))
+        lse = jnp.asarray(xp.log(xp.asarray(counts).astype(stats)), stats)
+    return constant_key(query, jnp.broadcast_to(lse, query.shape[:-1]))
 
 
-def _bias_key(query, bias_k, bias_v, scale, position, rate, seed, number) -> Partial:
-    """The Partial over the one extra key that add_bias_kv gives every query."""
+def bias_key(query, bias_k, bias_v, scale, where, rate, seed, number) -> Partial:
+    """The Partial over the one extra key that add_bias_kv gives every query.
+
+    where: the places [B], [N] and [1 or B, T] of the query's examples, heads and rows, for dropout.
+    """
     B, T, N, H = query.shape
     stats = stats_dtype(query.dtype)
     grouped = query.reshape(B, T, bias_k.shape[0], -1, H)
@@ -228,8 +240,8 @@ def _bias_key(query, bias_k, bias_v, scale, position, rate, seed, number) -> Par
     values = jnp.repeat(bias_v.astype(stats), N // bias_v.shape[0], axis=0)
     out = jnp.broadcast_to(values, (B, T, N, H))
     if rate > 0:
-        batch, head, _ = np.ogrid[:B, :N, :1]
-        rows = dropout.row_bits(seed, batch, head, position[:, None])
+        batch, head, row = where
+        rows = dropout.row_bits(seed, batch[:, None, None], head[None, :, None], row[:, None])
         column = dropout.column_bits(seed, np.array([[[-1]]]), number)
         kept = dropout.keep(rows, column, rate)
         out = jnp.where(jnp.swapaxes(kept, 1, 2), out / (1 - rate), 0)

@@ -137,7 +137,6 @@ LATER_EXPORTS = (
     "SparsePatternConfig",
     "create_block_sparse_attention",
     "from_gigapath",
-    "sharded_dilated_attention",
     "sharded_block_sparse_attention",
 )
 

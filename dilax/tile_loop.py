@@ -46,7 +46,9 @@ class Groups(NamedTuple):
     k_ids: jax.Array | None  # int32 [G, Lk], 0: invisible; [G, L, 2]: ids and positions, causal
     q_bits: jax.Array | None  # uint32 [G, Lq], for dropout
     k_bits: jax.Array | None  # uint32 [G, Lk]
-    behind: int  # key j is visible to query i if j <= i + behind; only if causal
+    behind: Any  # key j is visible to query i if j <= i + behind; only if causal; may be traced
+    segment: int | None = None  # pairs attend only inside segments of this many rows
+    q_first: Any = 0  # the place of query 0 among the rows that segments count; may be traced
 
 
 def scales(scale: float, dtype) -> tuple[float, float]:
@@ -151,19 +153,54 @@ def _loop_arrays(q, k, v, groups: Groups, tiles: _Tiles) -> _Loop:
     return _Loop(*along_q, *along_k)
 
 
-def _visible(settings: Settings, behind: int, tiles: _Tiles, i, j, q_ids, k_ids):
+def _visible(settings: Settings, groups: Groups, tiles: _Tiles, i, j, q_ids, k_ids):
     """bool [groups or 1, q_size, k_size]: which pairs of tile (i, j) attend; None: all of them."""
     visible = None
+    row = i * tiles.q_size + groups.behind + jnp.arange(tiles.q_size)[:, None]
+    column = j * tiles.k_size + jnp.arange(tiles.k_size)[None]
     if settings.is_causal:
-        row = i * tiles.q_size + behind + jnp.arange(tiles.q_size)[:, None]
-        visible = (row >= j * tiles.k_size + jnp.arange(tiles.k_size)[None])[None]
+        visible = (row >= column)[None]
+    if groups.segment is not None:
+        k_first = groups.q_first - groups.behind
+        same = ((row + k_first) // groups.segment == (column + k_first) // groups.segment)[None]
+        visible = same if visible is None else visible & same
     if k_ids is not None and k_ids.ndim == 3:
-        visible = q_ids[:, :, None, 1] >= k_ids[:, None, :, 1]
+        later = q_ids[:, :, None, 1] >= k_ids[:, None, :, 1]
+        visible = later if visible is None else visible & later
         q_ids, k_ids = q_ids[..., 0], k_ids[..., 0]
     if k_ids is not None:
         same = (q_ids[:, :, None] == k_ids[:, None, :]) & (k_ids != 0)[:, None, :]
         visible = same if visible is None else visible & same
     return visible
+
+
+def _key_tiles(settings: Settings, groups: Groups, tiles: _Tiles, i):
+    """The range of key tiles that some query of tile i may see."""
+    low, high = 0, tiles.k_count
+    last = (i + 1) * tiles.q_size - 1 + groups.behind
+    if settings.is_causal:
+        high = jnp.clip(last // tiles.k_size + 1, 0, high)
+    if groups.segment is not None:
+        w, k_first = groups.segment, groups.q_first - groups.behind
+        first = (i * tiles.q_size + groups.q_first) // w * w - k_first
+        end = ((last + k_first) // w + 1) * w - k_first
+        low = jnp.clip(first // tiles.k_size, 0, tiles.k_count)
+        high = jnp.clip(-(-end // tiles.k_size), 0, high)
+    return low, high
+
+
+def _query_tiles(settings: Settings, groups: Groups, tiles: _Tiles, j):
+    """The range of query tiles in which some query may see key tile j."""
+    low, high = 0, tiles.q_count
+    if settings.is_causal:
+        low = jnp.clip((j * tiles.k_size - groups.behind) // tiles.q_size, 0, high)
+    if groups.segment is not None:
+        w, k_first = groups.segment, groups.q_first - groups.behind
+        first = (j * tiles.k_size + k_first) // w * w - groups.q_first
+        end = (((j + 1) * tiles.k_size - 1 + k_first) // w + 1) * w - groups.q_first
+        low = jnp.clip(first // tiles.q_size, low, high)
+        high = jnp.clip(-(-end // tiles.q_size), 0, high)
+    return low, high
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype) -> jax.Array:
@@ -198,7 +235,7 @@ def forward(settings: Settings, q, k, v, groups: Groups):
         m, total, acc = state
         k, v, k_ids, k_bits = (_at(a, j) for a in (x.k, x.v, x.k_ids, x.k_bits))
         s = _dot(x.q, k, (2, 2), stats)
-        visible = _visible(settings, groups.behind, tiles, i, j, x.q_ids, k_ids)
+        visible = _visible(settings, groups, tiles, i, j, x.q_ids, k_ids)
         if visible is not None:
             s = jnp.where(visible, s, -jnp.inf)
         top = jnp.maximum(m, s.max(-1))
@@ -214,14 +251,11 @@ def forward(settings: Settings, q, k, v, groups: Groups):
 
     def query_tile(x, i, q, q_ids, q_bits):
         x = x._replace(q=q, q_ids=q_ids, q_bits=q_bits)
-        high = tiles.k_count
-        if settings.is_causal:
-            last = (i + 1) * tiles.q_size - 1 + groups.behind
-            high = jnp.clip(last // tiles.k_size + 1, 0, high)
+        low, high = _key_tiles(settings, groups, tiles, i)
         shape = (tiles.groups, tiles.q_size)
         state = (jnp.full(shape, -jnp.inf, stats), jnp.zeros(shape, stats))
         state = (*state, jnp.zeros((*shape, q.shape[-1]), stats))
-        m, total, acc = _repeat(0, high, tiles.k_count, functools.partial(key_tile, i, x), state)
+        m, total, acc = _repeat(low, high, tiles.k_count, functools.partial(key_tile, i, x), state)
         seen = total != 0  # true of a NaN, which must not pass for a row that saw nothing
         safe = jnp.where(seen, total, 1)
         return acc / safe[..., None], jnp.where(
@@ -257,7 +291,7 @@ def backward(settings: Settings, q, k, v, groups: Groups, do, lse, delta):
         do, lse, delta = (_at(a, i) for a in rows)
         s = _times(_dot(k, q, (2, 2), stats), late)
         p = _exp2(s - lse[:, None, :], settings.platform)
-        visible = _visible(settings, groups.behind, tiles, i, j, q_ids, k_ids)
+        visible = _visible(settings, groups, tiles, i, j, q_ids, k_ids)
         if visible is not None:
             p = jnp.where(jnp.swapaxes(visible, 1, 2), p, 0)
         dp = _dot(v, do, (2, 2), stats)
@@ -273,12 +307,10 @@ def backward(settings: Settings, q, k, v, groups: Groups, do, lse, delta):
 
     def key_tile(x, rows, dq, along):
         j, *keys = along
-        low = 0
-        if settings.is_causal:
-            low = jnp.clip((j * tiles.k_size - groups.behind) // tiles.q_size, 0, tiles.q_count)
+        low, high = _query_tiles(settings, groups, tiles, j)
         zero = jnp.zeros((tiles.groups, tiles.k_size, H), stats)
         body = functools.partial(query_tile, x, rows, j, keys)
-        dq, dk, dv = _repeat(low, tiles.q_count, tiles.q_count, body, (dq, zero, zero))
+        dq, dk, dv = _repeat(low, high, tiles.q_count, body, (dq, zero, zero))
         return dq, (dk, dv)
 
     def group_tile(x_and_rows):

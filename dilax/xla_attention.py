@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dilax import dropout
 from dilax._types import stats_dtype
-from dilax.dilate import Piece, dilate, pieces, scatter
+from dilax.dilate import Piece, Rows, dilate, pieces, scatter
 from dilax.partial import Partial, empty, merge, weight
 from dilax.spec import Branch
 from dilax.tile_loop import Groups, Settings, backward, forward, scales
@@ -28,18 +28,23 @@ class _Static:
     """What `attend` knows at trace time."""
 
     branches: tuple[Branch, ...]
-    q_start: int
-    k_start: int
+    q_start: int | None  # None: traced
+    k_start: int | None
     orders: bool  # causality goes by given positions, not by indices
     settings: Settings
 
 
-class _Marks(NamedTuple):
-    """What is known of tokens besides their contents; it has no gradient."""
+class _Where(NamedTuple):
+    """The arrays of a call that say who sees whom; none of them has a gradient."""
 
-    segment_ids: tuple[Any, Any]  # of queries and keys, int32 [B, T] and [B, S] or None
-    positions: tuple[Any, Any]
-    seed: Any
+    q_segment_ids: jax.Array | None
+    kv_segment_ids: jax.Array | None
+    q_start: jax.Array | None  # None: static
+    k_start: jax.Array | None
+    dropout_seed: jax.Array | None
+    dropout_bits: tuple[jax.Array, jax.Array] | None
+    q_positions: jax.Array | None = None
+    kv_positions: jax.Array | None = None
 
 
 def attend(
@@ -52,19 +57,22 @@ def attend(
     scale: float | None = None,
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
-    q_start: int = 0,
-    k_start: int = 0,
+    q_start: int | jax.Array = 0,
+    k_start: int | jax.Array = 0,
     q_positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: jax.Array | None = None,
+    dropout_bits: tuple[jax.Array, jax.Array] | None = None,
     carry: Partial | None = None,
 ) -> Partial:
     """Attention of query [B, T, N, H] over the union of the branches' keys, from `carry` on.
 
     key, value are [B, S, K, H]; segment ids and positions, both or neither, int32 [B, T] and
-    [B, S]; dropout_seed uint32[2]. Branches follow indices, from q_start and k_start on; causality
-    and dropout follow the positions where they are given.
+    [B, S]; dropout_seed uint32[2], or in its place dropout_bits, the hash's bits of rows uint32 [B,
+    T, N] and of columns [branches, B, S, K] or [branches, 1, S, 1]. Branches follow indices, from
+    q_start and k_start on (traced only if every rate is 1); causality and dropout_seed follow the
+    positions where they are given.
     Returns out [B, T, N, H] and lse [B, T, N] in float32 (float64 for float64 inputs). Gradients
     flow to query, key, value and carry, also from lse. Arguments are taken as checked.
 
@@ -75,24 +83,100 @@ def attend(
         >>> attend(x, x, x, branches=(Branch(4, 1, 0, (0, 0)),)).out.shape
         (1, 8, 2, 16)
     """
+    static, where = _split(
+        query,
+        branches,
+        is_causal,
+        scale,
+        _Where(
+            q_segment_ids,
+            kv_segment_ids,
+            None,
+            None,
+            dropout_seed,
+            dropout_bits,
+            q_positions,
+            kv_positions,
+        ),
+        (q_start, k_start),
+        dropout_rate,
+    )
+    carry = None if carry is None else Partial(*carry)
+    return _attend(static, query, key, value, carry, where)
+
+
+def attend_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    *,
+    branches: tuple[Branch, ...],
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_start: int | jax.Array = 0,
+    k_start: int | jax.Array = 0,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
+    dropout_bits: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value through these keys, given the totals over all keys.
+
+    lse [B, T, N] is the total log-sum-exp, delta [B, T, N] is sum(d_out * out) - d_lse of the total
+    out. Returns float32 (float64 for float64 inputs). Other arguments as `attend`.
+
+    Example:
+        >>> x, stat = jnp.ones((1, 8, 2, 16)), jnp.ones((1, 8, 2))
+        >>> options = {"branches": (Branch(4, 1, 0, (0, 0)),)}
+        >>> attend_backward(x, x, x, x, stat, stat, **options)[0].shape
+        (1, 8, 2, 16)
+    """
+    static, where = _split(
+        query,
+        branches,
+        is_causal,
+        scale,
+        _Where(q_segment_ids, kv_segment_ids, None, None, dropout_seed, dropout_bits),
+        (q_start, k_start),
+        dropout_rate,
+    )
+    return _gradients(static, query, key, value, where, d_out, lse, delta)
+
+
+def _split(query, branches, is_causal, scale, where: _Where, starts, rate):
+    """The arguments of a call as what is known at trace time and what is not."""
+    known = [None if isinstance(start, jax.Array) else int(start) for start in starts]
+    if None in known:
+        known = [None, None]
+        where = where._replace(q_start=starts[0], k_start=starts[1])
     static = _Static(
-        branches=tuple(branches),
-        q_start=q_start,
-        k_start=k_start,
-        orders=is_causal and q_positions is not None,
+        branches=tuple(Branch(*branch) for branch in branches),
+        q_start=known[0],
+        k_start=known[1],
+        orders=is_causal and where.q_positions is not None,
         settings=Settings(
-            is_causal=is_causal and q_positions is None,
+            is_causal=is_causal and where.q_positions is None,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            dropout_rate=dropout_rate,
+            dropout_rate=rate,
             platform=jax.default_backend(),
         ),
     )
-    marks = _Marks((q_segment_ids, kv_segment_ids), (q_positions, kv_positions), dropout_seed)
-    return _attend(static, query, key, value, carry, marks)
+    return static, where
+
+
+def _pieces(static: _Static, branch: Branch, T: int, S: int) -> Any:
+    """The pieces of a branch; one of all rows if the starts are traced."""
+    if static.q_start is None or static.k_start is None:
+        return (Piece(1, 0, Rows(0, 0, T, 1), Rows(0, 0, S, 1)),)
+    return pieces(branch, T, S, static.q_start, static.k_start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, query, key, value, carry, marks) -> Partial:
+def _attend(static: _Static, query, key, value, carry, where: _Where) -> Partial:
     stats = stats_dtype(query.dtype)
     running = empty(query.shape, stats) if carry is None else carry
     T, S = query.shape[1], key.shape[1]
@@ -100,8 +184,8 @@ def _attend(static: _Static, query, key, value, carry, marks) -> Partial:
         w, r, first, offsets = branch
         heads = slice(first, first + len(offsets))
         with jax.named_scope(f"branch_{w}_{r}"):
-            for piece in pieces(branch, T, S, static.q_start, static.k_start):
-                q, k, v, groups = _gather(static, number, piece, query, key, value, marks)
+            for piece in _pieces(static, branch, T, S):
+                q, k, v, groups = _gather(static, number, piece, query, key, value, where)
                 out, lse = forward(static.settings, q, k, v, groups)
                 B, M, n = query.shape[0], piece.segments, len(offsets)
                 new = Partial(
@@ -118,31 +202,43 @@ def _attend(static: _Static, query, key, value, carry, marks) -> Partial:
     return running
 
 
-def _attend_fwd(static, query, key, value, carry, marks):
-    out, lse = _attend(static, query, key, value, carry, marks)
+def _attend_fwd(static, query, key, value, carry, where):
+    out, lse = _attend(static, query, key, value, carry, where)
     # Named here, where they become residuals, so that a remat policy can save them.
     total = Partial(checkpoint_name(out, "dilax_out"), checkpoint_name(lse, "dilax_lse"))
-    return total, (query, key, value, carry, marks, total)
+    return total, (query, key, value, carry, where, total)
 
 
 def _attend_bwd(static: _Static, residuals, cotangents):
-    query, key, value, carry, marks, total = residuals
+    query, key, value, carry, where, total = residuals
     d_out, d_lse = cotangents
     seen = total.lse != -jnp.inf
     delta = (d_out * total.out).sum(-1) - jnp.where(seen, d_lse, 0)
-    stats = total.lse.dtype
+    dq, dk, dv = _gradients(static, query, key, value, where, d_out, total.lse, delta)
+    d_carry = None
+    if carry is not None:
+        part = weight(carry.lse, total.lse)
+        d_carry = Partial(part[..., None] * d_out, part * ((d_out * carry.out).sum(-1) - delta))
+    return dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype), d_carry, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _gradients(static: _Static, query, key, value, where: _Where, d_out, total_lse, delta):
+    stats = stats_dtype(query.dtype)
     dq, dk, dv = (jnp.zeros(x.shape, stats) for x in (query, key, value))
     T, S, share = query.shape[1], key.shape[1], query.shape[2] // key.shape[2]
     for number, branch in enumerate(static.branches):
         w, r, first, offsets = branch
         heads = tuple((first + i, offset) for i, offset in enumerate(offsets))
         with jax.named_scope(f"branch_{w}_{r}_backward"):
-            for piece in pieces(branch, T, S, static.q_start, static.k_start):
-                q, k, v, groups = _gather(static, number, piece, query, key, value, marks)
+            for piece in _pieces(static, branch, T, S):
+                q, k, v, groups = _gather(static, number, piece, query, key, value, where)
                 M = piece.segments
                 do, lse, dlt = (
                     _flat(dilate(x, piece.queries, M, heads))
-                    for x in (d_out.astype(query.dtype), total.lse, delta)
+                    for x in (d_out.astype(query.dtype), total_lse, delta)
                 )
                 B, n = query.shape[0], len(offsets)
                 gq, gk, gv = (
@@ -161,14 +257,7 @@ def _attend_bwd(static: _Static, residuals, cotangents):
                         dk = dk.at[:, rows, low:high].add(g)
                     else:
                         dv = dv.at[:, rows, low:high].add(g)
-    d_carry = None
-    if carry is not None:
-        part = weight(carry.lse, total.lse)
-        d_carry = Partial(part[..., None] * d_out, part * ((d_out * carry.out).sum(-1) - delta))
-    return dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype), d_carry, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+    return dq, dk, dv
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -184,7 +273,7 @@ def _sum_heads(g: jax.Array, before: int, heads: int, share: int) -> jax.Array:
     return g.reshape(*g.shape[:2], heads // share, share, -1).sum(3)
 
 
-def _gather(static: _Static, number, piece: Piece, query, key, value, marks: _Marks):
+def _gather(static: _Static, number, piece: Piece, query, key, value, where: _Where):
     """The rows of one piece as q [G, Lq, H], k and v [rows, Lk, H], and their `Groups`."""
     branch = static.branches[number]
     w, r, first, offsets = branch
@@ -205,13 +294,16 @@ def _gather(static: _Static, number, piece: Piece, query, key, value, marks: _Ma
     q_ids: Any = None
     k_ids: Any = None
     real = np.stack([piece.keys.real(offset) for offset in offsets])
-    if marks.segment_ids[0] is not None or not real.all() or static.orders:
-        q_ids = _group_ids(marks.segment_ids[0], piece.queries, B, M, offsets)
-        k_ids = _group_ids(marks.segment_ids[1], piece.keys, B, M, offsets)
+    if where.q_segment_ids is not None or not real.all() or static.orders:
+        q_ids = _group_ids(where.q_segment_ids, piece.queries, B, M, offsets)
+        k_ids = _group_ids(where.kv_segment_ids, piece.keys, B, M, offsets)
         k_ids = jnp.where(np.tile(real, (B * M, 1)), k_ids, 0)
     places: tuple[Any, ...] = tuple(
         None if x is None else _dilated_ids(x, rows, M, offsets)
-        for x, rows in zip(marks.positions, (piece.queries, piece.keys), strict=True)
+        for x, rows in (
+            (where.q_positions, piece.queries),
+            (where.kv_positions, piece.keys),
+        )
     )
     if static.orders:
         q_ids, k_ids = (
@@ -219,7 +311,13 @@ def _gather(static: _Static, number, piece: Piece, query, key, value, marks: _Ma
         )
 
     q_bits = k_bits = None
-    if static.settings.dropout_rate > 0:
+    if where.dropout_bits is not None:
+        rows, columns = where.dropout_bits
+        columns = jnp.broadcast_to(columns[number], (B, key.shape[1], key.shape[2]))
+        q_bits = _flat(dilate(rows, piece.queries, M, heads))
+        k_bits = _flat(dilate(columns, piece.keys, M, tuple((h // share, o) for h, o in heads)))
+    elif static.settings.dropout_rate > 0:
+        seed: Any = where.dropout_seed
         shape = (B, M, n, 1)
         start = (piece.first_segment + np.arange(M)).reshape(1, M, 1, 1) * w
         start = start + np.asarray(offsets).reshape(1, 1, n, 1)
@@ -229,12 +327,15 @@ def _gather(static: _Static, number, piece: Piece, query, key, value, marks: _Ma
         )
         batch = np.arange(B).reshape(B, 1, 1, 1)
         head = np.arange(first, first + n).reshape(1, 1, n, 1)
-        q_bits = _flat(dropout.row_bits(marks.seed, batch, head, q_position))
+        q_bits = _flat(dropout.row_bits(seed, batch, head, q_position))
         k_position = jnp.broadcast_to(k_position, (*shape[:3], piece.keys.steps))
-        k_bits = dropout.column_bits(marks.seed, k_position, number)
-        k_bits = _flat(k_bits)
+        k_bits = _flat(dropout.column_bits(seed, k_position, number))
+    groups = Groups(key_row, q_ids, k_ids, q_bits, k_bits, 0)
+    if where.q_start is not None:
+        behind = where.q_start - where.k_start
+        return q, k, v, groups._replace(behind=behind, segment=w, q_first=where.q_start)
     behind = (piece.queries.index // r) - (piece.keys.index // r)
-    return q, k, v, Groups(key_row, q_ids, k_ids, q_bits, k_bits, behind)
+    return q, k, v, groups._replace(behind=behind)
 
 
 def _group_ids(ids, rows, B: int, M: int, offsets) -> jax.Array:

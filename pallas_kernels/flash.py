@@ -17,7 +17,7 @@ from pallas_kernels.support import is_static, padded_head, result_dtype, unsuppo
 
 LOG2E = math.log2(math.e)
 
-__all__ = ["Call", "attend", "unsupported"]
+__all__ = ["Call", "attend", "attend_backward", "unsupported"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Call:
     ids: bool
     device_kind: str
     interpret: bool
+    wide: bool = False
 
 
 def attend(
@@ -135,6 +136,53 @@ def attend(
     ids = (q_segment_ids, kv_segment_ids) if call.ids else None
     carry = None if carry is None else (carry[0], carry[1])
     return _attend(call, query, key, value, carry, ids, where, seed)
+
+
+def attend_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    *,
+    branches: Sequence[tuple[int, int, int, tuple[int, ...]]],
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_start: int | jax.Array = 0,
+    k_start: int | jax.Array = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value through these keys alone, given the totals over all keys.
+
+    lse `[B, T, N]` is the total log-sum-exp and delta `[B, T, N]` is sum(d_out * out) - d_lse of
+    the total out. Returns float32, in which those of several calls can be added up; dk and dv are
+    not rounded before, where shared memory allows it. Other arguments as `attend`, as checked.
+    """
+    starts = tuple(int(s) if is_static(s) else None for s in (q_start, k_start))
+    call = Call(
+        branches=tuple((int(w), int(r), int(f), tuple(map(int, o))) for w, r, f, o in branches),
+        causal=bool(is_causal),
+        scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+        q_start=starts[0],
+        k_start=starts[1],
+        rate=0.0,
+        keep=None,
+        out_dtype=jnp.dtype(jnp.float32),
+        deterministic=True,
+        ids=q_segment_ids is not None,
+        device_kind=_device_kind(),
+        interpret=interpreting(),
+        wide=True,
+    )
+    seed = jnp.zeros((2,), jnp.uint32)
+    where = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
+    kv_segment_ids = q_segment_ids if kv_segment_ids is None else kv_segment_ids
+    ids = (q_segment_ids, kv_segment_ids) if call.ids else None
+    with jax.enable_x64(False):
+        found = _run_backward(call, query, key, value, d_out, lse, delta, ids, where, seed)
+    return tuple(x.astype(jnp.float32) for x in found)
 
 
 def _deterministic_ops() -> bool:
@@ -356,7 +404,7 @@ def _run_backward(
     # (dq is rounded less often: most queries take part in one or two branches).
     dtype, blocks = jnp.dtype(query.dtype), config.keys_blocks(head_dim, call.ids, fused)
     wide = config.keys_blocks(head_dim, call.ids, fused, out_bytes=4)
-    if wide is not None and len(list(groups(blocks.away, True))) > 1:
+    if wide is not None and (call.wide or len(list(groups(blocks.away, True))) > 1):
         dtype, blocks = jnp.dtype(jnp.float32), wide
     lse, delta = (x[:, :, : sizes.padded_T] for x in (lse, delta))
     for plan, add, table in plans(blocks.away, True):
@@ -368,7 +416,8 @@ def _run_backward(
             dq = new_dq if fused else dq
     if fused:
         dq = (dq * call.scale).astype(query.dtype)
-    dk, dv = dk.astype(key.dtype), dv.astype(value.dtype)
+    if not call.wide:
+        dk, dv = dk.astype(key.dtype), dv.astype(value.dtype)
     columns = slice(sizes.head_dim)
     return dq[:, : sizes.T, :, columns], dk[:, : sizes.S, :, columns], dv[:, : sizes.S, :, columns]
 

@@ -1,4 +1,4 @@
-"""Placement of attention on a mesh: nothing is here yet, `dilax` runs on one device.
+"""Placement of attention on a mesh: who holds which tokens, who sends what to whom.
 
 This package knows jax and the attention function it is handed, never `dilax`.
 """

@@ -1,0 +1,231 @@
+"""Attention over a sequence that lies on a mesh axis: all branches of a plan, and its gradients.
+
+The backward pass needs the queries, keys, values, output and total log-sum-exp of this device only.
+JAX never differentiates a message: that would keep everything that arrived.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sharding.local import Here, Local, empty, options, zeros
+from sharding.mesh import AxisName, vary_like
+from sharding.plan import Plan
+from sharding.ring import Ring
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything static about one call; the axes of heads and batch are None if not sharded."""
+
+    plan: Plan
+    local: Local
+    axis_name: AxisName
+    head_axis: AxisName | None
+    batch_axis: AxisName | None
+    is_causal: bool
+    scale: float
+    dropout_rate: float
+
+
+def attend(
+    setup: Setup,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    dropout_seed: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """out [B, n, N, H] and lse [B, n, N] of this device's rows, in float32 (float64 for float64).
+
+    Inside a shard_map over setup.axis_name. query [B, n, N, H], key and value [B, n, K, H], segment
+    ids int32 [B, n]: this device's part in the plan's layout. dropout_seed is uint32[2]. Gradients
+    flow to query, key and value, also from lse. Arguments are taken as checked.
+    """
+    everything = (query, key, value, q_segment_ids, kv_segment_ids, dropout_seed)
+    arrays = (vary_like(x, everything) for x in everything)
+    q, k, v, *masks = arrays
+    return _attend(setup, q, k, v, tuple(masks))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(setup: Setup, query, key, value, masks):
+    rings, here = _rings(setup, masks)
+    keys = [ring.keys(key, value) for ring in rings]
+    # All first messages leave before anything is computed.
+    arrived = [_first(ring, k) for ring, k in zip(rings, keys, strict=True)]
+    total = _in_place(setup, here, query, key, value)
+    chunks = setup.plan.token_starts.shape[1]
+    running: list[Any] = _split(total, chunks)
+    for ring, own, first in zip(rings, keys, arrived, strict=True):
+        with jax.named_scope(_name(ring)):
+            running = _forward(ring, query, own, first, running)
+    return tuple(jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in zip(*running, strict=True))
+
+
+def _rings(setup: Setup, masks) -> tuple[list[Ring], Here]:
+    def index(axis: AxisName | None) -> Any:
+        return 0 if axis is None else lax.axis_index(axis)
+
+    here = Here(
+        lax.axis_index(setup.axis_name), index(setup.head_axis), index(setup.batch_axis), *masks
+    )
+    args = setup.axis_name, setup.scale, setup.dropout_rate, here
+    moving = [branch for branch in setup.plan.branches if not branch.in_place]
+    return [Ring(setup.local, setup.plan, branch, *args) for branch in moving], here
+
+
+def _name(ring: Ring) -> str:
+    branch = ring.branch
+    return f"{branch.method}_{branch.ranks.segment}_{branch.ranks.rate}"
+
+
+def _first(ring: Ring, keys) -> Any:
+    hops = ring.branch.hops
+    return ring.send(hops[1], keys) if len(hops) > 1 else None
+
+
+def _in_place(setup: Setup, here: Here, query, key, value) -> Any:
+    """(out, lse) of the branches that are local; of no key at all if there is none."""
+    branches = [branch for branch in setup.plan.branches if branch.in_place]
+    if not branches:
+        return empty(query)
+    with jax.named_scope("local"):
+        return setup.local.forward(
+            query,
+            key,
+            value,
+            **options(setup.local, here, setup.plan, branches, query.shape),
+            is_causal=setup.is_causal,
+            scale=setup.scale,
+            dropout_rate=setup.dropout_rate,
+            carry=None,
+        )
+
+
+def _with_next(hops: Any) -> Any:
+    """Each hop with the one after it, None at the end."""
+    return zip(hops, (*hops[1:], None), strict=False)
+
+
+def _split(arrays, chunks: int) -> list[tuple]:
+    """Arrays [B, n, ...] as a list over chunks of tuples."""
+    if chunks == 1:
+        return [tuple(arrays)]
+    return list(zip(*(jnp.split(x, chunks, axis=1) for x in arrays), strict=True))
+
+
+def _forward(ring: Ring, query, own, arrived, running: list) -> list:
+    """The running (out, lse) per chunk with one branch added."""
+    chunks = range(len(running))
+    queries = [ring.queries(query, i) for i in chunks]
+    ids = [ring.query_ids(i) for i in chunks]
+    state: list[Any] = [tuple(x[None] for x in old) if ring.direct else None for old in running]
+    hops = ring.branch.hops
+    state = ring.attend(hops[0], queries, ids, own, state)
+    for hop, after in _with_next(hops[1:]):
+        following = None
+        if after is not None:
+            # Not before the hop before is done, so that at most two hops' keys are here at once.
+            own, state = lax.optimization_barrier((own, state))
+            following = ring.send(after, own)
+        state = ring.attend(hop, queries, ids, arrived, state)
+        arrived = following
+    if ring.direct:
+        return [tuple(x[0] for x in new) for new in state]
+    return ring.merge(running, state, query.dtype)
+
+
+def _attend_fwd(setup: Setup, query, key, value, masks):
+    out, lse = _attend(setup, query, key, value, masks)
+    return (out, lse), (query, key, value, masks, out, lse)
+
+
+def _attend_bwd(setup: Setup, residuals, cotangents):
+    query, key, value, masks, out, lse = residuals
+    d_out, d_lse = cotangents
+    delta = (d_out * out).sum(-1) - jnp.where(lse != -jnp.inf, d_lse, 0)
+    d_out = d_out.astype(query.dtype)
+    rings, here = _rings(setup, masks)
+    keys = [ring.keys(key, value) for ring in rings]
+    arrived = [_first(ring, k) for ring, k in zip(rings, keys, strict=True)]
+    local = _in_place_gradients(setup, here, query, key, value, (d_out, lse, delta))
+    chunks = setup.plan.token_starts.shape[1]
+    totals = [[x for (x,) in _split((g,), chunks)] for g in local]
+    for ring, own, first in zip(rings, keys, arrived, strict=True):
+        with jax.named_scope(f"{_name(ring)}_backward"):
+            totals = _backward(ring, (query, d_out, lse, delta), own, first, totals)
+    gradients = (jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in totals)
+    dq, dk, dv = (g.astype(x.dtype) for g, x in zip(gradients, (query, key, value), strict=True))
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _in_place_gradients(setup: Setup, here: Here, query, key, value, others) -> Any:
+    branches = [branch for branch in setup.plan.branches if branch.in_place]
+    if not branches:
+        return tuple(zeros(x) for x in (query, key, value))
+    with jax.named_scope("local_backward"):
+        return setup.local.backward(
+            query,
+            key,
+            value,
+            *others,
+            **options(setup.local, here, setup.plan, branches, query.shape),
+            is_causal=setup.is_causal,
+            scale=setup.scale,
+            dropout_rate=setup.dropout_rate,
+        )
+
+
+def _backward(ring: Ring, arrays, own, arrived, totals: list) -> list:
+    """Gradients [dq, dk, dv], each per chunk, with those of one branch added."""
+    chunks = range(len(totals[0]))
+    query, d_out, lse, delta = ([ring.queries(x, i) for i in chunks] for x in arrays)
+    ids = [ring.query_ids(i) for i in chunks]
+    rows = list(zip(query, ids, d_out, lse, delta, strict=True))
+    hops = ring.branch.hops
+    dq: list[Any] = [None for _ in chunks]
+    dq, mine = ring.gradients(hops[0], rows, own, dq)
+    for hop, after in _with_next(hops[1:]):
+        following = None
+        if after is not None:
+            own, dq = lax.optimization_barrier((own, dq))
+            following = ring.send(after, own)
+        dq, back = ring.gradients(hop, rows, arrived, dq)
+        mine = _add_back(mine, ring.give_back(hop, back), hop.rows, own)
+        arrived = following
+    dk, dv = ([None if x is None else x[i] for x in mine] for i in range(2))
+    dtype = arrays[0].dtype
+    return [
+        ring.add_queries(totals[0], dq, dtype),
+        ring.add_keys(totals[1], dk, dtype),
+        ring.add_keys(totals[2], dv, dtype),
+    ]
+
+
+def _add_back(mine: list, back: list, rows, own) -> list:
+    """Gradients of this device's keys and values per chunk, with what came back added."""
+    result = []
+    for old, new, sent, keys in zip(mine, back, rows, own, strict=True):
+        if new is None:
+            result.append(old)
+            continue
+        low, high = sent
+        if old is None:
+            old = tuple(jnp.zeros(keys.key.shape, x.dtype) for x in new)
+        whole = sent == (0, keys.key.shape[2])
+        result.append(
+            tuple(
+                x + y if whole else x.at[:, :, low:high].add(y)
+                for x, y in zip(old, new, strict=True)
+            )
+        )
+    return result
