@@ -304,7 +304,8 @@ def _contiguous(shared: _Shared, group: int) -> bool:
 
 
 def _local(shared, number, branch, ranks, slots, first, end) -> BranchPlan:
-    rows, hops = ranks.count(shared.starts), ()
+    rows: int = ranks.count(shared.starts)
+    hops: Any = ()
     aligned = shared.devices == 1 or shared.chunk % ranks.segment == 0
     if not (aligned and slots.static and _one_run(slots)):
         hops = (_hop(shared, ranks, first, end, len(first), 0, rows),)

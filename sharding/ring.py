@@ -206,6 +206,7 @@ class Ring:
     def attend(self, hop: Hop, queries, ids, arrived, state: list) -> list:
         """`state` (per chunk None or (out, lse)), continued over the keys that a hop brought."""
         state = list(state)
+        old: Any
         for call in hop.calls:
             chunk = arrived[call.key]
             sent = hop.rows[call.key] if hop.shift else (0, chunk.key.shape[2])
@@ -233,7 +234,8 @@ class Ring:
 
         rows: per chunk (q, ids, d_out, lse, delta).
         """
-        dq, back = list(dq), [None] * len(arrived)
+        dq = list(dq)
+        back: list[Any] = [None] * len(arrived)
         for call in hop.calls:
             q, ids, *others = rows[call.query]
             chunk = arrived[call.key]
