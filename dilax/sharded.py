@@ -110,7 +110,8 @@ def sharded_dilated_attention(
 
     Example:
         >>> import functools, jax, dilax
-        >>> mesh = jax.make_mesh((1,), ("sequence",))
+        >>> auto = jax.sharding.AxisType.Auto
+        >>> mesh = jax.make_mesh((1,), ("sequence",), axis_types=(auto,))
         >>> attend = functools.partial(
         ...     dilax.sharded_dilated_attention, segment_lengths=[8, 32], dilation_rates=[1, 2],
         ...     axis_name="sequence",

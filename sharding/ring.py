@@ -206,7 +206,6 @@ class Ring:
     def attend(self, hop: Hop, queries, ids, arrived, state: list) -> list:
         """`state` (per chunk None or (out, lse)), continued over the keys that a hop brought."""
         state = list(state)
-        old: Any
         for call in hop.calls:
             chunk = arrived[call.key]
             sent = hop.rows[call.key] if hop.shift else (0, chunk.key.shape[2])
@@ -222,10 +221,7 @@ class Ring:
             new = self.local.forward(*arrays, **options, carry=carry)
             new = tuple(x.reshape(*q.shape[:2], *x.shape[1:]) for x in new)
             if not whole:
-                new = tuple(
-                    x.at[:, :, call.q_rows[0] : call.q_rows[1]].set(y)
-                    for x, y in zip(old, new, strict=True)
-                )
+                new = _write(old, call.q_rows, new)
             state[call.query] = new
         return state
 
@@ -245,17 +241,11 @@ class Ring:
             gq, gk, gv = self.local.backward(*arrays, *others, **options)
             gq = gq.reshape(*q.shape[:2], *gq.shape[1:])
             dq[call.query] = _grow(dq[call.query], gq, call.q_rows, q.shape[2])
-            old = (None, None) if back[call.key] is None else back[call.key]
+            old = back[call.key] or (None, None)
             low = call.k_rows[0] - sent[0]
-            back[call.key] = tuple(
-                _grow(
-                    x,
-                    g.reshape(*chunk.key.shape[:2], *g.shape[1:]),
-                    (low, low + g.shape[1]),
-                    sent[1] - sent[0],
-                )
-                for x, g in zip(old, (gk, gv), strict=True)
-            )
+            place = (low, low + gk.shape[1]), sent[1] - sent[0]
+            gk, gv = (x.reshape(*chunk.key.shape[:2], *x.shape[1:]) for x in (gk, gv))
+            back[call.key] = (_grow(old[0], gk, *place), _grow(old[1], gv, *place))
         return dq, back
 
     # --- the whole branch -----------------------------------------------------------------------
@@ -330,6 +320,10 @@ def _flat(x: jax.Array) -> jax.Array:
 def _part(x: jax.Array, axis: int, index: Any, parts: int) -> jax.Array:
     size = x.shape[axis] // parts
     return lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+
+def _write(old: Any, rows: tuple[int, int], new: Any) -> tuple:
+    return tuple(x.at[:, :, rows[0] : rows[1]].set(y) for x, y in zip(old, new, strict=True))
 
 
 def _grow(total: Any, new: jax.Array, rows: tuple[int, int], length: int) -> jax.Array:
