@@ -150,7 +150,7 @@ def sharded_dilated_attention(
     rate, seed = 0.0, None
     if drops and dropout_key is not None:
         rate, seed = float(dropout_rate), dropout.seed_bits(dropout_key)
-    scale = H**-0.5 if scale is None else float(scale)
+    factor = H**-0.5 if scale is None else float(scale)
     plan = plan_of(
         branches,
         (B, total, N, key.shape[2], H),
@@ -162,8 +162,8 @@ def sharded_dilated_attention(
         method=method,
         packed=ids[0] is not None,
     )
-    local = choose_local(implementation, query, key, value, plan, scale, ids, rate, seed)
-    setup = sharded.Setup(plan, local, axis_name, head_axis, batch_axis, is_causal, scale, rate)
+    local = choose_local(implementation, query, key, value, plan, factor, ids, rate, seed)
+    setup = sharded.Setup(plan, local, axis_name, head_axis, batch_axis, is_causal, factor, rate)
     parts = [Partial(*sharded.attend(setup, query, key, value, *ids, seed))]
     place = _Place(axis_name, head_axis, batch_axis, plan.layout, head_parts)
     if pad_mode == "zeros" and not is_causal:
@@ -173,7 +173,7 @@ def sharded_dilated_attention(
         parts.append(constant_key(query, lse))
     if bias_k is not None:
         where = place.batch(B), place.heads(N), place.rows(T)[None]
-        parts.append(bias_key(query, bias_k, bias_v, scale, where, rate, seed, len(branches)))
+        parts.append(bias_key(query, bias_k, bias_v, factor, where, rate, seed, len(branches)))
     out, lse = merge(*parts)
     if average_branches:
         out = out / len(branches)
@@ -283,7 +283,7 @@ def _local_reasons(name, query, key, value, plan: Plan, scale, ids, rate, seed) 
     N, reasons = query.shape[2], []
     if rate:
         reasons.append("dropout on a mesh: its kernels count examples and heads from 0")
-    options = dict(
+    options: dict[str, Any] = dict(
         is_causal=plan.causal,
         scale=scale,
         q_segment_ids=ids[0],

@@ -230,8 +230,7 @@ class Ring:
 
         rows: per chunk (q, ids, d_out, lse, delta).
         """
-        dq = list(dq)
-        back: list[Any] = [None] * len(arrived)
+        dq, back = list(dq), {}
         for call in hop.calls:
             q, ids, *others = rows[call.query]
             chunk = arrived[call.key]
@@ -241,12 +240,12 @@ class Ring:
             gq, gk, gv = self.local.backward(*arrays, *others, **options)
             gq = gq.reshape(*q.shape[:2], *gq.shape[1:])
             dq[call.query] = _grow(dq[call.query], gq, call.q_rows, q.shape[2])
-            old = back[call.key] or (None, None)
+            old: Any = back.get(call.key, (None, None))
             low = call.k_rows[0] - sent[0]
             place = (low, low + gk.shape[1]), sent[1] - sent[0]
             gk, gv = (x.reshape(*chunk.key.shape[:2], *x.shape[1:]) for x in (gk, gv))
             back[call.key] = (_grow(old[0], gk, *place), _grow(old[1], gv, *place))
-        return dq, back
+        return dq, [back.get(chunk) for chunk in range(len(arrived))]
 
     # --- the whole branch -----------------------------------------------------------------------
 
