@@ -35,13 +35,15 @@ from pallas_kernels.forward import CONSUMERS, LOG2E, ROWS, view
 class Options:
     """Static options of a backward kernel beside its `schedule.Launch`.
 
-    scale: softmax scale. stages: depth of the rings. group: query heads for each kv head.
+    scale: softmax scale. stages: depth of the rings. stagings: tiles of shared memory that the
+    keys' kernel writes from. group: query heads for each kv head.
     add: results are added to what the output holds. ids: segment ids are given. rate: dropout.
     fused: the keys' kernel also adds the queries' gradient (order not deterministic).
     """
 
     scale: float
     stages: int
+    stagings: int
     group: int
     add: bool
     ids: bool
@@ -110,6 +112,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
             base, current = state
             following = schedule.entry(items, cta, t + 1, count)
             b, n, residue, tile, local, mask = place(current)
+            total = base + schedule.known_steps(plan, geometry, current, mask, residue, tile)
             row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, n)
             if opt.add:
@@ -137,6 +140,8 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 s, dp = pl.run_scoped(scores, acc, acc)
                 ids = load(id_smem.at[slot], COLUMN) if opt.ids else None
                 plgpu.barrier_arrive(v_free.at[slot])
+                # The next tile arrives while this one finishes.
+                pl.when(i + 1 == total)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
                 s = lax.cond(
                     is_edge(plan, v, row, start, bkv),
                     lambda: jnp.where(seen_pairs(plan, v, row, start, shape), s, -jnp.inf),
@@ -166,7 +171,6 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 dq, end = one_branch(0, (dq, base))
             else:
                 dq, end = lax.fori_loop(0, branches, one_branch, (dq, base))
-            pl.when(end > base)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
             write_tile(
                 dq * (opt.scale / LOG2E), dq_smem.at[wg], dq_ref.at[window], c_ready.at[wg], opt.add
             )
@@ -180,8 +184,9 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
         plgpu.set_max_registers(24, action="decrease")
 
         def one_item(t: Any, state: Any) -> Any:
-            fill, used = state
-            b, n, residue, tile, local, mask = place(schedule.entry(items, cta, t, count))
+            fill, used, current = state
+            following = schedule.entry(items, cta, t + 1, count)
+            b, n, residue, tile, local, mask = place(current)
             kv_head = lax.div(n, jnp.int32(opt.group))
 
             def load_home() -> None:
@@ -213,9 +218,10 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                     return i + 1
 
                 fill = lax.fori_loop(0, v.steps, step, fill)
-            return fill, used + jnp.where(fill > begin, 1, 0)
+            return fill, used + jnp.where(fill > begin, 1, 0), following
 
-        lax.fori_loop(0, count, one_item, (jnp.int32(0), jnp.int32(0)))
+        first = schedule.entry(items, cta, 0, count)
+        lax.fori_loop(0, count, one_item, (jnp.int32(0), jnp.int32(0), first))
 
     pl.when(wg < CONSUMERS)(consume)
     pl.when(wg == CONSUMERS)(produce)

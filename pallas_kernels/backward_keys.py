@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import schedule
-from pallas_kernels.backward import Options, is_edge, seen_pairs, write_tile
+from pallas_kernels.backward import Options, is_edge, seen_pairs
 from pallas_kernels.compat import (
     COLUMN,
     ROW,
@@ -40,13 +40,13 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     dk_ref, dv_ref = next(it), next(it)
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = (next(it) for _ in range(6))
     out_smem, dq_smem, ds_smem, id_smem, p_smem = (next(it) for _ in range(5))
-    k_ready, q_ready, do_ready, c_ready, k_free, q_free, do_free, ds_ready, ds_free = it
+    k_ready, q_ready, do_ready, k_free, q_free, do_free, ds_ready, ds_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count, bq = items[cta, 0, 0], plan.block_away
     kv_heads = plan.heads // opt.group
     visits = len(plan.rates) * opt.group
-    head_dim = k_smem.shape[-1]
+    head_dim, stagings = k_smem.shape[-1], out_smem.shape[0]
     dtype = k_smem.dtype
 
     def place(entry: Any) -> tuple[Any, ...]:
@@ -62,11 +62,10 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             base, current = state
             following = schedule.entry(items, cta, t + 1, count)
             b, kv_head, residue, tile, local = place(current)
+            # With starts that are traced the last step is known only when it is over.
+            total = base + current[2] if schedule.knows_starts(plan) else base
             row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, kv_head)
-            if opt.add:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.copy_gmem_to_smem(dv_ref.at[window], out_smem.at[wg], c_ready.at[wg])
             id_rows = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
             plgpu.barrier_wait(k_ready.at[wg])
 
@@ -105,6 +104,9 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
 
                 dp = pl.run_scoped(weigh, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(do_free.at[slot])
+                if not opt.fused:
+                    # The next tile arrives while this one finishes.
+                    pl.when(i + 1 == total)(lambda: plgpu.barrier_arrive(k_free.at[wg]))
                 # Loaded only now: a column vector takes as many registers as half a score tile.
                 delta = load(delta_smem.at[slot], COLUMN)
                 if opt.rate:
@@ -167,14 +169,23 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
 
             acc = plgpu.ACC((ROWS, head_dim), jnp.float32)
             dk, dv, end = pl.run_scoped(gradients, acc, acc)
-            plgpu.barrier_arrive(k_free.at[wg])
-            out = out_smem.at[wg]
-            write_tile(dv, out, dv_ref.at[window], c_ready.at[wg], opt.add)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if opt.add:
-                plgpu.copy_gmem_to_smem(dk_ref.at[window], out, c_ready.at[wg])
-            write_tile(dk * (opt.scale / LOG2E), out, dk_ref.at[window], c_ready.at[wg], opt.add)
+            pl.when(opt.fused | (end == base) | (total == base))(
+                lambda: plgpu.barrier_arrive(k_free.at[wg])
+            )
+            write(dv, 0, dv_ref.at[window])
+            write(dk * (opt.scale / LOG2E), stagings - 1, dk_ref.at[window])
             return end, following
+
+        def write(tile: jax.Array, staging: int, ref: Any) -> None:
+            """Writes one warpgroup's tile, or adds it: each place once a launch, so in order."""
+            plgpu.wait_smem_to_gmem(stagings - 1, wait_read_only=True)
+            smem = out_smem.at[staging, wg]
+            smem[...] = tile.astype(smem.dtype)
+            plgpu.commit_smem()
+            if opt.add:
+                add_to_global(smem, ref, opt.interpret)
+            else:
+                plgpu.copy_smem_to_gmem(smem, ref)
 
         first = schedule.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
@@ -183,8 +194,10 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     def produce() -> None:
         plgpu.set_max_registers(24, action="decrease")
 
-        def one_item(t: Any, fill: Any) -> Any:
-            b, kv_head, residue, tile, local = place(schedule.entry(items, cta, t, count))
+        def one_item(t: Any, state: Any) -> Any:
+            fill, current = state
+            following = schedule.entry(items, cta, t + 1, count)
+            b, kv_head, residue, tile, local = place(current)
             for i in range(CONSUMERS):
                 pl.when(t > 0)(lambda i=i: plgpu.barrier_wait(k_free.at[i]))
                 at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, kv_head)
@@ -219,9 +232,10 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             for branch in range(len(plan.rates)):
                 body = functools.partial(member, branch=branch)
                 fill = lax.fori_loop(0, opt.group, body, fill) if opt.group > 1 else body(0, fill)
-            return fill
+            return fill, following
 
-        lax.fori_loop(0, count, one_item, jnp.int32(0))
+        first = schedule.entry(items, cta, 0, count)
+        lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
 
     pl.when(wg < CONSUMERS)(consume)
     pl.when(wg == CONSUMERS)(produce)
@@ -276,7 +290,7 @@ def keys_gradient(
         shared_tile((stages, bq, head_dim), dtype),
         vectors,
         vectors,
-        shared_tile((CONSUMERS, ROWS, head_dim), out_dtype),
+        shared_tile((opt.stagings, CONSUMERS, ROWS, head_dim), out_dtype),
         shared_tile((CONSUMERS, bq // split[0], head_dim // split[1]), jnp.float32)
         if opt.fused
         else None,
@@ -286,7 +300,6 @@ def keys_gradient(
         plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
         plgpu.Barrier(num_barriers=stages, num_arrivals=4 if opt.ids else 3),
         plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),

@@ -5,6 +5,7 @@ import them from here only. What differs between the real GPU and the interprete
 take a matrix operand from registers) is also decided here, so that kernel bodies stay the same.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax._src import config as jax_config
+from jax.experimental.mosaic.gpu import fragmented_array as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -54,28 +57,76 @@ def product(left: Any, right: Any, shape: tuple[int, int], issued: Callable[[], 
     return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
 
 
-def accumulate(
-    acc: jax.Array,
-    left: jax.Array,
-    right: Any,
-    staging: Any,
-    issued: Callable[[], None] = lambda: None,
-) -> jax.Array:
+def accumulate(acc: jax.Array, left: jax.Array, right: Any, staging: Any) -> jax.Array:
     """`acc + left @ right` with `left` in registers and `right` in shared memory.
 
     `staging` is None on a GPU. Under the interpreter it is shared memory of left's shape, because
     there a wgmma takes both operands from shared memory and cannot start from an old value.
     """
     if staging is None:
-
-        def body(acc_ref: Any) -> None:
-            plgpu.wgmma(acc_ref, left, right)
-            issued()
-
-        return pl.run_state(body)(plgpu.ACC.init(acc))
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
     staging[...] = left
     plgpu.commit_smem()
-    return acc + product(staging, right, acc.shape, issued)
+    return acc + product(staging, right, acc.shape, lambda: None)
+
+
+class Sum:
+    """A sum of matrix products, in the registers of one warpgroup.
+
+    `stand_in` is None on a GPU. The interpreter can neither change an accumulator nor multiply
+    from registers; there it is shared memory: float32 of the sum's shape, and of left's shape.
+    """
+
+    def __init__(self, accumulator: Any, stand_in: tuple[Any, Any] | None):
+        self.accumulator, self.stand_in = accumulator, stand_in
+
+    def add(self, left: jax.Array, right: Any) -> None:
+        """Begins to add `left @ right`, left from registers and right from shared memory."""
+        if self.stand_in is None:
+            plgpu.wgmma(self.accumulator, left, right)
+            return
+        total, staging = self.stand_in
+        staging[...] = left
+        plgpu.commit_smem()
+        total[...] = total[...] + product(staging, right, total.shape, lambda: None)
+
+    def value(self) -> jax.Array:
+        """The sum once all products are in it."""
+        if self.stand_in is not None:
+            return self.stand_in[0][...]
+        # The barrier keeps arithmetic on the registers behind the wait.
+        return jax.lax.optimization_barrier(self.accumulator[...])
+
+    def scale(self, factor: jax.Array) -> None:
+        """Multiplies every row by its factor."""
+        value = self.value()
+        value = value * jax.lax.broadcast_in_dim(factor, value.shape, [0])
+        if self.stand_in is None:
+            self.accumulator[...] = value
+        else:
+            self.stand_in[0][...] = value
+
+
+def with_sum(
+    body: Callable[[Sum], Any], shape: tuple[int, int], stand_in: tuple[Any, Any] | None
+) -> Any:
+    """Runs `body` with a `Sum` that is zero."""
+    if stand_in is None:
+        accumulator = plgpu.ACC(shape, jnp.float32)
+        return pl.run_scoped(lambda acc: body(Sum(acc, None)), accumulator)
+    stand_in[0][...] = jnp.zeros(shape, jnp.float32)
+    return body(Sum(None, stand_in))
+
+
+def product_first(left: Any, right: Any, shape: tuple[int, int], begin_more: Any) -> jax.Array:
+    """`left @ right` from shared memory, while one product begun by `begin_more` still runs."""
+
+    def body(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, left, right)
+        begin_more()
+        return jax.lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=1))
+
+    return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
 
 
 def launch(
@@ -154,11 +205,13 @@ def add_product(acc: Any, left: jax.Array, right: Any, staging: Any) -> None:
 def add_to_global(smem: Any, ref: Any, interpret: bool) -> None:
     """Adds a shared-memory tile to global memory (a TMA reduction; the order is not fixed).
 
-    The interpreter has no reductions; there the addition is a plain load and store, right as long
-    as one thread at a time adds to a place.
+    The interpreter has no reductions; there the addition is a load and a copy, right as long as one
+    thread at a time adds to a place.
     """
     if interpret:
-        ref[...] = ref[...] + smem[...]
+        smem[...] = smem[...] + ref[...]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem, ref)
     else:
         plgpu.copy_smem_to_gmem(smem, ref, reduction_op="add")
 
@@ -179,6 +232,88 @@ def named_barrier(operation: str, barrier: int | jax.Array, threads: int) -> Non
         mgpu_utils.inline_ptx(f"bar.{operation} $0, {threads};", number.registers[()])
 
     chosen(barrier)
+
+
+def partial_sums(x: jax.Array, interpret: bool) -> jax.Array:
+    """Row sums of x `[rows, columns]` in which each thread has summed only what it holds.
+
+    They can be added, and scaled by rows; `total_sums` makes sums of them. That saves the exchange
+    between threads in every step of a loop. (The interpreter has whole rows, and sums them.)
+    """
+    if interpret:
+        return x.sum(axis=1)
+    rows = plgpu.ShapeDtypeStruct(x.shape[:1], x.dtype, ROW)
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=rows)
+    def emit(_: Any, tile: Any) -> Any:
+        add, halves = mgpu_utils.arith.addf, []
+        # Registers [1, columns / 8, 1, 1, 2 rows, ...], each a pair of columns.
+        for pairs in np.moveaxis(tile.registers, 4, 0).reshape(2, -1):
+            chains = [functools.reduce(add, pairs[i::4]) for i in range(4)]
+            pair = add(add(*chains[:2]), add(*chains[2:]))
+            halves.append(add(_element(pair, 0), _element(pair, 1)))
+        return _row_array(halves, tile.mlir_dtype)
+
+    return emit(x)
+
+
+def total_sums(x: jax.Array, interpret: bool) -> jax.Array:
+    """The sums of `partial_sums`: adds up what the four threads of a row hold."""
+    if interpret:
+        return x
+
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, ROW))
+    def emit(_: Any, rows: Any) -> Any:
+        totals = []
+        for register in rows.registers.flat:
+            total = _element(register, 0)
+            for distance in (1, 2):
+                other = mgpu_utils.shfl_bfly(total, distance)
+                total = mgpu_utils.arith.addf(total, other)
+            totals.append(total)
+        return _row_array(totals, rows.mlir_dtype)
+
+    return emit(x)
+
+
+def _element(register: Any, i: int) -> Any:
+    position = mgpu_utils.ir.DenseI64ArrayAttr.get([i])
+    return mgpu_utils.vector.extract(register, dynamic_position=[], static_position=position)
+
+
+def _row_array(values: Sequence[Any], dtype: Any) -> Any:
+    vector = mgpu_utils.ir.VectorType.get((1,), dtype)
+    registers = np.empty((1, 1, len(values), 1, 1), dtype=object)
+    for i, value in enumerate(values):
+        registers[0, 0, i, 0, 0] = mgpu_utils.vector.broadcast(vector, value)
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=mgpu.WGMMA_ROW_LAYOUT, _is_signed=None
+    )
+
+
+def pin(x: jax.Array, interpret: bool) -> None:
+    """Keeps the arithmetic that x `[rows]`, all >= 0, comes from ahead of the waits that follow.
+
+    The assembler moves a wait for running products up, in front of arithmetic that was meant to
+    overlap with them, but not across an instruction with a side effect: here the arrival at a
+    barrier that nobody uses, if the bits of x are a negative NaN's, which no arithmetic gives.
+    """
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(ROW,))
+    def emit(_: Any, vector: Any) -> None:
+        int32 = mgpu_utils.ir.IntegerType.get_signless(32)
+        bits = [mgpu_utils.bitcast(register, int32) for register in vector.registers.flat]
+        unions = "".join(f"or.b32 t, t, ${i}; " for i in range(1, len(bits)))
+        mgpu_utils.inline_ptx(
+            "{ .reg .pred p; .reg .b32 t; mov.b32 t, $0; "
+            + unions
+            + "setp.eq.b32 p, t, 0xffffdead; @p bar.arrive 15, 256; }",
+            *bits,
+        )
+
+    emit(x)
 
 
 def interpreting() -> bool:

@@ -11,10 +11,18 @@ CONSUMERS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Rows of an away tile and how many of them are in flight."""
+    """Tile sizes of a kernel.
+
+    away: rows of an away tile. stages: how many of them are in flight. consumers: warpgroups that
+    compute, with ROWS home rows each. overlap: see `forward.Options`. stagings: tiles of shared
+    memory that results leave from.
+    """
 
     away: int
     stages: int
+    consumers: int = CONSUMERS
+    overlap: bool = False
+    stagings: int = 1
 
 
 def is_hopper(device_kind: str) -> bool:
@@ -39,32 +47,52 @@ def multiprocessors(device_kind: str) -> int:
     return 114 if "PCIe" in device_kind else 132
 
 
-def _first_fit(options: tuple[tuple[int, int], ...], fixed: int, per_row: int) -> Blocks | None:
-    for away, stages in options:
-        if fixed + per_row * away * stages <= SHARED_BYTES:
-            return Blocks(away, stages)
+def registers(consumers: int) -> tuple[int, int]:
+    """Registers of each thread of the warpgroups that compute, and of the one that copies.
+
+    Example:
+        >>> registers(2)
+        (240, 24)
+    """
+    return (240, 24) if consumers == 2 else (160, 32)
+
+
+def _first_fit(
+    options: tuple[tuple[int, int, int], ...], home_row: int, away_row: int
+) -> Blocks | None:
+    for away, stages, consumers in options:
+        if consumers * ROWS * home_row + away * stages * away_row <= SHARED_BYTES:
+            return Blocks(away, stages, consumers)
     return None
 
 
-def forward_blocks(head_dim: int, out_bytes: int, causal: bool, ids: bool) -> Blocks | None:
-    """Away tile of the forward kernel, or None if no tile fits shared memory.
+def forward_blocks(
+    head_dim: int, out_bytes: int, length: int, *, causal: bool, ids: bool
+) -> Blocks | None:
+    """Tiles of the forward kernel, or None if none fits shared memory.
 
-    out_bytes: size of one output element (4 when a float32 partial result is continued). ids:
-    whether segment ids travel with the keys.
+    out_bytes: size of one output element (4 when a float32 partial result is continued). length:
+    dilated rows of the shortest segment. ids: whether segment ids travel with the keys.
 
     Example:
-        >>> forward_blocks(128, 2, causal=True, ids=False)
-        Blocks(away=128, stages=2)
+        >>> forward_blocks(128, 2, 2048, causal=True, ids=False)
+        Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1)
     """
-    fixed = CONSUMERS * ROWS * head_dim * (2 + out_bytes)
-    options = ((128, 2), (64, 2), (64, 1))
-    if head_dim <= 64 and not causal:
-        options = ((256, 2), *options)
+    # Small heads are bound by exponentials, not by products: more warpgroups or longer tiles help,
+    # overlap does not. 192 rows a tile waste too much of short segments.
+    options = ((128, 2, 2), (64, 2, 2), (64, 1, 2))
+    if head_dim <= 64 and length >= 4096:
+        options = ((128, 2, 3), *options)
+    elif head_dim <= 64 and not causal:
+        options = ((256, 2, 2), *options)
     elif head_dim <= 96:
-        options = ((128, 3), *options)
+        options = ((128, 3, 2), *options)
     elif head_dim > 128:
-        options = ((64, 2), (64, 1))
-    return _first_fit(options, fixed, 2 * 2 * head_dim + 4 * ids)
+        options = options[1:]
+    blocks = _first_fit(options, head_dim * (2 + out_bytes), 2 * 2 * head_dim + 4 * ids)
+    if blocks is None:
+        return None
+    return dataclasses.replace(blocks, overlap=head_dim > 64 or blocks.consumers > 2)
 
 
 def queries_blocks(head_dim: int, ids: bool) -> Blocks | None:
@@ -72,11 +100,10 @@ def queries_blocks(head_dim: int, ids: bool) -> Blocks | None:
 
     Example:
         >>> queries_blocks(128, ids=False)
-        Blocks(away=128, stages=2)
+        Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=1)
     """
-    fixed = CONSUMERS * ROWS * head_dim * 2 * 3
-    options = ((128, 2), (64, 2), (64, 1)) if head_dim <= 128 else ((64, 2), (64, 1))
-    return _first_fit(options, fixed, 2 * 2 * head_dim + 4 * ids)
+    options = ((128, 2, 2), (64, 2, 2), (64, 1, 2))
+    return _first_fit(options[head_dim > 128 :], head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids)
 
 
 def keys_blocks(head_dim: int, ids: bool, fused: bool, out_bytes: int = 2) -> Blocks | None:
@@ -86,13 +113,16 @@ def keys_blocks(head_dim: int, ids: bool, fused: bool, out_bytes: int = 2) -> Bl
 
     Example:
         >>> keys_blocks(64, ids=False, fused=True)
-        Blocks(away=128, stages=2)
+        Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=2)
     """
-    fixed = CONSUMERS * ROWS * head_dim * (2 * 2 + out_bytes)
+    fixed, per_row = CONSUMERS * ROWS * head_dim * 2 * 2, 2 * 2 * head_dim + 4 * ids
+    result, rows = CONSUMERS * ROWS * head_dim * out_bytes, 64
     if fused:
-        fixed += 128 * head_dim * 4 + CONSUMERS * ROWS * 128 * 2
-        return _first_fit(((128, 2),), fixed, 2 * 2 * head_dim + 4 * ids)
-    return _first_fit(((64, 2), (64, 1)), fixed, 2 * 2 * head_dim + 4 * ids)
+        fixed, rows = fixed + 128 * head_dim * 4 + CONSUMERS * ROWS * 128 * 2, 128
+    for stages, stagings in ((2, 2), (2, 1), (1, 1)):
+        if fixed + stagings * result + per_row * rows * stages <= SHARED_BYTES:
+            return Blocks(rows, stages, stagings=stagings)
+    return None
 
 
 def block_forward_blocks(

@@ -219,10 +219,10 @@ class _Sizes:
     head_dim: int
 
 
-def _sizes(call: Call, query: jax.Array, key: jax.Array) -> _Sizes:
+def _sizes(call: Call, query: jax.Array, key: jax.Array, consumers: int) -> _Sizes:
     multiple = schedule.common_stride(tuple(r for _, r, _, _ in call.branches))
     T, S = query.shape[1], key.shape[1]
-    tile = config.ROWS * config.CONSUMERS * multiple
+    tile = config.ROWS * consumers * multiple
     return _Sizes(
         T,
         S,
@@ -234,7 +234,9 @@ def _sizes(call: Call, query: jax.Array, key: jax.Array) -> _Sizes:
     )
 
 
-def _launch(call: Call, heads: int, T: int, S: int, away: int, transposed: bool) -> schedule.Launch:
+def _launch(
+    call: Call, heads: int, T: int, S: int, blocks: config.Blocks, transposed: bool
+) -> schedule.Launch:
     """All branches as one launch; `config.partition` and `config.subset` divide it."""
     starts = (call.q_start, call.k_start)
     end = None if None in starts else max(starts[0] + T, starts[1] + S)
@@ -259,8 +261,8 @@ def _launch(call: Call, heads: int, T: int, S: int, away: int, transposed: bool)
         away_start=starts[not transposed],
         causal=call.causal,
         transposed=transposed,
-        block_home=config.ROWS * config.CONSUMERS,
-        block_away=away,
+        block_home=config.ROWS * blocks.consumers,
+        block_away=blocks.away,
     )
 
 
@@ -298,13 +300,17 @@ def _rows(x: jax.Array, rows: int, fill: float) -> jax.Array:
 def _run_forward(
     call: Call, query: Any, key: Any, value: Any, carry: Any, ids: Any, starts: Any, seed: Any
 ) -> tuple[jax.Array, jax.Array]:
-    sizes = _sizes(call, query, key)
+    head = padded_head(query.shape[-1])
+    length = min(schedule.rows_of(call.branches, max(query.shape[1], key.shape[1])))
+    blocks = config.forward_blocks(
+        head, call.out_dtype.itemsize, length, causal=call.causal, ids=call.ids
+    )
+    sizes = _sizes(call, query, key, blocks.consumers)
     q, k, v = _pad_inputs(
         sizes, (query, key, value), (sizes.padded_T, sizes.padded_S, sizes.padded_S)
     )
     q_ids, k_ids = _pad_ids(sizes, ids)
-    blocks = config.forward_blocks(q.shape[-1], call.out_dtype.itemsize, call.causal, call.ids)
-    whole = _launch(call, q.shape[2], sizes.T, sizes.S, blocks.away, False)
+    whole = _launch(call, q.shape[2], sizes.T, sizes.S, blocks, False)
     out = lse = None
     if carry is not None:
         (out,) = _pad_inputs(sizes, (carry[0].astype(call.out_dtype),), (sizes.padded_T,))
@@ -314,6 +320,8 @@ def _run_forward(
         options = forward.Options(
             scale=call.scale * LOG2E,
             stages=blocks.stages,
+            consumers=blocks.consumers,
+            overlap=blocks.overlap,
             group=q.shape[2] // k.shape[2],
             carry=out is not None,
             ids=call.ids,
@@ -354,7 +362,7 @@ def _run_backward(
     starts: Any,
     seed: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    sizes = _sizes(call, query, key)
+    sizes = _sizes(call, query, key, config.CONSUMERS)
     lengths = (sizes.padded_T, sizes.padded_S, sizes.padded_S, sizes.padded_T)
     arrays = tuple(_pad_inputs(sizes, (query, key, value, do.astype(query.dtype)), lengths))
     lse = _rows(jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), sizes.rows, jnp.inf)
@@ -372,6 +380,7 @@ def _run_backward(
     options = backward.Options(
         scale=call.scale * LOG2E,
         stages=1,
+        stagings=1,
         group=heads // key.shape[2],
         add=False,
         ids=call.ids,
@@ -380,13 +389,13 @@ def _run_backward(
         interpret=call.interpret,
     )
 
-    def groups(away: int, transposed: bool) -> Any:
-        whole = _launch(call, heads, sizes.T, sizes.S, away, transposed)
+    def groups(blocks: config.Blocks, transposed: bool) -> Any:
+        whole = _launch(call, heads, sizes.T, sizes.S, blocks, transposed)
         for group in config.partition(whole, split=transposed and fused):
             yield config.subset(whole, group)
 
-    def plans(away: int, transposed: bool) -> Any:
-        for number, plan in enumerate(groups(away, transposed)):
+    def plans(blocks: config.Blocks, transposed: bool) -> Any:
+        for number, plan in enumerate(groups(blocks, transposed)):
             yield plan, number > 0, _table(call, plan, arrays[0], arrays[1], number > 0)
 
     dq = dk = dv = None
@@ -394,7 +403,7 @@ def _run_backward(
         dq = jnp.zeros(arrays[0].shape, jnp.float32)
     else:
         blocks = config.queries_blocks(head_dim, call.ids)
-        for plan, add, table in plans(blocks.away, False):
+        for plan, add, table in plans(blocks, False):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)
             with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
                 dq = backward.queries_gradient(
@@ -404,11 +413,13 @@ def _run_backward(
     # (dq is rounded less often: most queries take part in one or two branches).
     dtype, blocks = jnp.dtype(query.dtype), config.keys_blocks(head_dim, call.ids, fused)
     wide = config.keys_blocks(head_dim, call.ids, fused, out_bytes=4)
-    if wide is not None and (call.wide or len(list(groups(blocks.away, True))) > 1):
+    if wide is not None and (call.wide or len(list(groups(blocks, True))) > 1):
         dtype, blocks = jnp.dtype(jnp.float32), wide
     lse, delta = (x[:, :, : sizes.padded_T] for x in (lse, delta))
-    for plan, add, table in plans(blocks.away, True):
-        part = dataclasses.replace(options, stages=blocks.stages, add=add, fused=fused)
+    for plan, add, table in plans(blocks, True):
+        part = dataclasses.replace(
+            options, stages=blocks.stages, stagings=blocks.stagings, add=add, fused=fused
+        )
         with jax.named_scope(f"dilated_keys_gradient_{'_'.join(map(str, plan.rates))}"):
             new_dq, dk, dv = backward_keys.keys_gradient(
                 plan, part, table, arrays, lse, delta, (dq, dk, dv), out_dtype=dtype, **shared

@@ -10,23 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import schedule
+from pallas_kernels import config, schedule
 from pallas_kernels.compat import (
     COLUMN,
     ROW,
     TILE,
-    accumulate,
+    Sum,
     aligned_rows,
     filled,
     launch,
     load,
     load_shared,
     named_barrier,
+    partial_sums,
+    pin,
     pl,
     plgpu,
     product,
+    product_first,
     shared_tile,
     store,
+    total_sums,
+    with_sum,
 )
 
 LOG2E = math.log2(math.e)
@@ -38,10 +43,16 @@ TURN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Static options of the forward kernel beside its `schedule.Launch`."""
+    """Static options of the forward kernel beside its `schedule.Launch`.
+
+    consumers: warpgroups that compute. overlap: a warpgroup's softmax runs while its last product
+    of probabilities and values does, at the price of registers. The others as in `backward`.
+    """
 
     scale: float
     stages: int
+    consumers: int
+    overlap: bool
     group: int
     carry: bool
     ids: bool
@@ -58,6 +69,51 @@ def _softmax(s: jax.Array, m: jax.Array, scale: float) -> tuple[jax.Array, jax.A
     return p, top, jnp.exp2(m - safe)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A warpgroup's rows of queries, as one branch sees them.
+
+    row: the first one. dilated: the dilated row of each, `[ROWS]`. low, high: the away rows that
+    all of them see. ids: their segment ids.
+    """
+
+    row: Any
+    dilated: jax.Array
+    low: Any
+    high: Any
+    ids: Any
+
+
+def _rows_of(plan: schedule.Launch, v: schedule.Visit, row: Any, ids: Any) -> _Rows:
+    iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+    first = row * v.home_step + v.home_shift
+    _, high = schedule.row_bounds(plan, v.length, first)
+    low, _ = schedule.row_bounds(plan, v.length, first + (ROWS - 1) * v.home_step)
+    return _Rows(row, (iota + row) * v.home_step + v.home_shift, low, high, ids)
+
+
+def _mask(
+    plan: schedule.Launch, v: schedule.Visit, rows: _Rows, start: Any, s: Any, ids: Any
+) -> Any:
+    """Scores with -inf where a query does not see a key; `start` is the first away row."""
+    width = s.shape[1]
+
+    def masked() -> jax.Array:
+        columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
+        columns = columns + (start + v.away_shift)
+        seen = schedule.visible(plan, v.length, rows.dilated, columns, v.limit + v.away_shift)
+        return jnp.where(seen, s, -jnp.inf)
+
+    first = start + v.away_shift
+    edge = (first < rows.low) | (first + width > rows.high) | (start + width > v.limit)
+    s = lax.cond(edge, masked, lambda: s)
+    if ids is not None:
+        a = lax.broadcast_in_dim(rows.ids, s.shape, [0])
+        c = lax.broadcast_in_dim(ids, s.shape, [1])
+        s = jnp.where((a == c) & (c != 0), s, -jnp.inf)
+    return s
+
+
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     views = sorted(set(plan.rates))
     it = iter(refs)
@@ -68,140 +124,169 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     q_ids = next(it) if opt.ids else None
     k_ids = {r: next(it) for r in views} if opt.ids else {}
     out_ref, lse_ref = next(it), next(it)
-    q_smem, k_smem, v_smem, o_smem, id_smem, p_smem = (next(it) for _ in range(6))
+    q_smem, k_smem, v_smem, o_smem, id_smem, p_smem, sum_smem = (next(it) for _ in range(7))
     q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count = items[cta, 0, 0]
-    branches = len(plan.rates)
+    branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
     head_dim = q_smem.shape[-1]
+    dtype = q_smem.dtype
+
+    def slot_of(n: Any) -> Any:
+        return lax.rem(n, jnp.int32(opt.stages))
 
     def consume() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(config.registers(consumers)[0], action="increase")
 
-        # The two warpgroups alternate: while one uses the tensor cores the other does its
-        # softmax. Turns are passed on numbered barriers, which the interpreter does not have.
+        # The warpgroups take turns to give the tensor cores work, so that while one's products
+        # run the others do their softmax. Turns are passed on numbered barriers, which the
+        # interpreter does not have.
         def pass_turn() -> None:
             if not opt.interpret:
-                named_barrier("arrive", TURN + 1 - wg, CONSUMERS * 128)
+                following = lax.rem(wg + 1, jnp.int32(consumers))
+                named_barrier("arrive", TURN + following, 2 * 128)
 
         def await_turn() -> None:
             if not opt.interpret:
-                named_barrier("sync", TURN + wg, CONSUMERS * 128)
+                named_barrier("sync", TURN + wg, 2 * 128)
 
-        def kv_step(j: Any, state: Any, v: schedule.Visit, drop: Any, total: Any, rows: Any) -> Any:
-            acc, m, mass, n = state
-            slot = lax.rem(n, jnp.int32(opt.stages))
+        def weigh(s: Any, m: Any, n: Any, v: schedule.Visit, j: Any, rows: _Rows, at: Any) -> Any:
+            """Probabilities of the tile in slot n: (p, p for the product, maximum, factor)."""
             start = v.first + j * bkv
-            s = product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), (ROWS, bkv), pass_turn)
-            ids = None
-            if opt.ids:
-                ids = load(id_smem.at[slot], COLUMN)
-            plgpu.barrier_arrive(k_free.at[slot])
-            g_rows, low, high, id_rows = rows
-
-            def columns() -> Any:
-                iota = plgpu.broadcasted_iota(jnp.int32, (ROWS, bkv), 1, layout=TILE)
-                return iota + (start + v.away_shift)
-
-            def masked() -> jax.Array:
-                seen = schedule.visible(plan, v.length, g_rows, columns(), v.limit + v.away_shift)
-                return jnp.where(seen, s, -jnp.inf)
-
-            first, last = start + v.away_shift, start + v.away_shift + bkv
-            edge = (first < low) | (last > high) | (start + bkv > v.limit)
-            s = lax.cond(edge, masked, lambda: s)
-            if opt.ids:
-                a = lax.broadcast_in_dim(id_rows, s.shape, [0])
-                c = lax.broadcast_in_dim(ids, s.shape, [1])
-                s = jnp.where((a == c) & (c != 0), s, -jnp.inf)
-            p, m, alpha = _softmax(s, m, opt.scale)
-            acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
-            mass = mass * alpha + p.sum(axis=1)
+            ids = load(id_smem.at[slot_of(n)], COLUMN) if opt.ids else None
+            plgpu.barrier_arrive(k_free.at[slot_of(n)])
+            p, m, alpha = _softmax(_mask(plan, v, rows, start, s, ids), m, opt.scale)
+            dropped = p
             if opt.rate:
                 seed = (seed_ref[0], seed_ref[1])
-                at = (*drop, start)
-                p = jnp.where(schedule.kept(plan, keep, opt.rate, seed, v, at, p.shape), p, 0.0)
-            p16 = p.astype(q_smem.dtype)
-            acc, mass, m, p16 = lax.optimization_barrier((acc, mass, m, p16))
-            plgpu.barrier_wait(v_ready.at[slot])
+                seen = schedule.kept(plan, keep, opt.rate, seed, v, (*at, rows.row, start), p.shape)
+                dropped = jnp.where(seen, p, 0.0)
+            return p, dropped, m, alpha
+
+        def scores(n: Any, begin_more: Any = None) -> Any:
+            left, right = q_smem.at[wg], k_smem.at[slot_of(n)].transpose((1, 0))
+            if begin_more is None:
+                return product(left, right, (ROWS, bkv), pass_turn)
+            return product_first(left, right, (ROWS, bkv), begin_more)
+
+        def first_step(base: Any, total: Any, v: Any, rows: _Rows, at: Any) -> Any:
+            plgpu.barrier_wait(q_ready.at[wg])
+            plgpu.barrier_wait(k_ready.at[slot_of(base)])
+            await_turn()
+            s = scores(base)
+            pl.when(base + 1 == total)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+            nothing = filled((ROWS,), -jnp.inf, jnp.float32, ROW)
+            p, dropped, m, _ = weigh(s, nothing, base, v, jnp.int32(0), rows, at)
+            return dropped.astype(dtype), m, partial_sums(p, opt.interpret), base + 1
+
+        def step(j: Any, state: Any, acc: Sum, total: Any, v: Any, rows: _Rows, at: Any) -> Any:
+            """Weighs this tile, and adds the one before."""
+            p16, m, mass, n = state
+            plgpu.barrier_wait(k_ready.at[slot_of(n)])
+            plgpu.barrier_wait(v_ready.at[slot_of(n - 1)])
             await_turn()
 
-            def await_next() -> None:
-                @pl.when(n + 1 < total)
-                def _() -> None:
-                    plgpu.barrier_wait(k_ready.at[lax.rem(n + 1, jnp.int32(opt.stages))])
+            def add_last() -> None:
+                acc.add(p16, v_smem.at[slot_of(n - 1)])
 
-            staging = None if p_smem is None else p_smem.at[wg]
-            acc = accumulate(acc, p16, v_smem.at[slot], staging, await_next)
-            plgpu.barrier_arrive(v_free.at[slot])
-            return acc, m, mass, n + 1
+            def begin_more() -> None:
+                add_last()
+                pass_turn()
+
+            if opt.overlap:
+                # The softmax runs while the sum does.
+                s = scores(n, begin_more)
+            else:
+                add_last()
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(v_free.at[slot_of(n - 1)])
+                s = scores(n)
+            # The next tile's queries arrive while this one finishes.
+            pl.when(n + 1 == total)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+            p, dropped, m, alpha = weigh(s, m, n, v, j, rows, at)
+            mass = mass * alpha + partial_sums(p, opt.interpret)
+            dropped, m, mass, alpha = lax.optimization_barrier((dropped, m, mass, alpha))
+            if opt.overlap:
+                pin(mass, opt.interpret)
+            acc.scale(alpha)
+            if opt.overlap:
+                plgpu.barrier_arrive(v_free.at[slot_of(n - 1)])
+            return dropped.astype(dtype), m, mass, n + 1
+
+        def look(base: Any, total: Any, mask: Any, where: Any, at: Any, row: Any, ids: Any) -> Any:
+            """(sum, maximum, mass) of the tile; it has at least one step."""
+
+            def visit(branch: Any) -> tuple[schedule.Visit, _Rows]:
+                v = schedule.visit(plan, geometry, branch, mask, *where)
+                return v, _rows_of(plan, v, row, ids)
+
+            first = schedule.first_branch(plan, geometry, mask, *where)
+            v, rows = visit(first)
+            state = first_step(base, total, v, rows, (*at, first))
+
+            def one_branch(branch: Any, state: Any, acc: Sum) -> Any:
+                v, rows = visit(branch)
+                body = functools.partial(
+                    step, acc=acc, total=total, v=v, rows=rows, at=(*at, branch)
+                )
+                return lax.fori_loop(jnp.where(branch == first, 1, 0), v.steps, body, state)
+
+            def all_branches(acc: Sum) -> Any:
+                body = functools.partial(one_branch, acc=acc)
+                if branches == 1:
+                    p16, m, mass, n = body(0, state)
+                else:
+                    p16, m, mass, n = lax.fori_loop(0, branches, body, state)
+                plgpu.barrier_wait(v_ready.at[slot_of(n - 1)])
+                await_turn()
+                acc.add(p16, v_smem.at[slot_of(n - 1)])
+                pass_turn()
+                result = acc.value()
+                plgpu.barrier_arrive(v_free.at[slot_of(n - 1)])
+                return result, m, total_sums(mass, opt.interpret)
+
+            stand_in = None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg])
+            return with_sum(all_branches, (ROWS, head_dim), stand_in)
+
+        def nothing_seen() -> Any:
+            return (
+                filled((ROWS, head_dim), 0.0, jnp.float32, TILE),
+                filled((ROWS,), -jnp.inf, jnp.float32, ROW),
+                filled((ROWS,), 0.0, jnp.float32, ROW),
+            )
 
         def one_item(t: Any, state: Any) -> Any:
-            base, (code, mask, steps) = state
+            base, current = state
+            code, mask, _ = current
             # Read early: the next tile must not start by waiting for memory.
             following = schedule.entry(items, cta, t + 1, count)
             b, n, residue, tile, local = schedule.place(plan, geometry, code, plan.heads)
             row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, n)
+            lse_at = lse_ref.at[b, n, pl.ds(row, ROWS), local]
+            old = None
             if opt.carry:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
-            if not schedule.knows_starts(plan):
-                total = base
-                for branch in range(branches):
-                    total += schedule.visit(plan, geometry, branch, mask, residue, tile).steps
-            else:
-                total = base + steps
-            id_rows = None
-            if opt.ids:
-                id_rows = load(q_ids.at[b, pl.ds(row, ROWS), local], ROW)
-
-            @pl.when(total > base)
-            def _() -> None:
-                plgpu.barrier_wait(q_ready.at[wg])
-                plgpu.barrier_wait(k_ready.at[lax.rem(base, jnp.int32(opt.stages))])
-                pl.when(wg == 1)(await_turn)
-
-            def one_branch(branch: Any, state: Any) -> Any:
-                v = schedule.visit(plan, geometry, branch, mask, residue, tile)
-                iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
-                g_rows = (iota + row) * v.home_step + v.home_shift
-                g_first = row * v.home_step + v.home_shift
-                _, high = schedule.row_bounds(plan, v.length, g_first)
-                low, _ = schedule.row_bounds(plan, v.length, g_first + (ROWS - 1) * v.home_step)
-                rows = (g_rows, low, high, id_rows)
-                step = functools.partial(
-                    kv_step, v=v, drop=(b, n, branch, row), total=total, rows=rows
-                )
-                return lax.fori_loop(0, v.steps, step, state)
-
-            state = (
-                filled((ROWS, head_dim), 0.0, jnp.float32, TILE),
-                filled((ROWS,), -jnp.inf, jnp.float32, ROW),
-                filled((ROWS,), 0.0, jnp.float32, ROW),
-                base,
+                old = load(lse_at, ROW)
+            total = base + schedule.known_steps(plan, geometry, current, mask, residue, tile)
+            ids = load(q_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
+            acc, m, mass = lax.cond(
+                total > base,
+                lambda: look(base, total, mask, (residue, tile), (b, n), row, ids),
+                nothing_seen,
             )
-            if branches == 1:
-                acc, m, mass, end = one_branch(0, state)
-            else:
-                acc, m, mass, end = lax.fori_loop(0, branches, one_branch, state)
+            finish(acc, m, mass, window, lse_at, old)
+            return total, following
 
-            @pl.when(end > base)
-            def _() -> None:
-                pl.when(wg == 0)(pass_turn)
-                plgpu.barrier_arrive(q_free.at[wg])
-
-            finish(acc, m, mass, window, lse_ref.at[b, n, pl.ds(row, ROWS), local])
-            return end, following
-
-        def finish(acc: Any, m: Any, mass: Any, window: Any, lse_at: Any) -> None:
+        def finish(acc: Any, m: Any, mass: Any, window: Any, lse_at: Any, old: Any) -> None:
             if opt.rate:
                 acc = acc * (1.0 / (1.0 - opt.rate))
             if opt.carry:
                 plgpu.barrier_wait(c_ready.at[wg])
-                old = load(lse_at, ROW) * LOG2E
+                old = old * LOG2E
                 top = jnp.maximum(m, old)
                 safe = jnp.where(top == -jnp.inf, 0.0, top)
                 ours, theirs = jnp.exp2(m - safe), jnp.exp2(old - safe)
@@ -220,21 +305,23 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window])
             store(lse_at, jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf))
 
+        pl.when(wg == consumers - 1)(pass_turn)
         first = schedule.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
+        pl.when(wg == 0)(await_turn)
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(config.registers(consumers)[1], action="decrease")
 
         def one_item(t: Any, state: Any) -> Any:
-            fill, queries = state
-            code, mask, _ = schedule.entry(items, cta, t, count)
+            fill, queries, (code, mask, _) = state
+            following = schedule.entry(items, cta, t + 1, count)
             b, n, residue, tile, local = schedule.place(plan, geometry, code, plan.heads)
             kv_head = lax.div(n, jnp.int32(opt.group))
 
             def load_queries() -> None:
-                for i in range(CONSUMERS):
+                for i in range(consumers):
 
                     @pl.when(queries > 0)
                     def _(i: int = i) -> None:
@@ -270,12 +357,13 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     return n_fill + 1
 
                 fill = lax.fori_loop(0, v.steps, step, fill)
-            return fill, queries + jnp.where(fill > begin, 1, 0)
+            return fill, queries + jnp.where(fill > begin, 1, 0), following
 
-        lax.fori_loop(0, count, one_item, (jnp.int32(0), jnp.int32(0)))
+        first = schedule.entry(items, cta, 0, count)
+        lax.fori_loop(0, count, one_item, (jnp.int32(0), jnp.int32(0), first))
 
-    pl.when(wg < CONSUMERS)(consume)
-    pl.when(wg == CONSUMERS)(produce)
+    pl.when(wg < consumers)(consume)
+    pl.when(wg == consumers)(produce)
 
 
 def view(x: jax.Array, rate: int) -> jax.Array:
@@ -319,7 +407,7 @@ def forward(
     out_view = (query.shape[0], query.shape[1] // plan.stride, plan.stride, *query.shape[2:])
     lse_view = (*lse_shape[:2], lse_shape[2] // plan.stride, plan.stride)
     bkv, stages = plan.block_away, opt.stages
-    pairs = CONSUMERS
+    pairs = opt.consumers
     scratch = [
         shared_tile((pairs, ROWS, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
@@ -327,6 +415,7 @@ def forward(
         shared_tile((pairs, ROWS, head_dim), out_dtype),
         plgpu.SMEM((stages, bkv), jnp.int32) if opt.ids else None,
         shared_tile((pairs, ROWS, bkv), dtype) if opt.interpret else None,
+        plgpu.SMEM((pairs, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=2 if opt.ids else 1),
         plgpu.Barrier(num_barriers=stages),
@@ -350,7 +439,7 @@ def forward(
         types,
         scratch,
         ctas=table.shape[0],
-        threads=CONSUMERS + 1,
+        threads=pairs + 1,
         name="dilated_forward",
         **args,
     )

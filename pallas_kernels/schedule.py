@@ -166,6 +166,16 @@ def work_lists(
     return table
 
 
+def rows_of(branches: Any, extent: int) -> list[int]:
+    """Dilated rows of a segment of each branch (w, r, ...) over `extent` positions.
+
+    Example:
+        >>> rows_of(((2048, 1), (1 << 20, 4)), 8192)
+        [2048, 2048]
+    """
+    return [max(1, min(w, extent) // r) for w, r, *_ in branches]
+
+
 @dataclasses.dataclass(frozen=True)
 class Visit:
     """What one branch contributes to one tile: traced int32 scalars.
@@ -332,6 +342,25 @@ def entry(items: Any, cta: Any, t: Any, count: Any) -> tuple[Any, Any, Any]:
     """(code, branch mask, away tiles) of item t of a block; the last one again past the end."""
     at = jnp.minimum(t + 1, count)
     return items[cta, at, 0], items[cta, at, 1], items[cta, at, 2]
+
+
+def known_steps(
+    launch: Launch, table: Any, current: Any, mask: Any, residue: Any, tile: Any
+) -> Any:
+    """Away tiles of a home tile, all branches: from its entry, or summed if starts are traced."""
+    if knows_starts(launch):
+        return current[2]
+    counts = (visit(launch, table, i, mask, residue, tile).steps for i in range(len(launch.rates)))
+    return sum(counts, jnp.int32(0))
+
+
+def first_branch(launch: Launch, table: Any, mask: Any, residue: Any, tile: Any) -> Any:
+    """The first branch that looks at anything from a tile; the last one if none does."""
+    result: Any = len(launch.rates) - 1
+    for branch in range(len(launch.rates) - 2, -1, -1):
+        looks = visit(launch, table, branch, mask, residue, tile).steps > 0
+        result = jnp.where(looks, jnp.int32(branch), result)
+    return result
 
 
 def decode(launch: Launch, heads: int, code: Any) -> tuple[Any, Any, Any, Any]:

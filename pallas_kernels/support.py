@@ -68,7 +68,7 @@ def unsupported(
     out, ids = result_dtype(query, carry, out_dtype), q_segment_ids is not None
     head = padded_head(head_dim)
     blocks = (
-        config.forward_blocks(head, out.itemsize, is_causal, ids),
+        config.forward_blocks(head, out.itemsize, 1, causal=is_causal, ids=ids),
         config.queries_blocks(head, ids),
         config.keys_blocks(head, ids, fused=False),
     )

@@ -12,6 +12,8 @@ LONG = {"w": (128, 256, 512), "r": (1, 2, 4), "T": 1024, "N": 4}
 CASES = [
     KernelCase("dense", (1 << 20,), (1,), T=512),
     KernelCase("dense causal 128", (1 << 20,), (1,), T=640, H=128, causal=True),
+    KernelCase("three warpgroups", (1 << 20,), (1,), T=4500, N=1),
+    KernelCase("three warpgroups causal", (4096,), (1,), T=4500, N=1, H=48, causal=True),
     KernelCase("segments", (256,), (1,), T=1024, H=128),
     KernelCase("dilated", (1024,), (4,), T=1024, H=64, N=4),
     KernelCase("three", **LONG),

@@ -53,6 +53,7 @@ def partial(T, H, N=2):
 CALLS = {
     "dense": {"T": 512, "H": 64, "branches": ((1 << 20, 1, 0, (0, 0)),)},
     "causal": {"T": 512, "H": 128, "is_causal": True},
+    "three warpgroups": {"T": 4500, "H": 64, "branches": ((1 << 20, 1, 0, (0, 0)),)},
     "groups of branches": {"T": 1024, "H": 128},
     "ragged gqa": {"T": 333, "H": 48, "K": 1, "dtype": "float16"},
     "cross": {"T": 100, "S": 300, "H": 64, "q_start": 50, "k_start": 9},
@@ -114,7 +115,7 @@ def test_work_lists_cover_every_tile_once():
 
 def test_blocks_fit_for_every_supported_head_size():
     for head_dim in range(16, 225, 16):
-        assert config.forward_blocks(head_dim, 2, causal=True, ids=False)
+        assert config.forward_blocks(head_dim, 2, 2048, causal=True, ids=False)
         assert config.queries_blocks(head_dim, ids=False)
         assert config.keys_blocks(head_dim, ids=False, fused=False)
 
