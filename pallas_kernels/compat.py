@@ -57,17 +57,28 @@ def product(left: Any, right: Any, shape: tuple[int, int], issued: Callable[[], 
     return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
 
 
-def accumulate(acc: jax.Array, left: jax.Array, right: Any, staging: Any) -> jax.Array:
+def accumulate(
+    acc: jax.Array,
+    left: jax.Array,
+    right: Any,
+    staging: Any,
+    issued: Callable[[], None] = lambda: None,
+) -> jax.Array:
     """`acc + left @ right` with `left` in registers and `right` in shared memory.
 
     `staging` is None on a GPU. Under the interpreter it is shared memory of left's shape, because
     there a wgmma takes both operands from shared memory and cannot start from an old value.
     """
     if staging is None:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
+
+        def body(acc_ref: Any) -> None:
+            plgpu.wgmma(acc_ref, left, right)
+            issued()
+
+        return pl.run_state(body)(plgpu.ACC.init(acc))
     staging[...] = left
     plgpu.commit_smem()
-    return acc + product(staging, right, acc.shape, lambda: None)
+    return acc + product(staging, right, acc.shape, issued)
 
 
 class Sum:
