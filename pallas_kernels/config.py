@@ -57,10 +57,8 @@ def registers(consumers: int) -> tuple[int, int]:
     return (240, 24) if consumers == 2 else (160, 32)
 
 
-def _first_fit(
-    options: tuple[tuple[int, int, int], ...], home_row: int, away_row: int
-) -> Blocks | None:
-    for away, stages, consumers in options:
+def _first_fit(options: tuple[tuple[int, ...], ...], home_row: int, away_row: int) -> Blocks | None:
+    for away, stages, consumers in ((*option, CONSUMERS)[:3] for option in options):
         if consumers * ROWS * home_row + away * stages * away_row <= SHARED_BYTES:
             return Blocks(away, stages, consumers)
     return None
@@ -80,13 +78,13 @@ def forward_blocks(
     """
     # Small heads are bound by exponentials, not by products: more warpgroups or longer tiles help,
     # overlap does not. 192 rows a tile waste too much of short segments.
-    options = ((128, 2, 2), (64, 2, 2), (64, 1, 2))
+    options = ((128, 2), (64, 2), (64, 1))
     if head_dim <= 64 and length >= 4096:
         options = ((128, 2, 3), *options)
     elif head_dim <= 64 and not causal:
-        options = ((256, 2, 2), *options)
+        options = ((256, 2), *options)
     elif head_dim <= 96:
-        options = ((128, 3, 2), *options)
+        options = ((128, 3), *options)
     elif head_dim > 128:
         options = options[1:]
     blocks = _first_fit(options, head_dim * (2 + out_bytes), 2 * 2 * head_dim + 4 * ids)
@@ -102,7 +100,7 @@ def queries_blocks(head_dim: int, ids: bool) -> Blocks | None:
         >>> queries_blocks(128, ids=False)
         Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=1)
     """
-    options = ((128, 2, 2), (64, 2, 2), (64, 1, 2))
+    options = ((128, 2), (64, 2), (64, 1))
     return _first_fit(options[head_dim > 128 :], head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids)
 
 
@@ -132,10 +130,10 @@ def block_forward_blocks(
 
     Example:
         >>> block_forward_blocks(128, 128, 2, ids=False)
-        Blocks(away=128, stages=2)
+        Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=1)
     """
-    fixed = CONSUMERS * ROWS * head_dim * (2 + out_bytes)
-    return _first_fit(_key_tiles(head_dim, block_size), fixed, 2 * 2 * head_dim + 4 * ids)
+    home_row, away_row = head_dim * (2 + out_bytes), 2 * 2 * head_dim + 4 * ids
+    return _first_fit(_key_tiles(head_dim, block_size), home_row, away_row)
 
 
 def block_queries_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | None:
@@ -143,10 +141,10 @@ def block_queries_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | 
 
     Example:
         >>> block_queries_blocks(128, 64, ids=False)
-        Blocks(away=64, stages=3)
+        Blocks(away=64, stages=3, consumers=2, overlap=False, stagings=1)
     """
-    fixed = CONSUMERS * ROWS * head_dim * 2 * 3
-    return _first_fit(_key_tiles(head_dim, block_size), fixed, 2 * 2 * head_dim + 4 * ids)
+    home_row, away_row = head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids
+    return _first_fit(_key_tiles(head_dim, block_size), home_row, away_row)
 
 
 def _key_tiles(head_dim: int, block_size: int) -> tuple[tuple[int, int], ...]:
@@ -162,10 +160,9 @@ def block_keys_blocks(head_dim: int, ids: bool) -> Blocks | None:
 
     Example:
         >>> block_keys_blocks(128, ids=False)
-        Blocks(away=64, stages=2)
+        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
     """
-    fixed = CONSUMERS * ROWS * head_dim * 2 * 3
-    return _first_fit(((64, 2), (64, 1)), fixed, 2 * 2 * head_dim + 4 * ids)
+    return _first_fit(((64, 2), (64, 1)), head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids)
 
 
 def fuses_backward(head_dim: int) -> bool:
