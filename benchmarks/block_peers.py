@@ -1,6 +1,7 @@
 """The block-sparse patterns that `gpu_blocks.py` measures, and the attentions that it compares."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -146,14 +147,24 @@ def flex_mask(torch: Any, pattern: Pattern, T: int, width: int | None) -> Any:
         counts = x.sum(-1).astype(np.int32)
         return torch.tensor(counts, device="cuda"), torch.tensor(order, device="cuda")
 
+    return BlockMask.from_kv_blocks(
+        *lists(mask & ~whole),
+        *lists(mask & whole),
+        BLOCK_SIZE=size,
+        mask_mod=_visible(pattern.is_causal, width),
+    )
+
+
+@functools.cache
+def _visible(causal: bool, width: int | None) -> Callable:
+    """FlexAttention's mask of pairs; always the same function, which it then compiles once."""
+
     def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
-        if not pattern.is_causal:
+        if not causal:
             return q >= 0
         return (q >= k) & (q - k < width) if width is not None else q >= k
 
-    return BlockMask.from_kv_blocks(
-        *lists(mask & ~whole), *lists(mask & whole), BLOCK_SIZE=size, mask_mod=visible
-    )
+    return visible
 
 
 def pooled_top_k(fraction: float, size: int = 128) -> Callable:
