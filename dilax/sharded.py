@@ -23,11 +23,13 @@ from dilax.dilated import bias_key, check_extra_keys, constant_key, zero_keys
 from dilax.partial import Partial, merge
 from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of, within
-from sharding import attention as sharded
-from sharding.local import Local, primitive_branch
-from sharding.mesh import LAYOUTS, axis_size, local_positions
-from sharding.plan import METHODS, Plan, Sizes, make_plan
-from sharding.rows import UNBOUNDED
+
+sibling("sharding")  # says which file it is that comes before ours, if there is one
+from sharding import attention as sharded  # noqa: E402
+from sharding.local import Local, primitive_branch  # noqa: E402
+from sharding.mesh import LAYOUTS, axis_size, local_positions  # noqa: E402
+from sharding.plan import METHODS, Plan, Sizes, make_plan  # noqa: E402
+from sharding.rows import UNBOUNDED  # noqa: E402
 
 
 def _merge(*parts: Any) -> Partial:
@@ -275,7 +277,7 @@ def choose_local(
             return XLA
         reasons[name] = _local_reasons(name, query, key, value, plan, scale, ids, rate, seed)
         if not reasons[name]:
-            return _pallas()
+            return _pallas(all(branch.in_place for branch in plan.branches))
     raise UnsupportedError(f"query {shown(query)}, key {shown(key)} on a mesh", reasons)
 
 
@@ -303,17 +305,16 @@ def _local_reasons(name, query, key, value, plan: Plan, scale, ids, rate, seed) 
     return tuple(reasons)
 
 
-def _pallas() -> Local:
+@functools.cache
+def _pallas(all_local: bool) -> Local:
     flash = sibling("pallas_kernels.flash")
     assert flash is not None  # `unsupported` looked
+    out_dtype = None if all_local else jnp.float32  # the query's where nothing will be added
 
     def forward(query, key, value, *, dropout_bits, dropout_rate, carry, **options):
-        return flash.attend(query, key, value, carry=carry, out_dtype=jnp.float32, **options)
+        return flash.attend(query, key, value, carry=carry, out_dtype=out_dtype, **options)
 
     def backward(*arrays, dropout_bits, dropout_rate, **options):
         return flash.attend_backward(*arrays, **options)
 
     return Local(forward, backward, _merge, dropout.row_bits, dropout.column_bits)
-
-
-_pallas = functools.cache(_pallas)

@@ -14,6 +14,7 @@ from jax import lax
 
 from sharding.local import Here, Local, empty, options, zeros
 from sharding.mesh import AxisName, vary_like
+from sharding.messages import MESSAGES, Messages
 from sharding.plan import Plan
 from sharding.ring import Ring
 
@@ -30,6 +31,7 @@ class Setup:
     is_causal: bool
     scale: float
     dropout_rate: float
+    messages: Messages = MESSAGES
 
 
 def attend(
@@ -61,11 +63,13 @@ def _attend(setup: Setup, query, key, value, masks):
     arrived = [_first(ring, k) for ring, k in zip(rings, keys, strict=True)]
     total = _in_place(setup, here, query, key, value)
     chunks = setup.plan.token_starts.shape[1]
-    running: list[Any] = _split(total, chunks)
+    running: list[Any] = [None] * chunks if total is None else _split(total, chunks)
     for ring, own, first in zip(rings, keys, arrived, strict=True):
         with jax.named_scope(_name(ring)):
             running = _forward(ring, query, own, first, running)
-    return tuple(jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in zip(*running, strict=True))
+    cut = [query] if chunks == 1 else jnp.split(query, chunks, axis=1)
+    parts = [empty(q) if x is None else x for x, q in zip(running, cut, strict=True)]
+    return tuple(jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in zip(*parts, strict=True))
 
 
 def _rings(setup: Setup, masks) -> tuple[list[Ring], Here]:
@@ -75,7 +79,7 @@ def _rings(setup: Setup, masks) -> tuple[list[Ring], Here]:
     here = Here(
         lax.axis_index(setup.axis_name), index(setup.head_axis), index(setup.batch_axis), *masks
     )
-    args = setup.axis_name, setup.scale, setup.dropout_rate, here
+    args = setup.axis_name, setup.scale, setup.dropout_rate, setup.messages, here
     moving = [branch for branch in setup.plan.branches if not branch.in_place]
     return [Ring(setup.local, setup.plan, branch, *args) for branch in moving], here
 
@@ -91,10 +95,10 @@ def _first(ring: Ring, keys) -> Any:
 
 
 def _in_place(setup: Setup, here: Here, query, key, value) -> Any:
-    """(out, lse) of the branches that are local; of no key at all if there is none."""
+    """(out, lse) of the branches that are local, None if there is none."""
     branches = [branch for branch in setup.plan.branches if branch.in_place]
     if not branches:
-        return empty(query)
+        return None
     with jax.named_scope("local"):
         return setup.local.forward(
             query,
@@ -125,7 +129,9 @@ def _forward(ring: Ring, query, own, arrived, running: list) -> list:
     chunks = range(len(running))
     queries = [ring.queries(query, i) for i in chunks]
     ids = [ring.query_ids(i) for i in chunks]
-    state: list[Any] = [tuple(x[None] for x in old) if ring.direct else None for old in running]
+    state: list[Any] = [None] * len(running)
+    if ring.direct:
+        state = [old and tuple(x[None] for x in old) for old in running]
     hops = ring.branch.hops
     state = ring.attend(hops[0], queries, ids, own, state)
     for hop, after in _with_next(hops[1:]):
@@ -137,8 +143,8 @@ def _forward(ring: Ring, query, own, arrived, running: list) -> list:
         state = ring.attend(hop, queries, ids, arrived, state)
         arrived = following
     if ring.direct:
-        return [tuple(x[0] for x in new) for new in state]
-    return ring.merge(running, state, query.dtype)
+        return [new and tuple(x[0] for x in new) for new in state]
+    return ring.merge(running, state, query)
 
 
 def _attend_fwd(setup: Setup, query, key, value, masks):
@@ -149,7 +155,8 @@ def _attend_fwd(setup: Setup, query, key, value, masks):
 def _attend_bwd(setup: Setup, residuals, cotangents):
     query, key, value, masks, out, lse = residuals
     d_out, d_lse = cotangents
-    delta = (d_out * out).sum(-1) - jnp.where(lse != -jnp.inf, d_lse, 0)
+    delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
+    delta = delta - jnp.where(lse != -jnp.inf, d_lse, 0)
     d_out = d_out.astype(query.dtype)
     rings, here = _rings(setup, masks)
     keys = [ring.keys(key, value) for ring in rings]

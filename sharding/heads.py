@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+from sharding.messages import Messages
 
 Branch = tuple[int, int, int, tuple[int, ...]]  # segment length, rate, first head, offsets
 
@@ -102,39 +103,42 @@ def slots_of(branch: Branch, num_heads: int, num_kv_heads: int, head_parts: int)
     return Slots(queries, queries[:, :1] // share, table[:, queries[:, 0]])
 
 
-def deal(x: jax.Array, slots: Slots, axis_name: Any, groups: Any, reverse: bool) -> jax.Array:
-    """All-to-all of rows [S, B, L, h, ...]: fewer slots (or heads) of the whole group's rows.
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """The devices that deal rows out among each other, or gather them.
 
-    reverse: the group's rows follow each other in descending order of devices.
+    reverse: their rows follow each other in descending order of devices.
     """
-    if slots.uniform and x.ndim == 3:  # segment ids are the same for all heads
-        x = lax.all_gather(x, axis_name, axis_index_groups=groups, axis=2, tiled=True)
-    else:
+
+    messages: Messages
+    axis_name: Any
+    groups: list[list[int]]
+    reverse: bool
+
+    def deal(self, x: jax.Array, slots: Slots) -> jax.Array:
+        """All-to-all of rows [S, B, L, h, ...]: fewer slots (or heads) of everybody's rows."""
+        if slots.uniform and x.ndim == 3:  # segment ids are the same for all heads
+            return self.gather(x)
         heads = 3 if slots.uniform else 0
-        x = lax.all_to_all(x, axis_name, heads, 2, axis_index_groups=groups, tiled=True)
-    return _turn(x, len(groups[0])) if reverse else x
+        return self._turn(self.messages.all_to_all(x, self.axis_name, heads, 2, self.groups))
 
+    def collect(self, x: jax.Array, slots: Slots) -> jax.Array:
+        """The inverse of `deal` for arrays with heads."""
+        heads = 3 if slots.uniform else 0
+        return self.messages.all_to_all(self._turn(x), self.axis_name, 2, heads, self.groups)
 
-def collect(x: jax.Array, slots: Slots, axis_name: Any, groups: Any, reverse: bool) -> jax.Array:
-    """The inverse of `deal` for arrays with heads."""
-    x = _turn(x, len(groups[0])) if reverse else x
-    heads = 3 if slots.uniform else 0
-    return lax.all_to_all(x, axis_name, 2, heads, axis_index_groups=groups, tiled=True)
+    def gather(self, x: jax.Array) -> jax.Array:
+        """All slots and everybody's rows: [S, B, L, ...] -> [S, B, g L, ...]."""
+        return self._turn(self.messages.all_gather(x, self.axis_name, 2, self.groups))
 
+    def reduce(self, x: jax.Array) -> jax.Array:
+        """The transpose of `gather`."""
+        return self.messages.reduce_scatter(self._turn(x), self.axis_name, 2, self.groups)
 
-def gather(x: jax.Array, axis_name: Any, groups: Any, reverse: bool) -> jax.Array:
-    """All slots and all rows of the group: [S, B, L, ...] -> [S, B, g L, ...]."""
-    x = lax.all_gather(x, axis_name, axis_index_groups=groups, axis=2, tiled=True)
-    return _turn(x, len(groups[0])) if reverse else x
-
-
-def reduce(x: jax.Array, axis_name: Any, groups: Any, reverse: bool) -> jax.Array:
-    """The transpose of `gather`."""
-    x = _turn(x, len(groups[0])) if reverse else x
-    return lax.psum_scatter(x, axis_name, scatter_dimension=2, axis_index_groups=groups, tiled=True)
-
-
-def _turn(x: jax.Array, parts: int) -> jax.Array:
-    """The pieces of axis 2 in reverse order."""
-    cut = x.reshape(*x.shape[:2], parts, x.shape[2] // parts, *x.shape[3:])
-    return jnp.flip(cut, 2).reshape(x.shape)
+    def _turn(self, x: jax.Array) -> jax.Array:
+        """The devices' pieces of axis 2 in reverse order, if asked."""
+        if not self.reverse:
+            return x
+        parts = len(self.groups[0])
+        cut = x.reshape(*x.shape[:2], parts, x.shape[2] // parts, *x.shape[3:])
+        return jnp.flip(cut, 2).reshape(x.shape)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sharding import heads
+from sharding.heads import Neighbours
 from sharding.local import Here, Local, empty
 from sharding.mesh import AxisName, aligned_groups
+from sharding.messages import Messages
 from sharding.plan import BranchPlan, Call, Hop, Plan
 from sharding.rows import add, put, take
 
@@ -38,6 +39,7 @@ class Ring:
     axis_name: AxisName
     scale: float
     rate: float
+    messages: Messages
     here: Here
 
     # --- which rows -----------------------------------------------------------------------------
@@ -85,25 +87,26 @@ class Ring:
 
     # --- all-to-all and gather ------------------------------------------------------------------
 
-    def _moved(self, x: Any, chunk: int, how: Any) -> Any:
-        """x through a collective over the spread's (or the gather's) neighbours."""
-        if x is None or (self.branch.spread == 1 and how in (heads.deal, heads.collect)):
-            return x
-        slots = (self.branch.slots,) if how in (heads.deal, heads.collect) else ()
-        size = self.branch.spread if slots else self.branch.group
+    def _neighbours(self, chunk: int, size: int) -> Neighbours:
         groups = aligned_groups(self.plan.devices, size)
-        return how(x, *slots, self.axis_name, groups, chunk == 1)
+        return Neighbours(self.messages, self.axis_name, groups, chunk == 1)
+
+    def _deal(self, x: Any, chunk: int) -> Any:
+        if x is None or self.branch.spread == 1:
+            return x
+        return self._neighbours(chunk, self.branch.spread).deal(x, self.branch.slots)
+
+    def _collect(self, x: jax.Array, chunk: int) -> jax.Array:
+        return self._neighbours(chunk, self.branch.spread).collect(x, self.branch.slots)
 
     def queries(self, x: jax.Array, chunk: int) -> jax.Array:
         """The kept rows of an array [B, n, N, ...] of queries, dealt out."""
         index, _ = self.selection(chunk)
-        rows = take(self._chunk(x, chunk), index, self.branch.slots.queries)
-        return self._moved(rows, chunk, heads.deal)
+        return self._deal(take(self._chunk(x, chunk), index, self.branch.slots.queries), chunk)
 
     def query_ids(self, chunk: int) -> jax.Array | None:
         """Their segment ids."""
-        ids = self._ids(self.here.q_ids, *self.selection(chunk), chunk)
-        return self._moved(ids, chunk, heads.deal)
+        return self._deal(self._ids(self.here.q_ids, *self.selection(chunk), chunk), chunk)
 
     def keys(self, key: jax.Array, value: jax.Array) -> tuple[Keys, ...]:
         """The kept rows of this device's keys and values, per chunk, dealt out or gathered."""
@@ -115,8 +118,9 @@ class Ring:
                 take(self._chunk(x, chunk), index, self.branch.slots.keys) for x in (key, value)
             )
             found = Keys(k, v, ids)
-            how = heads.gather if self.branch.method == "all_gather" else heads.deal
-            chunks.append(Keys(*(self._moved(x, chunk, how) for x in found)))
+            if self.branch.method == "all_gather":
+                found = jax.tree.map(self._neighbours(chunk, self.branch.group).gather, found)
+            chunks.append(jax.tree.map(lambda x, chunk=chunk: self._deal(x, chunk), found))
         return tuple(chunks)
 
     # --- messages -------------------------------------------------------------------------------
@@ -127,7 +131,10 @@ class Ring:
             None
             if rows is None
             else jax.tree.map(
-                lambda x, rows=rows: lax.ppermute(_cut(x, rows), self.axis_name, hop.pairs), chunk
+                lambda x, rows=rows: self.messages.permute(
+                    _cut(x, rows), self.axis_name, hop.pairs
+                ),
+                chunk,
             )
             for rows, chunk in zip(hop.rows, keys, strict=True)
         )
@@ -135,7 +142,7 @@ class Ring:
     def give_back(self, hop: Hop, gradients: Any) -> Any:
         """Gradients of what a hop brought, at the device that it came from."""
         pairs = [(destination, source) for source, destination in hop.pairs]
-        return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, pairs), gradients)
+        return jax.tree.map(lambda x: self.messages.permute(x, self.axis_name, pairs), gradients)
 
     # --- calls of the local attention -----------------------------------------------------------
 
@@ -203,12 +210,16 @@ class Ring:
             options["kv_segment_ids"] = k.ids
         return (q, k.key, k.value), options
 
+    def _sent(self, hop: Hop, call: Call, chunk: Keys) -> tuple[int, int]:
+        """The range of a key chunk's rows that is here."""
+        return (hop.shift and hop.rows[call.key]) or (0, chunk.key.shape[2])
+
     def attend(self, hop: Hop, queries, ids, arrived, state: list) -> list:
         """`state` (per chunk None or (out, lse)), continued over the keys that a hop brought."""
         state = list(state)
         for call in hop.calls:
             chunk = arrived[call.key]
-            sent = hop.rows[call.key] if hop.shift else (0, chunk.key.shape[2])
+            sent = self._sent(hop, call, chunk)
             q = queries[call.query]
             arrays, options = self._arguments(hop, call, q, ids[call.query], chunk, sent)
             old = state[call.query]
@@ -234,17 +245,17 @@ class Ring:
         for call in hop.calls:
             q, ids, *others = rows[call.query]
             chunk = arrived[call.key]
-            sent = hop.rows[call.key] if hop.shift else (0, chunk.key.shape[2])
+            sent = self._sent(hop, call, chunk)
             arrays, options = self._arguments(hop, call, q, ids, chunk, sent)
             others = [_flat(_cut(x, call.q_rows)) for x in others]
             gq, gk, gv = self.local.backward(*arrays, *others, **options)
             gq = gq.reshape(*q.shape[:2], *gq.shape[1:])
             dq[call.query] = _grow(dq[call.query], gq, call.q_rows, q.shape[2])
-            old: Any = back.get(call.key, (None, None))
+            before = back.get(call.key, (None, None))
             low = call.k_rows[0] - sent[0]
             place = (low, low + gk.shape[1]), sent[1] - sent[0]
             gk, gv = (x.reshape(*chunk.key.shape[:2], *x.shape[1:]) for x in (gk, gv))
-            back[call.key] = (_grow(old[0], gk, *place), _grow(old[1], gv, *place))
+            back[call.key] = (_grow(before[0], gk, *place), _grow(before[1], gv, *place))
         return dq, [back.get(chunk) for chunk in range(len(arrived))]
 
     # --- the whole branch -----------------------------------------------------------------------
@@ -261,16 +272,17 @@ class Ring:
             and bool((slots.offsets == 0).all())
         )
 
-    def merge(self, running: list, state: list, dtype: Any) -> list:
-        """The running (out, lse) of each chunk with this branch's result added."""
-        result = []
+    def merge(self, running: list, state: list, query: jax.Array) -> list:
+        """The running (out, lse) of each chunk, None if nothing is there, with the state added."""
+        result, dtype = [], query.dtype
         for chunk, (old, new) in enumerate(zip(running, state, strict=True)):
             if new is None:
                 result.append(old)
                 continue
+            old = empty(self._chunk(query, chunk)) if old is None else old
             if self.branch.spread > 1:
-                out = self._moved(new[0].astype(dtype), chunk, heads.collect)
-                lse = self._moved(new[1], chunk, heads.collect)
+                out = self._collect(new[0].astype(dtype), chunk)
+                lse = self._collect(new[1], chunk)
                 new = (out.astype(lse.dtype), lse)
             index, real = self.selection(chunk)
             queries = self.branch.slots.queries
@@ -294,7 +306,7 @@ class Ring:
         keys, result = self.branch.slots.keys, []
         for chunk, (t, g) in enumerate(zip(total, dk, strict=True)):
             if g is not None and self.branch.method == "all_gather":
-                g = self._moved(g, chunk, heads.reduce)
+                g = self._neighbours(chunk, self.branch.group).reduce(g)
             result.append(self._add(t, g, chunk, keys, dtype))
         return result
 
@@ -302,7 +314,7 @@ class Ring:
         if g is None:
             return total
         if self.branch.spread > 1:
-            g = self._moved(g.astype(dtype), chunk, heads.collect).astype(g.dtype)
+            g = self._collect(g.astype(dtype), chunk).astype(g.dtype)
         index, real = self.selection(chunk)
         return add(total, index, real, which, g)
 
