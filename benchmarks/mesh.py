@@ -22,11 +22,11 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Without these XLA sends some keys and values before it computes, not meanwhile.
-OVERLAP = (
-    "--xla_gpu_enable_latency_hiding_scheduler=true",
-    "--xla_gpu_experimental_parallel_collective_overlap_limit=4",
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_gpu_enable_latency_hiding_scheduler=true"
+    + " --xla_gpu_experimental_parallel_collective_overlap_limit=4"
 )
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *OVERLAP])
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
