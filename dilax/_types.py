@@ -56,3 +56,7 @@ def shown(x: Any) -> str:
 def refuse(name: str, wanted: str, got: Any) -> ValueError:
     """The one form of an argument error: which argument, what was wanted, what came."""
     return ValueError(f"{name}: wanted {wanted}, got {shown(got)}")
+
+
+class LostProcessError(RuntimeError):
+    """Another process of a run has ended, or cannot be reached any more."""

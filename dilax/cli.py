@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dilax._types import UnsupportedError, refuse
+from dilax._types import LostProcessError, UnsupportedError, refuse
 
 SUMMARIES = {
     "train": "train a LongNet language model on text, beside byte bigrams on the same files",
@@ -84,8 +84,17 @@ def _train() -> Any:
         """Go on from the latest checkpoint in --checkpoint-dir."""
         picture: Path | None = None
         """Draw the training curve into this PNG file."""
+        coordinator: str | None = None
+        """With several processes: host:port of process 0, or auto for the cluster's own."""
+        num_processes: int | None = None
+        """With a coordinator: how many processes there are."""
+        process_id: int | None = None
+        """With a coordinator: which process this is, from 0."""
 
         def run(self) -> int:
+            from dilax.distributed import start_processes
+
+            start_processes(self.coordinator, self.num_processes, self.process_id)
             return _run_train(self.config, self.resume, self.picture)
 
     return Train
@@ -99,13 +108,16 @@ def _run_train(config: Any, resume: bool, picture: Path | None) -> int:
 
     from dilax.training import train
 
+    if jax.process_index() > 0:  # process 0 speaks for all
+        return 130 if train(config, resume=resume).interrupted else 0
     model = config.model
     branches = zip(model.segment_lengths, model.dilation_rates, strict=True)
     print(
         f"{', '.join(config.text) if config.text else 'the standard library of this Python'}: "
         f"{config.steps} steps of {config.batch_size} x {config.sequence_length} bytes, "
         f"{model.num_layers} layers of {model.embed_dim}, dilated attention "
-        f"{', '.join(f'{w}/{r}' for w, r in branches)}, on {jax.devices()[0].device_kind}",
+        f"{', '.join(f'{w}/{r}' for w, r in branches)}, on {jax.devices()[0].device_kind}"
+        + ("" if config.mesh is None else f", mesh {config.mesh}"),
         flush=True,
     )
     with _progress(config.steps) as on_step:
@@ -386,6 +398,12 @@ def _failure(message: str) -> int:
     return 2
 
 
+def _lost(error: LostProcessError) -> int:
+    """Say so and go at once: an orderly end would wait for the lost process."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; an argument that the library refuses is one line and exit status 2.
 
@@ -401,6 +419,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_refusal(error):
             raise
         return _failure(str(error))
+    except LostProcessError as error:
+        return _lost(error)
     except FloatingPointError as error:  # of `train`, which says what happened
         print(f"error: {error}", file=sys.stderr)
         return 1

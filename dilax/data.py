@@ -330,6 +330,19 @@ def validation_batches(
         yield {k: np.stack([row[k] for row in some]) for k in empty}
 
 
+def shifted(batch: Batch) -> Batch:
+    """Inputs [B, T] and what they predict: tokens, targets, segment_ids, positions, predicted.
+
+    Example:
+        >>> batch = {"tokens": np.array([[256, 104, 257]]), "segment_ids": np.ones((1, 3), int),
+        ...          "positions": np.arange(3)[None]}
+        >>> shifted(batch)["targets"].tolist()
+        [[104, 257]]
+    """
+    inputs = {name: batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions")}
+    return {**inputs, "targets": batch["tokens"][:, 1:], "predicted": predicted(batch)}
+
+
 def predicted(batch: Any) -> Any:
     """bool [B, T]: which targets `tokens[:, 1:]` are predicted: real, and of the input's document.
 

@@ -10,10 +10,11 @@ from dilax import data
 from dilax._types import refuse
 from dilax.attention_fn import check_number, check_positive
 from dilax.checks import check_index
+from dilax.distributed import parse_mesh
 from dilax.longnet import LongNetConfig
 
 # The fields that may change between the parts of one run: they do not change the numbers.
-_FREE = ("checkpoint_dir", "checkpoint_every", "keep_checkpoints", "validate_every")
+_FREE = ("mesh", "checkpoint_dir", "checkpoint_every", "keep_checkpoints", "validate_every")
 
 
 def default_model() -> LongNetConfig:
@@ -54,7 +55,9 @@ class TrainConfig:
         validation_fraction: share of files that is held out.
         validation_rows: how many packed sequences of the held-out files are evaluated; None: all.
         validate_every: steps between evaluations; None: only at the end.
-        checkpoint_dir: None for no checkpoints.
+        mesh: axes and sizes, such as "data=2,sequence=2": examples of a batch and tokens of a
+            sequence over the devices of all processes; None: one device.
+        checkpoint_dir: None for no checkpoints; several processes need one that all of them see.
         checkpoint_every: steps between checkpoints; None: only at the end or when interrupted.
         keep_checkpoints: how many are kept, the latest ones.
 
@@ -85,6 +88,7 @@ class TrainConfig:
     validation_fraction: float = 0.1
     validation_rows: int | None = 16
     validate_every: int | None = None
+    mesh: str | None = None
     checkpoint_dir: str | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
@@ -117,6 +121,8 @@ class TrainConfig:
             raise refuse("seed", "an int in [0, 2**32)", self.seed)
         if check_index("warmup_steps", self.warmup_steps) >= self.steps:
             raise refuse("warmup_steps", f"less than steps={self.steps}", self.warmup_steps)
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
         if self.checkpoint_dir is not None:
             object.__setattr__(self, "checkpoint_dir", str(self.checkpoint_dir))
 

@@ -25,6 +25,7 @@ from dilax import data
 from dilax._types import refuse
 from dilax.checkpoints import Checkpoints, check_directory, load_model, merged, new_model
 from dilax.checks import check_bool
+from dilax.distributed import Placement, agreed, any_process, lost_processes_named
 from dilax.longnet import LongNetLM
 from dilax.train_config import TrainConfig, default_model
 
@@ -149,38 +150,46 @@ def loss_sums(
         >>> int(loss_sums(LongNetLM(config, rngs=nnx.Rngs(0)), batch)[1])
         8
     """
+    return _loss_sums(model, data.shifted(batch), rngs)
+
+
+def _loss_sums(model: LongNetLM, batch: data.Batch, rngs: nnx.Rngs | None = None):
+    """`loss_sums` of a batch that `data.shifted` cut."""
     logits = model(
-        jnp.asarray(batch["tokens"][:, :-1]),
-        segment_ids=jnp.asarray(batch["segment_ids"][:, :-1]),
-        positions=jnp.asarray(batch["positions"][:, :-1]) if model.config.position else None,
+        jnp.asarray(batch["tokens"]),
+        segment_ids=jnp.asarray(batch["segment_ids"]),
+        positions=jnp.asarray(batch["positions"]) if model.config.position else None,
         deterministic=rngs is None,
         rngs=rngs,
     )
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
-    chosen = data.predicted(batch)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    chosen = batch["predicted"]
     return jnp.where(chosen, nats, 0).sum(), chosen.sum()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _train_step(config: TrainConfig, graphdef, params, optimizer_state, rest, batch, step):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _train_step(
+    config: TrainConfig, placement: Placement, graphdef, params, optimizer_state, rest, batch, step
+):
     """One update; the loss sums are those before it."""
     key = jax.random.fold_in(jax.random.key(config.seed), step)
 
     def loss(params):
         model = merged(graphdef, params, rest)
-        total, number = loss_sums(model, batch, nnx.Rngs(dropout=key))
+        total, number = _loss_sums(model, batch, nnx.Rngs(dropout=key))
         return total / jnp.maximum(number, 1), (total, number)
 
     gradients, sums = jax.grad(loss, has_aux=True)(params)
     optimizer = make_optimizer(config)
     updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-    return optax.apply_updates(params, updates), optimizer_state, sums
+    params = optax.apply_updates(params, updates)
+    return placement.kept_everywhere((params, optimizer_state, sums))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluation_step(graphdef, state, batch):
-    return loss_sums(nnx.merge(graphdef, state), batch)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _evaluation_step(placement: Placement, graphdef, state, batch):
+    return placement.kept_everywhere(_loss_sums(nnx.merge(graphdef, state), batch))
 
 
 def evaluate(model: LongNetLM, batches: Iterable[data.Batch]) -> float:
@@ -197,10 +206,15 @@ def evaluate(model: LongNetLM, batches: Iterable[data.Batch]) -> float:
         >>> 5 < evaluate(LongNetLM(config, rngs=nnx.Rngs(0)), held_out) < 15
         True
     """
+    return _evaluate(model, batches, Placement(None))
+
+
+def _evaluate(model: LongNetLM, batches: Iterable[data.Batch], placement: Placement) -> float:
     graphdef, state = nnx.split(model)
     nats, number = 0.0, 0
     for batch in batches:
-        total, count = _evaluation_step(graphdef, state, batch)
+        batch = placement.batch(data.shifted(batch))
+        total, count = _evaluation_step(placement, graphdef, state, batch)
         nats, number = nats + float(total), number + int(count)
     if not number:
         raise refuse("batches", "at least one predicted token", number)
@@ -212,6 +226,9 @@ class _Run:
 
     def __init__(self, config: TrainConfig, resume: bool):
         self.config = config
+        self.placement = Placement.of(
+            config.mesh, batch_size=config.batch_size, sequence_length=config.sequence_length
+        )
         if config.checkpoint_dir is not None:
             check_directory("checkpoint_dir", config.checkpoint_dir)
             here = pathlib.Path(config.checkpoint_dir).resolve()
@@ -233,6 +250,7 @@ class _Run:
         if config.checkpoint_dir is not None:
             self.checkpoints = Checkpoints(config.checkpoint_dir, config.keep_checkpoints)
             latest = self.checkpoints.manager.latest_step()
+        agreed(config=config.to_dict(), text=self.corpus.fingerprint, latest_checkpoint=latest)
         if resume and latest is None:
             raise refuse("resume", "a checkpoint_dir with checkpoints", config.checkpoint_dir)
         if not resume and latest is not None:
@@ -242,8 +260,10 @@ class _Run:
         if self.checkpoints is not None and latest is not None:
             saved = self.checkpoints.run(latest)
             self._check_same(saved)
-        self.graphdef, self.params, self.rest = new_model(config)
-        self.optimizer_state = make_optimizer(config).init(self.params)
+        self.graphdef, params, rest = new_model(config)
+        optimizer_state = make_optimizer(config).init(params)
+        started = self.placement.everywhere((params, optimizer_state, rest))
+        self.params, self.optimizer_state, self.rest = started
         self.step = 0
         if self.checkpoints is not None and latest is not None and saved is not None:
             trees = self.checkpoints.restore(
@@ -276,9 +296,10 @@ class _Run:
 
     def advance(self) -> tuple[float, int]:
         """One step; the mean loss in bits and the number of predicted tokens."""
-        batch = next(self.batches)
+        batch = self.placement.batch(data.shifted(next(self.batches)))
         self.params, self.optimizer_state, (total, number) = _train_step(
             self.config.computed(),
+            self.placement,
             self.graphdef,
             self.params,
             self.optimizer_state,
@@ -294,6 +315,9 @@ class _Run:
 
     def model(self) -> LongNetLM:
         return merged(self.graphdef, self.params, self.rest)
+
+    def evaluation(self) -> float:
+        return _evaluate(self.model(), self.held_out(), self.placement)
 
     def held_out(self) -> Iterator[data.Batch]:
         return data.validation_batches(
@@ -328,6 +352,15 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _interrupts_stop(stop: threading.Event) -> Iterator[None]:
+    """A KeyboardInterrupt of the callback is a request to stop, which all processes must hear."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop.set()
+
+
 def train(
     config: TrainConfig,
     *,
@@ -337,22 +370,33 @@ def train(
     """Train a language model, or go on training one.
 
     SIGINT (Ctrl-C), SIGTERM and a KeyboardInterrupt of the callback end the run after the step in
-    flight, with a checkpoint if there is a checkpoint_dir; the result says so.
+    flight, with a checkpoint if there is a checkpoint_dir; the result says so. With several
+    processes (`dilax.distributed.start_processes`) all of them call this, and a request to stop
+    that reaches one stops all.
 
     Args:
         config: see `TrainConfig`.
         resume: go on from the latest checkpoint in config.checkpoint_dir; the losses are those of
             a run that was not interrupted, bit for bit on a CPU.
-        on_step: called after every step.
+        on_step: called after every step, in process 0.
 
     Raises:
         ValueError: the text is too short, resuming without a checkpoint or with another config or
             text, or a checkpoint_dir that has checkpoints without `resume`.
         FloatingPointError: the loss is not finite.
+        LostProcessError: another process of the run ended.
     """
     if not isinstance(config, TrainConfig):
         raise refuse("config", "a TrainConfig", config)
     check_bool("resume", resume)
+    again = "Start all processes again"
+    if config.checkpoint_dir is not None:
+        again += f", with resume to go on from the last checkpoint in {config.checkpoint_dir}"
+    with lost_processes_named(f"{again}."):
+        return _train(config, resume, on_step)
+
+
+def _train(config: TrainConfig, resume: bool, on_step: Callable[[Progress], None] | None):
     begin = time.perf_counter()
     run = _Run(config, resume)
     with _stop_requests() as stop:
@@ -363,12 +407,12 @@ def train(
     if finished:
         covered = data.predicted_bytes(run.held_out())
         if validation is None:
-            validation = evaluate(run.model(), run.held_out())
+            validation = run.evaluation()
         if not math.isfinite(validation):
             raise _diverged("the loss on the held-out files", validation, config)
         bigram = data.bigram_bits_per_byte(data.bigram_counts(run.corpus.train), run.held_out())
     return TrainResult(
-        model=run.model(),
+        model=merged(run.graphdef, *run.placement.local((run.params, run.rest))),
         step=run.step,
         bits_per_byte=tuple(bits),
         validation_bits_per_byte=validation if finished else None,
@@ -386,25 +430,23 @@ def _train_loop(run: _Run, stop: threading.Event, on_step: Callable[[Progress], 
     """Steps until the last one or a request to stop: bits of each, tokens, last evaluation."""
     config, schedule = run.config, _schedule(run.config)
     bits, tokens, counted, validation, start = [], 0, 0, None, time.perf_counter()
-    try:
-        while run.step < config.steps and not stop.is_set():
-            rate = jnp.asarray(schedule(run.step)).item()
-            loss, number = run.advance()
-            bits.append(loss)
-            tokens += number
-            if len(bits) == 1:
-                start = time.perf_counter()  # the first step compiles
-            else:
-                counted += number
-            seconds = time.perf_counter() - start
-            validation = None
-            if config.validate_every and run.step % config.validate_every == 0:
-                validation = evaluate(run.model(), run.held_out())
-            if config.checkpoint_every and run.step % config.checkpoint_every == 0:
-                run.save()
-            if on_step is not None:
-                speed = counted / seconds if counted else 0.0
+    while run.step < config.steps and not any_process(stop.is_set()):
+        rate = jnp.asarray(schedule(run.step)).item()
+        loss, number = run.advance()
+        bits.append(loss)
+        tokens += number
+        if len(bits) == 1:
+            start = time.perf_counter()  # the first step compiles
+        else:
+            counted += number
+        seconds = time.perf_counter() - start
+        validation = None
+        if config.validate_every and run.step % config.validate_every == 0:
+            validation = run.evaluation()
+        if config.checkpoint_every and run.step % config.checkpoint_every == 0:
+            run.save()
+        if on_step is not None and jax.process_index() == 0:
+            speed = counted / seconds if counted else 0.0
+            with _interrupts_stop(stop):
                 on_step(Progress(run.step, config.steps, loss, rate, tokens, speed, validation))
-    except KeyboardInterrupt:
-        pass
     return bits, tokens, validation
