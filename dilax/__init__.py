@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from dilax._types import UnsupportedError as UnsupportedError
 from dilax.attention_fn import DilatedAttention as DilatedAttention
 from dilax.attention_fn import DilatedAttentionFn as DilatedAttentionFn
+from dilax.block_lists import BlockLists as BlockLists
+from dilax.block_sparse import block_sparse_attention as block_sparse_attention
 from dilax.create import choose_implementation as choose_implementation
 from dilax.create import create_dilated_attention as create_dilated_attention
 from dilax.create import create_multihead_dilated_attention as create_multihead_dilated_attention
@@ -20,6 +22,7 @@ from dilax.names import missing as _missing
 from dilax.order import TokenOrder as TokenOrder
 from dilax.partial import Partial as Partial
 from dilax.partial import merge as merge
+from dilax.pattern_config import SparsePatternConfig as SparsePatternConfig
 from dilax.positions import RotaryPosition as RotaryPosition
 from dilax.positions import XPos as XPos
 from dilax.sharded import sharded_dilated_attention as sharded_dilated_attention

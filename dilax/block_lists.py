@@ -137,6 +137,37 @@ def density(
     return float(kept / max(1, limit.sum() * columns.shape[0] * columns.shape[1]))
 
 
+def partial_blocks(
+    lists: BlockLists,
+    T: int,
+    S: int,
+    is_causal: bool = False,
+    q_start: int = 0,
+    k_start: int = 0,
+) -> np.ndarray:
+    """bool [b, n, rows, capacity]: the valid entries of static lists that a call masks in part.
+
+    A block is masked in part if its band or causality hides a pair of tokens in it.
+
+    Example:
+        >>> lists = from_mask(np.tri(4, dtype=bool), 64)
+        >>> int(partial_blocks(lists, 256, 256, is_causal=True).sum())
+        4
+    """
+    size, column = lists.block_size, np.asarray(lists.columns)
+    row = np.arange(column.shape[2])[:, None]
+    first, last = q_start + row * size, q_start + np.minimum((row + 1) * size, T) - 1
+    nearest = first - (k_start + np.minimum((column + 1) * size, S) - 1)
+    furthest = last - (k_start + column * size)
+    left, right = (
+        np.array([np.inf if band[i] is None else band[i] for band in lists.bands]) for i in (0, 1)
+    )
+    if is_causal:
+        right = np.minimum(right, 0)
+    band = 0 if lists.band_index is None else np.asarray(lists.band_index)
+    return np.asarray(lists.valid) & ((furthest > left[band]) | (-nearest > right[band]))
+
+
 def check_lists(
     lists: BlockLists,
     rows: int,
@@ -164,7 +195,11 @@ def check_lists(
     ):
         if x is None and name == "blocks.band_index":
             continue
-        if len(shape) != 4 or np.shape(x) != wanted or getattr(x, "dtype", None) != jnp.int32:
+        if (
+            len(shape) != 4
+            or getattr(x, "shape", None) != wanted
+            or getattr(x, "dtype", None) != jnp.int32
+        ):
             form = "[b, n, rows, capacity]" if len(wanted) == 4 else "[b, n, rows]"
             raise refuse(name, f"int32 {form} with {rows} rows, all of one shape", x)
     for axis, sizes in ((0, batch), (1, heads)):
@@ -202,6 +237,32 @@ def _check_contents(lists: BlockLists, columns: int) -> None:
         if index.min(initial=0) < 0 or index.max(initial=0) >= len(lists.bands):
             wanted = f"band numbers from 0 to {len(lists.bands) - 1}"
             raise refuse("blocks.band_index", wanted, lists.band_index)
+
+
+def window(lists: BlockLists, row: int, rows: int, column: int, columns: int) -> BlockLists:
+    """The lists of rows `row`, `row` + 1, ... for keys that begin with block `column`.
+
+    Example:
+        >>> window(from_mask(np.tri(4, dtype=bool), 64), 2, 2, 1, 2).columns[0, 0].tolist()
+        [[0, 1], [0, 1]]
+    """
+    xp: Any = np if lists.is_static else jnp
+    lists = jax.tree.map(lambda x: x[:, :, row : row + rows], lists)
+    inside = lists.valid & (lists.columns >= column) & (lists.columns < column + columns)
+    if lists.is_static and bool((inside == lists.valid).all()):
+        moved = np.maximum(lists.columns - np.int32(column), 0)
+        return dataclasses.replace(lists, columns=moved)
+    # Columns ascend, so those inside follow each other: move them to the front.
+    before = (lists.valid & (lists.columns < column)).sum(-1, keepdims=True)
+    slot = xp.minimum(_along_last(lists.capacity, 4) + before, lists.capacity - 1)
+    moved = xp.clip(xp.take_along_axis(lists.columns, slot, -1) - column, 0, columns - 1)
+    band = lists.band_index
+    return dataclasses.replace(
+        lists,
+        columns=moved.astype(np.int32),
+        counts=inside.sum(-1).astype(np.int32),
+        band_index=None if band is None else xp.take_along_axis(band, slot, -1),
+    )
 
 
 class Transposed(NamedTuple):

@@ -133,8 +133,6 @@ KINDS = (
 
 # Names that `dilax` will export: what a name will be is fixed, what it does is not there yet.
 LATER_EXPORTS = (
-    "block_sparse_attention",
-    "SparsePatternConfig",
     "create_block_sparse_attention",
     "from_gigapath",
     "sharded_block_sparse_attention",
@@ -146,8 +144,8 @@ def missing(name: str, module: Any, available: Iterable[str]) -> AttributeError:
 
     Example:
         >>> import dilax
-        >>> print(missing("SparsePatternConfig", dilax, ["dilated_attention"]))
-        dilax.SparsePatternConfig: a known name, not available in this version; ...
+        >>> print(missing("from_gigapath", dilax, ["dilated_attention"]))
+        dilax.from_gigapath: a known name, not available in this version; ...
         >>> print(missing("sparse", dilax, []))
         module 'dilax' has no attribute 'sparse'
     """

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dilax import dropout
-from dilax.spec import Branch, Combine, HeadOffset, as_spec, branches_of
+from dilax.block_lists import BlockLists, token_mask
+from dilax.spec import Branch, Combine, DilatedSpec, HeadOffset, as_spec, branches_of, within
 
 
 def _sees(branch: Branch, n: int, q_position, k_position):
@@ -67,10 +68,12 @@ def dilated_attention(
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
     deterministic: bool = True,
+    masks: Any = None,
 ):
     """Dilated attention as one dense softmax over the multiset union of the branches' keys.
 
-    Arguments as `dilax.dilated_attention`; returns (out [B, T, N, H], lse [B, T, N]), computed in
+    Arguments as `dilax.dilated_attention`, and masks, a further boolean mask [1 or B, 1 or N, T, S]
+    per branch; returns (out [B, T, N, H], lse [B, T, N]), computed in
     the dtype of the inputs. Source: LongNet (arXiv:2307.02486), eq. 3-15.
 
     Example:
@@ -112,7 +115,8 @@ def dilated_attention(
     for i, branch in enumerate(branches):
         sees = np.stack([_sees(branch, n, q_position, k_position) for n in range(N)])
         logits.append(dots)
-        visible.append(shared[:, None] & sees[None])
+        mask = shared[:, None] & sees[None]
+        visible.append(mask if masks is None else mask & masks[i])
         values.append(value)
         if dropping:
             columns = dropout.column_bits(seed, k_place[:, None], i)
@@ -156,3 +160,34 @@ def dilated_attention(
     if average_branches or (average_branches is None and combine == "heads"):
         out = out / len(branches)
     return out, jax.numpy.swapaxes(lse, 1, 2)
+
+
+def block_sparse_attention(
+    query, key, value, blocks, *, segment_lengths=None, dilation_rates=None, **options
+):
+    """Block-sparse attention as one dense masked softmax.
+
+    blocks is a `BlockLists`, or one per branch if there are segments; options as in
+    `dilated_attention` above. Returns (out [B, T, N, H], lse [B, T, N]).
+
+    Example:
+        >>> from dilax.block_lists import from_mask
+        >>> x = jnp.ones((1, 8, 2, 4))
+        >>> block_sparse_attention(x, x, x, from_mask(np.eye(2, dtype=bool), 4))[0].shape
+        (1, 8, 2, 4)
+    """
+    (T, N), S = query.shape[1:3], key.shape[1]
+    q_start, k_start = (options.get(name, 0) for name in ("q_start", "k_start"))
+    extent = max(q_start + T, k_start + S)
+    if isinstance(blocks, BlockLists):
+        mask = token_mask(blocks, T, S, q_start, k_start)
+        spec, masks = DilatedSpec((extent,), (1,)), [jnp.repeat(mask, N // mask.shape[1], 1)]
+        return dilated_attention(query, key, value, spec, masks=masks, **options)
+    spec, masks = as_spec(segment_lengths, dilation_rates), []
+    for lists, w, r in zip(blocks, spec.segment_lengths, spec.dilation_rates, strict=True):
+        w, r = within(Branch(w, r, 0, tuple(range(N))), extent)[:2]
+        places = [(start + np.arange(n)) % w // r for start, n in ((q_start, T), (k_start, S))]
+        mask = token_mask(lists, -(-w // r), -(-w // r))
+        mask = mask[:, :, places[0]][..., places[1]]
+        masks.append(jnp.repeat(mask, N // mask.shape[1], 1))
+    return dilated_attention(query, key, value, spec, masks=masks, **options)

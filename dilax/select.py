@@ -85,21 +85,30 @@ def unsupported(
     # Looked up, not tried: an error inside the kernels' package must be seen.
     if importlib.util.find_spec("absl") is None:
         return ("JAX's Mosaic GPU needs absl, which is not installed: pip install absl-py",)
-    flash = sibling("pallas_kernels.flash")
-    if flash is None:
-        return ("the package pallas_kernels has no kernel (flash) in this installation",)
+    if "blocks" in options and "branches" in options:
+        return ("its kernels take no block lists inside dilated branches",)
+    module = _kernels(options)
+    kernels = sibling(f"pallas_kernels.{module}")
+    if kernels is None:
+        return (f"the package pallas_kernels has no kernel ({module}) in this installation",)
     options |= {"device_kind": device_kind, "keep": dropout}
-    return tuple(flash.unsupported(query, key, value, **options))
+    return tuple(kernels.unsupported(query, key, value, **options))
 
 
-def load(name: str) -> Callable:
-    """The `attend` function of an implementation that is supported."""
+def _kernels(options: dict[str, Any]) -> str:
+    """The module of pallas_kernels that has the kernels for a call."""
+    return "blocks" if "blocks" in options else "flash"
+
+
+def load(name: str, **options: Any) -> Callable:
+    """The `attend` function of an implementation that is supported for a call's options."""
     if name == "xla":
         return xla_attention.attend
-    flash = sibling("pallas_kernels.flash")
-    if flash is None:
-        raise UnsupportedError("any call", {name: ("pallas_kernels.flash is not installed",)})
-    return functools.partial(flash.attend, keep=dropout)
+    module = _kernels(options)
+    kernels = sibling(f"pallas_kernels.{module}")
+    if kernels is None:
+        raise UnsupportedError("any call", {name: (f"pallas_kernels.{module} is not installed",)})
+    return functools.partial(kernels.attend, keep=dropout)
 
 
 def choose(
@@ -116,5 +125,5 @@ def choose(
     for name in IMPLEMENTATIONS if implementation is None else (implementation,):
         reasons[name] = unsupported(name, query, key, value, **options)
         if not reasons[name]:
-            return load(name)
+            return load(name, **options)
     raise UnsupportedError(f"query {shown(query)}, key {shown(key)}", reasons)

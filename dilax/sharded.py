@@ -19,10 +19,10 @@ from dilax.checks import (
     check_scale,
     segment_ids_of,
 )
-from dilax.dilated import bias_key, check_extra_keys, constant_key, zero_keys
 from dilax.partial import Partial, merge
 from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of, within
+from dilax.union import bias_key, check_extra_keys, constant_key, zero_keys
 
 sibling("sharding")  # says which file it is that comes before ours, if there is one
 from sharding import attention as sharded  # noqa: E402

@@ -2,12 +2,10 @@
 
 A piece is [G, Lq, H] queries and [rows, Lk, H] keys and values, where a group is one head of one
 segment of one example. Loops over tiles of groups, queries and keys hold the logits of one tile at
-a time (Rabe and Staats, arXiv:2112.05682; Dao, arXiv:2307.08691). Softmax is in base 2.
+a time (Rabe and Staats, arXiv:2112.05682; Dao, arXiv:2307.08691).
 """
 
-import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dilax import dropout
 from dilax._types import stats_dtype
+from dilax.tile import Settings, base_two, finish, gradient_scales, gradients, look, start
 
 # Logits alive at once. On a CPU a tile should stay in cache; an accelerator wants all its cores
 # busy within one step of the loop.
@@ -24,18 +22,6 @@ _TILE = {"cpu": 1 << 20}
 _TILE_ELSEWHERE = 1 << 27
 _QUERY_TILE, _KEY_TILE = 1024, 1024
 _CAUSAL_TILE = 256  # smaller, so that more tiles lie wholly in the future and are skipped
-# ln(2)^n / n!, from n = 6 down: 2^x on [-1/2, 1/2] to 1e-8.
-_EXP2 = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the loops know of a call at trace time."""
-
-    is_causal: bool
-    scale: float
-    dropout_rate: float
-    platform: str
 
 
 class Groups(NamedTuple):
@@ -49,46 +35,6 @@ class Groups(NamedTuple):
     behind: Any  # key j is visible to query i if j <= i + behind; only if causal; may be traced
     segment: int | None = None  # pairs attend only inside segments of this many rows
     q_first: Any = 0  # the place of query 0 among the rows that segments count; may be traced
-
-
-def scales(scale: float, dtype) -> tuple[float, float]:
-    """The logits' factor as one on the queries and one on the products; softmax is in base 2.
-
-    All of it on the queries saves a pass over the logits, but in half precision the product would
-    round: there the queries get only a power of two, and not one that could overflow.
-    """
-    scale = scale / math.log(2)
-    if jnp.finfo(dtype).bits >= 32 or scale == 0:
-        return scale, 1.0
-    early = math.copysign(2.0 ** min(max(math.floor(math.log2(abs(scale))), -4), 0), scale)
-    return early, scale / early
-
-
-def _times(s: jax.Array, factor: float) -> jax.Array:
-    return s if factor == 1 else s * factor
-
-
-def _exp2(x: jax.Array, platform: str) -> jax.Array:
-    """2^min(x, 0), 0 at -inf, NaN at NaN.
-
-    XLA's own exp takes as long as a matrix product on a CPU, where half of the forward pass went
-    into it. In float32 x is split into an integer, which goes into the exponent bits, and a rest
-    in [-1/2, 1/2], for which a polynomial of degree 6 is exact to one ulp. (Adding and subtracting
-    1.5 * 2^23 would round faster, but the XLA of jax 0.11 simplifies that to nothing.) The barrier
-    stops XLA from computing it again in every consumer.
-    """
-    if platform != "cpu" or x.dtype != jnp.float32:
-        return jnp.exp2(jnp.minimum(x, 0.0))
-    # At -127 the exponent bits are 0, so that is exactly 0. Above 0 lies rounding only, but of
-    # large logits that can be a lot: without a limit it would carry into the sign bit.
-    x = jnp.clip(x, -127.0, 0.0)
-    whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
-    rest = x - whole
-    y = jnp.float32(_EXP2[0])
-    for c in _EXP2[1:]:
-        y = y * rest + c
-    power = (whole.astype(jnp.int32) + 127) << 23
-    return lax.optimization_barrier(y * lax.bitcast_convert_type(power, jnp.float32))
 
 
 class _Tiles(NamedTuple):
@@ -164,14 +110,22 @@ def _visible(settings: Settings, groups: Groups, tiles: _Tiles, i, j, q_ids, k_i
         k_first = groups.q_first - groups.behind
         same = ((row + k_first) // groups.segment == (column + k_first) // groups.segment)[None]
         visible = same if visible is None else visible & same
-    if k_ids is not None and k_ids.ndim == 3:
-        later = q_ids[:, :, None, 1] >= k_ids[:, None, :, 1]
-        visible = later if visible is None else visible & later
-        q_ids, k_ids = q_ids[..., 0], k_ids[..., 0]
     if k_ids is not None:
-        same = (q_ids[:, :, None] == k_ids[:, None, :]) & (k_ids != 0)[:, None, :]
+        same = same_document(q_ids, k_ids)
         visible = same if visible is None else visible & same
     return visible
+
+
+def same_document(q_ids: jax.Array, k_ids: jax.Array) -> jax.Array:
+    """bool [groups, q_size, k_size]: pairs of one document, none of padding, none in the future.
+
+    Ids as in `Groups`: where they come with positions, a query sees no key after its own.
+    """
+    later = True
+    if k_ids.ndim == 3:
+        later = q_ids[:, :, None, 1] >= k_ids[:, None, :, 1]
+        q_ids, k_ids = q_ids[..., 0], k_ids[..., 0]
+    return (q_ids[:, :, None] == k_ids[:, None, :]) & (k_ids != 0)[:, None, :] & later
 
 
 def _key_tiles(settings: Settings, groups: Groups, tiles: _Tiles, i):
@@ -203,18 +157,6 @@ def _query_tiles(settings: Settings, groups: Groups, tiles: _Tiles, j):
     return low, high
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype) -> jax.Array:
-    """Batched matrix product over the leading axis, accumulated in `dtype`."""
-    a, b = a.astype(b.dtype), b
-    numbers = (((contract[0],), (contract[1],)), ((0,), (0,)))
-    return lax.dot_general(a, b, numbers, preferred_element_type=dtype)
-
-
-def _turned(x: jax.Array) -> jax.Array:
-    """x with its last two axes swapped, in memory: XLA may not fold the swap into a product."""
-    return lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
-
-
 def _at(x: Any, i: Any) -> Any:
     return None if x is None else lax.dynamic_index_in_dim(x, i, keepdims=False)
 
@@ -228,39 +170,20 @@ def forward(settings: Settings, q, k, v, groups: Groups):
     """out [G, Lq, H] and lse [G, Lq] of one piece, in float32 (or float64)."""
     G, Lq, _ = q.shape
     tiles = _tiles(settings, G, Lq, k.shape[1])
-    stats, late = stats_dtype(q.dtype), scales(settings.scale, q.dtype)[1]
+    stats = stats_dtype(q.dtype)
     loop = _loop_arrays(q, k, v, groups, tiles)
 
     def key_tile(i, x, j, state):
-        m, total, acc = state
         k, v, k_ids, k_bits = (_at(a, j) for a in (x.k, x.v, x.k_ids, x.k_bits))
-        s = _dot(x.q, k, (2, 2), stats)
         visible = _visible(settings, groups, tiles, i, j, x.q_ids, k_ids)
-        if visible is not None:
-            s = jnp.where(visible, s, -jnp.inf)
-        top = jnp.maximum(m, s.max(-1))
-        safe = jnp.where(top != -jnp.inf, top, 0)
-        # The rest of the scale after the difference: so the largest logit always gives 2^0.
-        p = _exp2(_times(s - safe[..., None], late), settings.platform)
-        fade = jnp.exp2(_times(m - safe, late))
-        total = total * fade + p.sum(-1)
-        if k_bits is not None:
-            kept = dropout.keep(x.q_bits, k_bits, settings.dropout_rate)
-            p = jnp.where(kept, p / (1 - settings.dropout_rate), 0)
-        return top, total, acc * fade[..., None] + _dot(p, v, (2, 1), stats)
+        return look(settings, state, x.q, k, v, visible, x.q_bits, k_bits)
 
     def query_tile(x, i, q, q_ids, q_bits):
         x = x._replace(q=q, q_ids=q_ids, q_bits=q_bits)
         low, high = _key_tiles(settings, groups, tiles, i)
-        shape = (tiles.groups, tiles.q_size)
-        state = (jnp.full(shape, -jnp.inf, stats), jnp.zeros(shape, stats))
-        state = (*state, jnp.zeros((*shape, q.shape[-1]), stats))
-        m, total, acc = _repeat(low, high, tiles.k_count, functools.partial(key_tile, i, x), state)
-        seen = total != 0  # true of a NaN, which must not pass for a row that saw nothing
-        safe = jnp.where(seen, total, 1)
-        return acc / safe[..., None], jnp.where(
-            seen, (_times(m, late) + jnp.log2(safe)) * math.log(2), -jnp.inf
-        )
+        state = start(tiles.groups, tiles.q_size, q.shape[-1], stats)
+        state = _repeat(low, high, tiles.k_count, functools.partial(key_tile, i, x), state)
+        return finish(settings, state, q.dtype)
 
     def group_tile(x: _Loop):
         if tiles.q_count == 1:
@@ -277,33 +200,19 @@ def backward(settings: Settings, q, k, v, groups: Groups, do, lse, delta):
     """dq [G, Lq, H], dk and dv [G, Lk, H] of one piece, given the total lse and delta."""
     (G, Lq, H), Lk = q.shape, k.shape[1]
     tiles = _tiles(settings, G, Lq, Lk)
-    stats, late = stats_dtype(q.dtype), scales(settings.scale, q.dtype)[1]
+    stats = stats_dtype(q.dtype)
     loop = _loop_arrays(q, k, v, groups, tiles)
-    lse = jnp.where(lse != -jnp.inf, lse, jnp.inf) / math.log(2)  # 2^(s - inf) = 0: unseen rows
-    rows = tuple(_cut(x, tiles, tiles.q_count, tiles.q_size) for x in (do, lse, delta))
+    rows = tuple(_cut(x, tiles, tiles.q_count, tiles.q_size) for x in (do, base_two(lse), delta))
 
-    # The logits are laid out keys by queries here, so that only one of the five matrix products
-    # has its left operand to turn: on a CPU one that does so on the fly takes three times as long.
     def query_tile(x, rows, j, keys, i, state):
         dq, dk, dv = state
         k, v, k_ids, k_bits = keys
         q, q_ids, q_bits = (_at(a, i) for a in (x.q, x.q_ids, x.q_bits))
         do, lse, delta = (_at(a, i) for a in rows)
-        s = _times(_dot(k, q, (2, 2), stats), late)
-        p = _exp2(s - lse[:, None, :], settings.platform)
         visible = _visible(settings, groups, tiles, i, j, q_ids, k_ids)
-        if visible is not None:
-            p = jnp.where(jnp.swapaxes(visible, 1, 2), p, 0)
-        dp = _dot(v, do, (2, 2), stats)
-        dropped = p
-        if k_bits is not None:
-            kept = jnp.swapaxes(dropout.keep(q_bits, k_bits, settings.dropout_rate), 1, 2)
-            dropped, dp = (jnp.where(kept, a / (1 - settings.dropout_rate), 0) for a in (p, dp))
-        ds = p * (dp - delta[:, None, :])
-        dv = dv + _dot(dropped, do, (2, 1), stats)
-        dk = dk + _dot(ds, q, (2, 1), stats)
-        dq_tile = _at(dq, i) + _turned(_dot(_turned(k), ds, (2, 1), stats))
-        return lax.dynamic_update_index_in_dim(dq, dq_tile, i, 0), dk, dv
+        more = gradients(settings, q, k, v, do, lse, delta, visible, q_bits, k_bits)
+        dq = lax.dynamic_update_index_in_dim(dq, _at(dq, i) + more[0], i, 0)
+        return dq, dk + more[1], dv + more[2]
 
     def key_tile(x, rows, dq, along):
         j, *keys = along
@@ -324,7 +233,6 @@ def backward(settings: Settings, q, k, v, groups: Groups, do, lse, delta):
         return dq, dk, dv
 
     dq, dk, dv = lax.map(group_tile, (loop, rows))
-    # ds lacks the scale of the logits: dq needs all of it, dk has met the queries' part already.
-    dq = dq * settings.scale
-    dk = dk * (late * math.log(2))
+    q_factor, k_factor = gradient_scales(settings, q.dtype)
+    dq, dk = dq * q_factor, dk * k_factor
     return _join(dq, G, Lq), _join(dk, G, Lk), _join(dv, G, Lk)

@@ -2,8 +2,9 @@
 
 `attend` computes softmax attention over the union of the keys of a list of branches. Per piece of
 a branch the rows are gathered into [groups, L, H], a group being one head of one segment of one
-example, and `dilax.tile_loop` runs over them. The backward pass needs the combined out, the total
-lse and delta = sum(do * out) - dlse, nothing per branch.
+example, and `dilax.tile_loop` runs over them, or `dilax.block_loop` where there are block lists.
+The backward pass needs the combined out, the total lse and delta = sum(do * out) - dlse, nothing
+per branch.
 """
 
 import dataclasses
@@ -15,12 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from dilax import dropout
+from dilax import block_loop, dropout, tile_loop
 from dilax._types import stats_dtype
+from dilax.block_lists import BlockLists, window
 from dilax.dilate import Piece, Rows, dilate, pieces, scatter
 from dilax.partial import Partial, empty, merge, weight
 from dilax.spec import Branch
-from dilax.tile_loop import Groups, Settings, backward, forward, scales
+from dilax.tile import Settings, scales
+from dilax.tile_loop import Groups
+
+_ENDLESS = 2**30  # the segment of block lists over all rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,8 @@ class _Static:
     k_start: int | None
     orders: bool  # causality goes by given positions, not by indices
     settings: Settings
+    lists: tuple[BlockLists, ...] | None = None  # of each branch; None: there are none, or traced
+    whole: bool = False  # the lists count blocks from the arrays' first rows, not a segment's
 
 
 class _Where(NamedTuple):
@@ -45,6 +52,7 @@ class _Where(NamedTuple):
     dropout_bits: tuple[jax.Array, jax.Array] | None
     q_positions: jax.Array | None = None
     kv_positions: jax.Array | None = None
+    lists: tuple[BlockLists, ...] | None = None  # traced ones
 
 
 def attend(
@@ -52,7 +60,8 @@ def attend(
     key: jax.Array,
     value: jax.Array,
     *,
-    branches: tuple[Branch, ...],
+    branches: tuple[Branch, ...] | None = None,
+    blocks: BlockLists | tuple[BlockLists, ...] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     q_segment_ids: jax.Array | None = None,
@@ -73,6 +82,9 @@ def attend(
     T, N] and of columns [branches, B, S, K] or [branches, 1, S, 1]. Branches follow indices, from
     q_start and k_start on (traced only if every rate is 1); causality and dropout_seed follow the
     positions where they are given.
+    blocks: which key blocks each block of queries visits: one BlockLists in place of branches, over
+    the arrays' rows, or one per branch, over the places of its segments after dilation (the lists
+    of a whole segment, cut where a segment is short).
     Returns out [B, T, N, H] and lse [B, T, N] in float32 (float64 for float64 inputs). Gradients
     flow to query, key, value and carry, also from lse. Arguments are taken as checked.
 
@@ -100,6 +112,7 @@ def attend(
         ),
         (q_start, k_start),
         dropout_rate,
+        blocks,
     )
     carry = None if carry is None else Partial(*carry)
     return _attend(static, query, key, value, carry, where)
@@ -113,7 +126,8 @@ def attend_backward(
     lse: jax.Array,
     delta: jax.Array,
     *,
-    branches: tuple[Branch, ...],
+    branches: tuple[Branch, ...] | None = None,
+    blocks: BlockLists | tuple[BlockLists, ...] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     q_segment_ids: jax.Array | None = None,
@@ -143,18 +157,24 @@ def attend_backward(
         _Where(q_segment_ids, kv_segment_ids, None, None, dropout_seed, dropout_bits),
         (q_start, k_start),
         dropout_rate,
+        blocks,
     )
     return _gradients(static, query, key, value, where, d_out, lse, delta)
 
 
-def _split(query, branches, is_causal, scale, where: _Where, starts, rate):
+def _split(query, branches: Any, is_causal, scale, where: _Where, starts, rate, blocks: Any):
     """The arguments of a call as what is known at trace time and what is not."""
+    whole = isinstance(blocks, BlockLists)
+    if whole:
+        branches, blocks = (Branch(_ENDLESS, 1, 0, (0,) * query.shape[2]),), (blocks,)
+    traced = blocks is not None and not all(lists.is_static for lists in blocks)
+    where = where._replace(lists=blocks if traced else None)
     known = [None if isinstance(start, jax.Array) else int(start) for start in starts]
     if None in known:
         known = [None, None]
         where = where._replace(q_start=starts[0], k_start=starts[1])
     static = _Static(
-        branches=tuple(Branch(*branch) for branch in branches),
+        branches=tuple(Branch(*branch) for branch in branches or ()),
         q_start=known[0],
         k_start=known[1],
         orders=is_causal and where.q_positions is not None,
@@ -164,6 +184,8 @@ def _split(query, branches, is_causal, scale, where: _Where, starts, rate):
             dropout_rate=rate,
             platform=jax.default_backend(),
         ),
+        lists=None if traced or blocks is None else tuple(blocks),
+        whole=whole,
     )
     return static, where
 
@@ -186,7 +208,11 @@ def _attend(static: _Static, query, key, value, carry, where: _Where) -> Partial
         with jax.named_scope(f"branch_{w}_{r}"):
             for piece in _pieces(static, branch, T, S):
                 q, k, v, groups = _gather(static, number, piece, query, key, value, where)
-                out, lse = forward(static.settings, q, k, v, groups)
+                to = _visits(static, number, piece, query.shape[0], where.lists)
+                if to is None:
+                    out, lse = tile_loop.forward(static.settings, q, k, v, groups)
+                else:
+                    out, lse = block_loop.forward(static.settings, q, k, v, groups, to)
                 B, M, n = query.shape[0], piece.segments, len(offsets)
                 new = Partial(
                     scatter(out.reshape(B, M, n, *out.shape[1:]), piece.queries, offsets, 0),
@@ -241,10 +267,12 @@ def _gradients(static: _Static, query, key, value, where: _Where, d_out, total_l
                     for x in (d_out.astype(query.dtype), total_lse, delta)
                 )
                 B, n = query.shape[0], len(offsets)
-                gq, gk, gv = (
-                    x.reshape(B, M, n, *x.shape[1:])
-                    for x in backward(static.settings, q, k, v, groups, do, lse, dlt)
-                )
+                to = _visits(static, number, piece, B, where.lists)
+                if to is None:
+                    found = tile_loop.backward(static.settings, q, k, v, groups, do, lse, dlt)
+                else:
+                    found = block_loop.backward(static.settings, q, k, v, groups, to, do, lse, dlt)
+                gq, gk, gv = (x.reshape(B, M, n, *x.shape[1:]) for x in found)
                 gq = scatter(gq, piece.queries, offsets, 0)
                 rows = slice(piece.queries.first, piece.queries.first + gq.shape[1])
                 dq = dq.at[:, rows, first : first + n].add(gq)
@@ -271,6 +299,27 @@ def _sum_heads(g: jax.Array, before: int, heads: int, share: int) -> jax.Array:
         return g
     g = jnp.pad(g, [(0, 0), (0, 0), (before, heads - before - g.shape[2]), (0, 0)])
     return g.reshape(*g.shape[:2], heads // share, share, -1).sum(3)
+
+
+def _visits(static: _Static, number: int, piece: Piece, B: int, traced: Any):
+    """The block lists of one piece, for each of its groups; None: there are none."""
+    lists = static.lists if traced is None else traced
+    if lists is None:
+        return None
+    one, (_, rate, first, offsets) = lists[number], static.branches[number]
+    batch, heads = one.columns.shape[:2]
+    N = max(b.first_head + len(b.offsets) for b in static.branches)
+    head = (first + np.arange(len(offsets))) * heads // N  # of 1, K or N lists
+    row = np.arange(B).reshape(B, 1, 1) * (batch > 1) * heads + head
+    row = np.broadcast_to(row, (B, piece.segments, len(offsets))).reshape(-1)
+    if static.whole:
+        return block_loop.visits(one, row, 0, 0)
+    places = [
+        (rows.index // rate // one.block_size, rows.index // rate % one.block_size, rows.steps)
+        for rows in (piece.queries, piece.keys)
+    ]
+    cut = [x for block, lead, L in places for x in (block, -(-(lead + L) // one.block_size))]
+    return block_loop.visits(window(one, *cut), row, places[0][1], places[1][1])
 
 
 def _gather(static: _Static, number, piece: Piece, query, key, value, where: _Where):
@@ -331,7 +380,7 @@ def _gather(static: _Static, number, piece: Piece, query, key, value, where: _Wh
         k_position = jnp.broadcast_to(k_position, (*shape[:3], piece.keys.steps))
         k_bits = _flat(dropout.column_bits(seed, k_position, number))
     groups = Groups(key_row, q_ids, k_ids, q_bits, k_bits, 0)
-    if where.q_start is not None:
+    if where.q_start is not None and where.k_start is not None:
         behind = where.q_start - where.k_start
         return q, k, v, groups._replace(behind=behind, segment=w, q_first=where.q_start)
     behind = (piece.queries.index // r) - (piece.keys.index // r)

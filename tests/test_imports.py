@@ -15,8 +15,9 @@ ROOT = Path(dilax.__file__).parent
 MODULES = sorted(info.name for info in pkgutil.walk_packages(dilax.__path__, "dilax."))
 # The functional core: arrays in, arrays out, jax alone.
 CORE = (
-    "_types", "checks", "dilate", "dilated", "dropout", "partial", "reference", "spec", "tile_loop",
-    "xla_attention",
+    "_types", "block_entries", "block_lists", "block_loop", "block_sparse", "checks", "dilate",
+    "dilated", "dropout", "partial", "pattern", "pattern_config", "patterns", "reference", "spec",
+    "tile", "tile_loop", "union", "xla_attention",
 )  # fmt: skip
 # What only the command line and training need. Flax itself imports absl, optax and rich.
 OPTIONAL = ("grain", "matplotlib", "orbax", "safetensors", "tqdm", "tyro")

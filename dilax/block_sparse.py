@@ -1,0 +1,157 @@
+"""Block-sparse attention: each block of queries sees only the key blocks of a pattern."""
+
+from typing import Any
+
+import jax
+
+from dilax._types import refuse
+from dilax.block_lists import BlockLists, check_lists
+from dilax.pattern_config import as_pattern
+from dilax.spec import Branch, Combine, HeadOffset
+from dilax.union import union_attention
+
+
+def block_sparse_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    pattern: Any,
+    *,
+    segment_lengths: Any = None,
+    dilation_rates: Any = None,
+    combine: Combine = "lse",
+    head_offset: HeadOffset = "interleaved",
+    pad_mode: str = "mask",
+    average_branches: bool | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    key_padding_mask: jax.Array | None = None,
+    q_start: int = 0,
+    k_start: int = 0,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    bias_k: jax.Array | None = None,
+    bias_v: jax.Array | None = None,
+    zero_attn: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    deterministic: bool = True,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention in which each block of queries sees only the key blocks that a pattern lists.
+
+    One softmax per query over all the keys of its blocks; time and memory grow with the number of
+    blocks kept. Any T and S: the last block may be short.
+
+    Args:
+        query: [B, T, N, H], float32, bfloat16, float16 or float64; H a multiple of 8 up to 256.
+        key, value: [B, S, K, H] of the same dtype; N is a multiple of K.
+        pattern: a `SparsePatternConfig`, a pattern of `dilax.patterns`, the name of a preset, or
+            `BlockLists`, static or traced (one per branch if there are segments).
+        segment_lengths, dilation_rates: None, or branches as in `dilax.dilated_attention`: the
+            pattern then applies inside each branch, in blocks of the places that a segment has
+            after dilation, and is cut where a segment is short; window sizes count such places.
+        combine, head_offset, average_branches: of the branches; their defaults without segments.
+        pad_mode: "mask", the only one: padding that acts as keys lies in no block.
+        is_causal, scale, q_segment_ids, kv_segment_ids, key_padding_mask, q_start, k_start, bias_k,
+            bias_v, zero_attn, dropout_rate, dropout_key, deterministic, implementation, return_lse:
+            as in `dilax.dilated_attention`. Blocks count from the arrays' first rows; causality and
+            windows go by positions. Segment ids only mask: a pattern does not know them.
+        q_positions, kv_positions: as there. The pattern goes by the order in which the tokens lie
+            and every block of it is admissible; causality goes by the positions and masks.
+
+    Returns:
+        out [B, T, N, H] in the query's dtype. A query that sees no key gives 0, and lse -inf.
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what was wanted and what came.
+        UnsupportedError: the named implementation cannot take the call, with reasons.
+
+    Source: Child et al. (arXiv:1904.10509), Longformer (arXiv:2004.05150), BigBird
+    (arXiv:2007.14062).
+
+    Example:
+        >>> import jax, dilax
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 1000, 4, 16))
+        >>> config = dilax.SparsePatternConfig("local_window", sparsity_ratio=0.25, block_size=64)
+        >>> dilax.block_sparse_attention(q, k, v, config, is_causal=True).shape
+        (1, 1000, 4, 16)
+    """
+    if segment_lengths is None:
+        _refuse_branch_options(dilation_rates, combine, head_offset, average_branches)
+    if pad_mode != "mask":
+        raise refuse("pad_mode", "'mask': padding that acts as keys lies in no block", pad_mode)
+
+    def blocks(branches: tuple[Branch, ...] | None, q_start: int, k_start: int):
+        causal = is_causal and q_positions is None  # of the indices
+        return _lists(query, key, pattern, branches, causal, q_start, k_start)
+
+    with jax.named_scope("dilax.block_sparse_attention"):
+        return union_attention(
+            query,
+            key,
+            value,
+            segment_lengths,
+            dilation_rates,
+            combine=combine,
+            head_offset=head_offset,
+            pad_mode=pad_mode,
+            average_branches=average_branches,
+            is_causal=is_causal,
+            scale=scale,
+            q_segment_ids=q_segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            key_padding_mask=key_padding_mask,
+            q_start=q_start,
+            k_start=k_start,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            bias_k=bias_k,
+            bias_v=bias_v,
+            zero_attn=zero_attn,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            deterministic=deterministic,
+            implementation=implementation,
+            return_lse=return_lse,
+            blocks=blocks,
+        )
+
+
+def _refuse_branch_options(dilation_rates, combine, head_offset, average_branches) -> None:
+    for name, x, default in (
+        ("dilation_rates", dilation_rates, None),
+        ("combine", combine, "lse"),
+        ("head_offset", head_offset, "interleaved"),
+        ("average_branches", average_branches, None),
+    ):
+        if not isinstance(x, type(default)) or x != default:
+            raise refuse(name, f"{default!r} without segment_lengths", x)
+
+
+def _lists(query, key, pattern, branches, is_causal: bool, q_start: int, k_start: int) -> Any:
+    """The block lists of a call, checked: one, or one per branch."""
+    (B, T, N), (S, K) = query.shape[:3], key.shape[1:3]
+    if branches is None:
+        sizes = [(T, S, q_start, k_start)]
+    else:
+        lengths = (-(-branch.segment_length // branch.dilation_rate) for branch in branches)
+        sizes = [(L, L, 0, 0) for L in lengths]
+    given = (pattern,) if isinstance(pattern, BlockLists) else pattern
+    if isinstance(given, tuple | list) and given and isinstance(given[0], BlockLists):
+        if len(given) != len(sizes) or not all(isinstance(x, BlockLists) for x in given):
+            raise refuse("pattern", f"{len(sizes)} BlockLists, one per branch", pattern)
+        lists = tuple(given)
+    else:
+        made = as_pattern("pattern", pattern)
+        lists = tuple(
+            made.lists(t, s, N, K, is_causal=is_causal, q_start=q, k_start=k)
+            for t, s, q, k in sizes
+        )
+    for one, (t, s, _, _) in zip(lists, sizes, strict=True):
+        blocks = (-(-t // one.block_size), -(-s // one.block_size))
+        check_lists(one, *blocks, batch=(1, B), heads=(1, K, N))
+    return lists[0] if branches is None else lists

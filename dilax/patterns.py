@@ -1,0 +1,335 @@
+"""The block patterns: local windows, dilated, global and hierarchical ones.
+
+They combine with | and &, and with what `dilax.pattern` has besides, which is exported here too.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from dilax import block_entries
+from dilax._types import refuse
+from dilax.block_entries import Entries, Grid, budget, first_by, nearest, ranges, whole
+from dilax.checks import check_index
+from dilax.pattern import Causal as Causal
+from dilax.pattern import Intersection as Intersection
+from dilax.pattern import Pattern as Pattern
+from dilax.pattern import PerHead as PerHead
+from dilax.pattern import Union as Union
+
+
+def _check_sizes(pattern: Any, *sizes: str) -> bool:
+    """Does the pattern go by its ratio? Refuses a ratio and sizes together, and neither."""
+    if check_index("block_size", pattern.block_size) == 0:
+        raise refuse("block_size", "a positive int", pattern.block_size)
+    ratio = pattern.sparsity_ratio
+    given = [name for name in sizes if getattr(pattern, name) is not None]
+    if ratio is None:
+        if not given:
+            raise refuse("sparsity_ratio", f"a ratio, or {' or '.join(sizes)}", None)
+        return False
+    check_ratio(ratio)
+    if given:
+        raise refuse(given[0], "None with a sparsity_ratio", getattr(pattern, given[0]))
+    return True
+
+
+def check_ratio(ratio: Any) -> None:
+    """Refuse a sparsity_ratio that is not a number in (0, 1]."""
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise refuse("sparsity_ratio", "the share of blocks kept, in (0, 1]", ratio)
+
+
+def _pair(name: str, x: Any, positive: bool = True) -> Any:
+    """x, refused unless it is None, an int, or a pair of ints or None."""
+    if x is None:
+        return None
+    if isinstance(x, tuple | list):
+        if len(x) != 2:
+            raise refuse(name, "an int or a pair of ints", x)
+        return tuple(None if i is None else check_index(name, i) for i in x)
+    if check_index(name, x) < positive:
+        raise refuse(name, "a positive int", x)
+    return int(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalWindow(Pattern):
+    """The blocks nearest to each block of queries.
+
+    Args, one of the first three:
+        sparsity_ratio: the share of admissible blocks kept; near an end the window moves inwards,
+            so that each row keeps its count.
+        window_size: in tokens, exact to the token, cut at the ends: an int is the whole width (the
+            last window_size tokens if causal, else window_size // 2 on each side), a pair the
+            tokens to the left and to the right, None for no limit.
+        window_blocks: the width in whole blocks, cut at the ends.
+        block_size: tokens of a block.
+
+    Source: Longformer (arXiv:2004.05150), section 3.1.
+
+    Example:
+        >>> LocalWindow(window_blocks=3, block_size=64).lists(256).columns[0, 0].tolist()
+        [[0, 1, 1], [0, 1, 2], [1, 2, 3], [2, 3, 3]]
+    """
+
+    sparsity_ratio: float | None = None
+    window_size: int | tuple[int | None, int | None] | None = None
+    window_blocks: int | None = None
+    block_size: int = 128
+
+    def __post_init__(self):
+        object.__setattr__(self, "window_size", _pair("window_size", self.window_size))
+        _check_sizes(self, "window_size", "window_blocks")
+        if self.window_blocks is not None:
+            if self.window_size is not None:
+                raise refuse("window_blocks", "None with a window_size", self.window_blocks)
+            if check_index("window_blocks", self.window_blocks) == 0:
+                raise refuse("window_blocks", "a positive int", self.window_blocks)
+
+    def entries(self, grid: Grid, group: int = 0, groups: int = 1) -> Entries:
+        """The blocks of a grid that the window touches."""
+        if self.sparsity_ratio is not None:
+            return nearest(grid, budget(grid, self.sparsity_ratio))
+        if self.window_blocks is not None:
+            before = self.window_blocks - 1 if grid.is_causal else self.window_blocks // 2
+            first = grid.diagonal - before
+            return ranges(grid, first, first + self.window_blocks)
+        return _band(grid, *self.limits(grid.is_causal))
+
+    def limits(self, is_causal: bool) -> tuple[int | None, int | None]:
+        """The tokens to the left and to the right that a window_size means."""
+        if not isinstance(self.window_size, int):
+            return self.window_size or (None, None)
+        if is_causal:
+            return self.window_size - 1, None  # nothing lies to the right
+        return self.window_size // 2, self.window_size // 2
+
+
+def _band(grid: Grid, left: int | None, right: int | None) -> Entries:
+    """The blocks with a pair of tokens in the band."""
+    first, last = grid.queries(np.arange(grid.rows))
+    size, none = grid.block_size, np.zeros(grid.rows, int)
+    low = none if left is None else (first - left - grid.k_start) // size
+    high = none + grid.columns if right is None else (last + right - grid.k_start) // size + 1
+    row, column, *limits = ranges(grid, low, high)
+    for limit, tokens in zip(limits, (left, right), strict=True):
+        if tokens is not None:
+            limit[:] = tokens
+    return Entries(row, column, *limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class DilatedSparse(Pattern):
+    """Blocks at distances that are multiples of a rate, the rates taken in turn, nearest first.
+
+    What the rates do not reach follows, nearest first, so a ratio of 1 keeps everything. One rate
+    per head: `per_head` of patterns with one rate each.
+
+    Args:
+        sparsity_ratio: the share of admissible blocks kept.
+        window_size: instead: each row keeps as many blocks as window_size tokens fill.
+        dilation_rates: in blocks.
+        block_size: tokens of a block.
+
+    Source: Sparse Transformer (arXiv:1904.10509), section 4; Longformer (arXiv:2004.05150).
+
+    Example:
+        >>> pattern = DilatedSparse(0.5, dilation_rates=(1, 4), block_size=64)
+        >>> pattern.lists(512, is_causal=True).columns[0, 0, 7].tolist()
+        [3, 5, 6, 7]
+    """
+
+    sparsity_ratio: float | None = None
+    window_size: int | None = None
+    dilation_rates: tuple[int, ...] = (1, 2, 4)
+    block_size: int = 128
+
+    def __post_init__(self):
+        if _pair("window_size", self.window_size) is not None:
+            if check_index("window_size", self.window_size) == 0:
+                raise refuse("window_size", "a positive int", self.window_size)
+        _check_sizes(self, "window_size")
+        if isinstance(self.dilation_rates, str) or not len(self.dilation_rates):
+            raise refuse("dilation_rates", "a sequence of positive ints", self.dilation_rates)
+        rates = tuple(check_index("dilation_rates", r) for r in self.dilation_rates)
+        if min(rates) == 0:
+            raise refuse("dilation_rates", "positive ints", rates)
+        object.__setattr__(self, "dilation_rates", rates)
+
+    def entries(self, grid: Grid, group: int = 0, groups: int = 1) -> Entries:
+        """The first blocks of every row, as many as it keeps."""
+        if self.sparsity_ratio is not None:
+            counts = budget(grid, self.sparsity_ratio)
+        else:
+            counts = np.minimum(-(-(self.window_size or 1) // self.block_size), grid.limit)
+        diagonal, rates = grid.diagonal, self.dilation_rates
+
+        def priority(row: int, column: np.ndarray) -> np.ndarray:
+            distance = np.abs(column - diagonal[row])
+            turn = np.full(distance.shape, UNREACHED) + distance
+            for i, rate in enumerate(rates):
+                reached = distance % rate == 0
+                turn = np.where(reached, np.minimum(turn, distance // rate * len(rates) + i), turn)
+            return np.where(distance == 0, -1, turn * 2 + (column > diagonal[row]))
+
+        return first_by(grid, counts, priority)
+
+
+UNREACHED = 2**40  # later than every turn of a rate
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalLocal(Pattern):
+    """Blocks that every row sees, a local window, and optionally random blocks.
+
+    Args:
+        sparsity_ratio: the share of admissible blocks kept, by every row: a quarter of them, at
+            least one, are the first blocks, then random_blocks, the rest the nearest.
+        global_tokens: instead: rounded up to whole blocks, seen by every row; if not causal, their
+            rows see everything. An int counts from the start; a pair from the start and the end.
+        window_size, window_blocks: instead: the window, as in `LocalWindow`.
+        random_blocks: more blocks per row, drawn anew for each row from those not kept otherwise.
+        seed: of the random blocks; the same seed gives the same blocks everywhere.
+        block_size: tokens of a block.
+
+    Source: Longformer (arXiv:2004.05150), BigBird (arXiv:2007.14062).
+
+    Example:
+        >>> pattern = GlobalLocal(global_tokens=1, window_blocks=1, block_size=64)
+        >>> pattern.lists(256).columns[0, 0].tolist()
+        [[0, 1, 2, 3], [0, 1, 1, 1], [0, 2, 2, 2], [0, 3, 3, 3]]
+    """
+
+    sparsity_ratio: float | None = None
+    global_tokens: int | tuple[int, int] | None = None
+    window_size: int | tuple[int | None, int | None] | None = None
+    window_blocks: int | None = None
+    random_blocks: int = 0
+    seed: int = 0
+    block_size: int = 128
+
+    def __post_init__(self):
+        tokens = _pair("global_tokens", self.global_tokens)
+        if isinstance(tokens, tuple) and (None in tokens or not any(tokens)):
+            raise refuse("global_tokens", "a positive int or a pair of ints", self.global_tokens)
+        object.__setattr__(self, "global_tokens", tokens)
+        object.__setattr__(self, "window_size", _pair("window_size", self.window_size))
+        for name in ("random_blocks", "seed"):
+            check_index(name, getattr(self, name))
+        if not _check_sizes(self, "global_tokens", "window_size", "window_blocks"):
+            if tokens is None:
+                raise refuse("global_tokens", "a positive int with a window", None)
+            self._window()
+
+    def _window(self) -> LocalWindow:
+        return LocalWindow(None, self.window_size, self.window_blocks, self.block_size)
+
+    def entries(self, grid: Grid, group: int = 0, groups: int = 1) -> Entries:
+        """The global, local and random blocks of a grid."""
+        if self.sparsity_ratio is not None:
+            return self._by_ratio(grid, budget(grid, self.sparsity_ratio))
+        tokens: Any = self.global_tokens
+        tokens = (tokens, 0) if isinstance(tokens, int) else tokens
+        first, last = (-(-x // self.block_size) for x in tokens)
+        zero = np.zeros(grid.rows, int)
+        row = np.arange(grid.rows)
+        parts = [
+            self._window().entries(grid),
+            ranges(grid, zero, zero + first),
+            ranges(grid, zero + grid.columns - last, zero + grid.columns),
+        ]
+        dense = np.zeros(grid.rows, bool)
+        if not grid.is_causal:
+            dense = (row < first) | (row >= grid.rows - last)
+            parts.append(ranges(grid, zero, np.where(dense, grid.columns, 0)))
+        kept = block_entries.union(grid, parts)
+        if not self.random_blocks:
+            return kept
+        random = [
+            self._random(i, np.setdiff1d(np.arange(grid.limit[i]), kept.column[kept.row == i]))
+            for i in range(grid.rows)
+        ]
+        number = np.repeat(row, [len(x) for x in random])
+        return block_entries.union(grid, [kept, whole(number, np.concatenate(random))])
+
+    def _random(self, row: int, free: np.ndarray) -> np.ndarray:
+        """Some of the free columns, ascending."""
+        order = np.random.default_rng((self.seed, row)).permutation(len(free))
+        return np.sort(free[order[: self.random_blocks]])
+
+    def _by_ratio(self, grid: Grid, counts: np.ndarray) -> Entries:
+        diagonal = grid.diagonal
+
+        def priority(row: int, column: np.ndarray) -> np.ndarray:
+            distance = np.abs(column - diagonal[row])
+            turn = 2 * distance + (column > diagonal[row]) + 2 * grid.columns
+            first = column < max(1, (counts[row] + 2) // 4)
+            turn = np.where(first, column, turn)
+            free = column[~first & (distance > 0)]
+            turn[self._random(row, free)] = grid.columns
+            return np.where(distance == 0, -1, turn)
+
+        return first_by(grid, counts, priority)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hierarchical(Pattern):
+    """All blocks nearby, and of the bands further out, each twice as far, every 2nd, 4th, ... one.
+
+    Block j is kept at distance d from the diagonal if d < near_blocks * 2^v, where 2^v is the
+    largest power of two that divides j: nearby all, then the even ones, and so on.
+
+    Args:
+        sparsity_ratio: the share of admissible blocks kept: near_blocks grows until it is reached.
+        near_blocks: how far, in blocks, everything is kept.
+        levels: how many bands there are beyond the near one; None for as many as fit.
+        block_size: tokens of a block.
+
+    Source: the halving bands of Radial Attention (arXiv:2506.19852) and LogSparse
+    (arXiv:1907.00235).
+
+    Example:
+        >>> pattern = Hierarchical(near_blocks=2, block_size=64)
+        >>> pattern.lists(1024, is_causal=True).columns[0, 0, 15].tolist()
+        [0, 8, 12, 14, 15]
+    """
+
+    sparsity_ratio: float | None = None
+    near_blocks: int | None = None
+    levels: int | None = None
+    block_size: int = 128
+
+    def __post_init__(self):
+        if self.near_blocks is not None and check_index("near_blocks", self.near_blocks) == 0:
+            raise refuse("near_blocks", "a positive int", self.near_blocks)
+        if self.levels is not None:
+            check_index("levels", self.levels)
+        _check_sizes(self, "near_blocks")
+
+    def entries(self, grid: Grid, group: int = 0, groups: int = 1) -> Entries:
+        """The blocks of a grid, nearest bands first."""
+        diagonal, columns = grid.diagonal, np.arange(grid.columns)
+        power = np.where(columns > 0, columns & -columns, UNREACHED)
+        if self.levels is not None:
+            power = np.minimum(power, 2**self.levels)
+
+        def near(row: int, column: np.ndarray) -> np.ndarray:
+            """The smallest near_blocks, less one, with which a block is kept."""
+            return np.abs(column - diagonal[row]) // power[column]
+
+        if self.near_blocks is not None:
+            rows = [
+                np.flatnonzero(near(i, np.arange(limit)) < self.near_blocks)
+                for i, limit in enumerate(grid.limit)
+            ]
+            return whole(
+                np.repeat(np.arange(grid.rows), list(map(len, rows))), np.concatenate(rows)
+            )
+
+        def priority(row: int, column: np.ndarray) -> np.ndarray:
+            distance = np.abs(column - diagonal[row])
+            return near(row, column) * grid.columns + distance
+
+        return first_by(grid, budget(grid, self.sparsity_ratio or 1.0), priority)
