@@ -18,14 +18,12 @@ def offsets(heads: int, rate: int) -> tuple[int, ...]:
     return tuple(n % rate for n in range(heads))
 
 
-def ours(lists: Lists, causal: bool, deterministic: bool = True) -> Callable:
+def ours(lists: Lists, causal: bool) -> Callable:
     """This library's kernels on a list of (segment length, rate)."""
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         branches = tuple((w, r, 0, offsets(q.shape[2], r)) for w, r in lists)
-        return flash.attend(
-            q, k, v, branches=branches, is_causal=causal, deterministic=deterministic
-        )[0]
+        return flash.attend(q, k, v, branches=branches, is_causal=causal)[0]
 
     return attend
 

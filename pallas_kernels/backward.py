@@ -28,7 +28,8 @@ from pallas_kernels.compat import (
     plgpu,
     shared_tile,
 )
-from pallas_kernels.forward import CONSUMERS, LOG2E, ROWS, view
+from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.forward import LOG2E, view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,6 @@ class Options:
     scale: softmax scale. stages: depth of the rings. stagings: tiles of shared memory that the
     keys' kernel writes from. group: query heads for each kv head.
     add: results are added to what the output holds. ids: segment ids are given. rate: dropout.
-    fused: the keys' kernel also adds the queries' gradient (order not deterministic).
     """
 
     scale: float
@@ -48,7 +48,6 @@ class Options:
     add: bool
     ids: bool
     rate: float
-    fused: bool
     interpret: bool
 
 

@@ -1,4 +1,4 @@
-"""The backward kernel for keys and values, which may also add up the queries' gradient."""
+"""The backward kernel for keys and values."""
 
 import functools
 from typing import Any
@@ -23,7 +23,8 @@ from pallas_kernels.compat import (
     product,
     shared_tile,
 )
-from pallas_kernels.forward import CONSUMERS, LOG2E, ROWS, view
+from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.forward import LOG2E, view
 
 
 def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -36,11 +37,10 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     delta_refs = {r: next(it) for r in views}
     k_ids = next(it) if opt.ids else None
     q_ids = {r: next(it) for r in views} if opt.ids else {}
-    dq_ref = next(it) if opt.fused else None
     dk_ref, dv_ref = next(it), next(it)
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = (next(it) for _ in range(6))
-    out_smem, dq_smem, ds_smem, id_smem, p_smem = (next(it) for _ in range(5))
-    k_ready, q_ready, do_ready, k_free, q_free, do_free, ds_ready, ds_free = it
+    out_smem, id_smem, p_smem = (next(it) for _ in range(3))
+    k_ready, q_ready, do_ready, k_free, q_free, do_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count, bq = items[cta, 0, 0], plan.block_away
@@ -104,56 +104,17 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
 
                 dp = pl.run_scoped(weigh, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(do_free.at[slot])
-                if not opt.fused:
-                    # The next tile arrives while this one finishes.
-                    pl.when(i + 1 == total)(lambda: plgpu.barrier_arrive(k_free.at[wg]))
+                # The next tile arrives while this one finishes.
+                pl.when(i + 1 == total)(lambda: plgpu.barrier_arrive(k_free.at[wg]))
                 # Loaded only now: a column vector takes as many registers as half a score tile.
                 delta = load(delta_smem.at[slot], COLUMN)
                 if opt.rate:
                     dp = jnp.where(seen, dp * (1.0 / (1.0 - opt.rate)), 0.0)
                 ds = (p * (dp - lax.broadcast_in_dim(delta, shape, [1]))).astype(dtype)
-                if opt.fused:
-                    pl.when(i > 0)(lambda: plgpu.barrier_wait(ds_free))
-                    ds_smem.at[wg][...] = ds
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(ds_ready)
                 add_product(dk_acc, ds, q_smem.at[slot], staging)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(q_free.at[slot])
-                if opt.fused:
-                    add_queries(b, head, v, start)
                 return i + 1
-
-            def add_queries(b: Any, head: Any, v: Any, start: Any) -> None:
-                """Adds this step's share of the queries' gradient, half a tile a warpgroup."""
-                plgpu.barrier_wait(ds_ready)
-                by_rows = bq == CONSUMERS * ROWS
-                half = ROWS if by_rows else head_dim // CONSUMERS
-
-                def side(i: int) -> None:
-                    part_of = pl.ds(i * half, half)
-
-                    def body(acc: Any) -> jax.Array:
-                        for w in range(CONSUMERS):
-                            if by_rows:
-                                left, right = ds_smem.at[w, :, part_of], k_smem.at[w]
-                            else:
-                                left, right = ds_smem.at[w], k_smem.at[w, :, part_of]
-                            plgpu.wgmma(acc, left.transpose((1, 0)), right)
-                        return acc[...]
-
-                    dq = pl.run_scoped(body, plgpu.ACC(dq_smem.shape[1:], jnp.float32))
-                    plgpu.barrier_arrive(ds_free)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    dq_smem.at[i][...] = dq
-                    plgpu.commit_smem()
-                    rows, columns = (start + i * ROWS, slice(None)) if by_rows else (start, part_of)
-                    rows = aligned_rows(rows, ROWS if by_rows else bq)
-                    at = (b, rows, v.away_residue, head, columns)
-                    add_to_global(dq_smem.at[i], dq_ref.at[at], opt.interpret)
-
-                for i in range(CONSUMERS):
-                    pl.when(wg == i)(functools.partial(side, i))
 
             def one_visit(index: Any, i: Any, accs: Any) -> Any:
                 branch = lax.div(index, jnp.int32(opt.group))
@@ -169,9 +130,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
 
             acc = plgpu.ACC((ROWS, head_dim), jnp.float32)
             dk, dv, end = pl.run_scoped(gradients, acc, acc)
-            pl.when(opt.fused | (end == base) | (total == base))(
-                lambda: plgpu.barrier_arrive(k_free.at[wg])
-            )
+            pl.when((end == base) | (total == base))(lambda: plgpu.barrier_arrive(k_free.at[wg]))
             write(dv, 0, dv_ref.at[window])
             write(dk * (opt.scale / LOG2E), stagings - 1, dk_ref.at[window])
             return end, following
@@ -241,7 +200,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     pl.when(wg == CONSUMERS)(produce)
 
 
-def _by_residue(x: jax.Array, rate: int) -> jax.Array:
+def by_residue(x: jax.Array, rate: int) -> jax.Array:
     """`[B, N, T]` as `[B, N, rate, T / rate]`."""
     return x.reshape(*x.shape[:2], x.shape[2] // rate, rate).swapaxes(2, 3)
 
@@ -253,7 +212,7 @@ def keys_gradient(
     arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     lse: jax.Array,
     delta: jax.Array,
-    grads: tuple[jax.Array | None, jax.Array | None, jax.Array | None],
+    grads: tuple[jax.Array | None, jax.Array | None],
     *,
     out_dtype: Any,
     starts: jax.Array,
@@ -261,14 +220,14 @@ def keys_gradient(
     q_ids: jax.Array | None = None,
     k_ids: jax.Array | None = None,
     keep: Any = None,
-) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """The gradients of keys and values of one launch; with opt.fused also that of the queries.
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of keys and values of one launch.
 
-    arrays, lse, delta as in `queries_gradient`, lse and delta `[B, N, T']`. grads: (dq, dk, dv);
-    dq float32 without the scale, added to when opt.fused; dk and dv added to when opt.add.
+    arrays, lse, delta as in `queries_gradient`, lse and delta `[B, N, T']`. grads: (dk, dv),
+    added to when opt.add.
     """
     query, key, value, do = arrays
-    dq, dk, dv = grads
+    dk, dv = grads
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
     part = schedule.participation(plan).astype(np.int32)
@@ -276,13 +235,12 @@ def keys_gradient(
     operands += [jnp.asarray(schedule.geometry(plan, starts)), seed]
     operands += [view(key, plan.stride), view(value, plan.stride)]
     operands += [view(x, r) for x in (query, do) for r in views]
-    operands += [_by_residue(x, r) for x in (lse, delta) for r in views]
+    operands += [by_residue(x, r) for x in (lse, delta) for r in views]
     if opt.ids:
         operands += [view(k_ids, plan.stride)]
         operands += [view(q_ids, r).swapaxes(1, 2) for r in views]
     bq, stages = plan.block_away, opt.stages
     vectors = plgpu.SMEM((stages, bq), jnp.float32)
-    split = (CONSUMERS, 1) if bq == CONSUMERS * ROWS else (1, CONSUMERS)
     scratch = [
         shared_tile((CONSUMERS, ROWS, head_dim), dtype),
         shared_tile((CONSUMERS, ROWS, head_dim), dtype),
@@ -291,10 +249,6 @@ def keys_gradient(
         vectors,
         vectors,
         shared_tile((opt.stagings, CONSUMERS, ROWS, head_dim), out_dtype),
-        shared_tile((CONSUMERS, bq // split[0], head_dim // split[1]), jnp.float32)
-        if opt.fused
-        else None,
-        shared_tile((CONSUMERS, ROWS, bq), dtype) if opt.fused else None,
         plgpu.SMEM((stages, bq), jnp.int32) if opt.ids else None,
         shared_tile((CONSUMERS, ROWS, bq), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
@@ -303,14 +257,11 @@ def keys_gradient(
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
-        plgpu.Barrier(num_arrivals=CONSUMERS),
-        plgpu.Barrier(num_arrivals=CONSUMERS),
     ]
     shape = (key.shape[0], key.shape[1] // plan.stride, plan.stride, *key.shape[2:])
-    inplace = [view(dq, plan.stride)] if opt.fused else []
-    inplace += [dk.reshape(shape), dv.reshape(shape)] if opt.add else []
+    inplace = [dk.reshape(shape), dv.reshape(shape)] if opt.add else []
     types = [] if opt.add else [jax.ShapeDtypeStruct(shape, out_dtype)] * 2
-    outs = launch(
+    dk, dv = launch(
         functools.partial(_keys_body, plan, opt, keep),
         operands,
         types,
@@ -320,5 +271,4 @@ def keys_gradient(
         name="dilated_keys_gradient",
         inplace=inplace,
     )
-    dq = outs[0].reshape(query.shape) if opt.fused else None
-    return dq, outs[-2].reshape(key.shape), outs[-1].reshape(key.shape)
+    return dk.reshape(key.shape), dv.reshape(key.shape)

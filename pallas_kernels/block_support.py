@@ -28,7 +28,6 @@ def unsupported(
     dropout_seed: Any = None,
     keep: Any = None,
     carry: Any = None,
-    deterministic: bool | None = None,
     out_dtype: Any = None,
     device_kind: str,
 ) -> tuple[str, ...]:

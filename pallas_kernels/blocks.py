@@ -73,7 +73,6 @@ def attend(
     dropout_seed: jax.Array | None = None,
     keep: Any = None,
     carry: tuple[jax.Array, jax.Array] | None = None,
-    deterministic: bool | None = None,
     out_dtype: Any = None,
     order: str = "longest_first",
 ) -> tuple[jax.Array, jax.Array]:
@@ -96,7 +95,6 @@ def attend(
         dropout_rate, dropout_seed, keep: as in `pallas_kernels.flash.attend`; branch number 0.
         carry: a partial result (out float32 `[B, T, N, H]`, lse float32 `[B, T, N]`) over other
             keys, which the softmax continues.
-        deterministic: every value is honoured, because no sum depends on timing.
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
         order: in which tiles are visited, "longest_first", "row" or "hilbert" (along Hilbert's
             curve through query tile and middle key block); the result is the same bit for bit.

@@ -135,7 +135,7 @@ def product_first(left: Any, right: Any, shape: tuple[int, int], begin_more: Any
     def body(acc: Any) -> jax.Array:
         plgpu.wgmma(acc, left, right)
         begin_more()
-        return jax.lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=1))
+        return value_while(acc, 1, False)
 
     return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
 
@@ -196,6 +196,14 @@ def store(ref: Any, value: jax.Array) -> None:
 def aligned_rows(start: jax.Array, size: int) -> Any:
     """The slice [start, start + size), with start known to be a multiple of 8."""
     return pl.ds(pl.multiple_of(start, 8), size)
+
+
+def value_while(acc: Any, running: int, interpret: bool) -> jax.Array:
+    """An accumulator's value, while the last `running` products begun may still run."""
+    if interpret:
+        return acc[...]
+    # The barrier keeps arithmetic on the registers behind the wait.
+    return jax.lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=running))
 
 
 def add_product(acc: Any, left: jax.Array, right: Any, staging: Any) -> None:
@@ -303,25 +311,23 @@ def _row_array(values: Sequence[Any], dtype: Any) -> Any:
 
 
 def pin(x: jax.Array, interpret: bool) -> None:
-    """Keeps the arithmetic that x `[rows]`, all >= 0, comes from ahead of the waits that follow.
+    """Keeps the arithmetic that x comes from ahead of the waits that follow.
 
-    The assembler moves a wait for running products up, in front of arithmetic that was meant to
-    overlap with them, but not across an instruction with a side effect: here the arrival at a
-    barrier that nobody uses, if the bits of x are a negative NaN's, which no arithmetic gives.
+    x: a tile or row array, all >= 0. The assembler moves a wait for running products up, in front
+    of arithmetic that was meant to overlap with them, but not across an instruction with a side
+    effect: here the arrival at a barrier that nobody uses, if the bits of x are a negative NaN's,
+    which no arithmetic gives.
     """
     if interpret:
         return
 
-    @plgpu.inline_mgpu(arg_types=(ROW,))
-    def emit(_: Any, vector: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(ROW if x.ndim == 1 else TILE,))
+    def emit(_: Any, array: Any) -> None:
         int32 = mgpu_utils.ir.IntegerType.get_signless(32)
-        bits = [mgpu_utils.bitcast(register, int32) for register in vector.registers.flat]
-        unions = "".join(f"or.b32 t, t, ${i}; " for i in range(1, len(bits)))
+        bits = [mgpu_utils.bitcast(register, int32) for register in array.registers.flat]
+        union = functools.reduce(mgpu_utils.arith.ori, bits)
         mgpu_utils.inline_ptx(
-            "{ .reg .pred p; .reg .b32 t; mov.b32 t, $0; "
-            + unions
-            + "setp.eq.b32 p, t, 0xffffdead; @p bar.arrive 15, 256; }",
-            *bits,
+            "{ .reg .pred p; setp.eq.b32 p, $0, 0xffffdead; @p bar.arrive 15, 256; }", union
         )
 
     emit(x)

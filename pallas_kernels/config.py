@@ -104,22 +104,20 @@ def queries_blocks(head_dim: int, ids: bool) -> Blocks | None:
     return _first_fit(options[head_dim > 128 :], head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids)
 
 
-def keys_blocks(head_dim: int, ids: bool, fused: bool, out_bytes: int = 2) -> Blocks | None:
+def keys_blocks(head_dim: int, ids: bool, out_bytes: int = 2) -> Blocks | None:
     """Away (query) tile of the keys' and values' gradient kernel, or None if none fits.
 
     out_bytes: size of one gradient element (4 while several launches add to it).
 
     Example:
-        >>> keys_blocks(64, ids=False, fused=True)
-        Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=2)
+        >>> keys_blocks(64, ids=False)
+        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=2)
     """
     fixed, per_row = CONSUMERS * ROWS * head_dim * 2 * 2, 2 * 2 * head_dim + 4 * ids
-    result, rows = CONSUMERS * ROWS * head_dim * out_bytes, 64
-    if fused:
-        fixed, rows = fixed + 128 * head_dim * 4 + CONSUMERS * ROWS * 128 * 2, 128
+    result = CONSUMERS * ROWS * head_dim * out_bytes
     for stages, stagings in ((2, 2), (2, 1), (1, 1)):
-        if fixed + stagings * result + per_row * rows * stages <= SHARED_BYTES:
-            return Blocks(rows, stages, stagings=stagings)
+        if fixed + stagings * result + per_row * 64 * stages <= SHARED_BYTES:
+            return Blocks(64, stages, stagings=stagings)
     return None
 
 
@@ -165,16 +163,7 @@ def block_keys_blocks(head_dim: int, ids: bool) -> Blocks | None:
     return _first_fit(((64, 2), (64, 1)), head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids)
 
 
-def fuses_backward(head_dim: int) -> bool:
-    """Whether the keys' kernel may also add up the queries' gradient.
-
-    Each of two warpgroups then takes 64 of 128 query rows; with more than 64 columns its
-    accumulators no longer fit the registers, other sizes have not been made to work.
-    """
-    return head_dim == 64
-
-
-def partition(launch: schedule.Launch, *, split: bool) -> tuple[tuple[int, ...], ...]:
+def partition(launch: schedule.Launch) -> tuple[tuple[int, ...], ...]:
     """Splits the branches of a launch into groups that run one after the other.
 
     Branches of one group share a tile, whose rows are stepped by the group's common stride, so
@@ -184,11 +173,11 @@ def partition(launch: schedule.Launch, *, split: bool) -> tuple[tuple[int, ...],
 
     Causal calls never share: on an H100 that was slower, for the masked steps that it adds.
 
-    split: only groups of one branch. Returns tuples of indices into launch.rates.
+    Returns tuples of indices into launch.rates.
     """
     count = len(launch.rates)
     singles = tuple((i,) for i in range(count))
-    if split or count == 1 or launch.causal:
+    if count == 1 or launch.causal:
         return singles
     candidates = [singles]
     for alone in range(count - 1):

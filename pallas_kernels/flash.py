@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,6 @@ class Call:
     rate: float
     keep: Any
     out_dtype: Any
-    deterministic: bool
     ids: bool
     device_kind: str
     interpret: bool
@@ -55,7 +53,6 @@ def attend(
     dropout_seed: jax.Array | None = None,
     keep: Any = None,
     carry: tuple[jax.Array, jax.Array] | None = None,
-    deterministic: bool | None = None,
     out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the union of the branches' keys, in one softmax, by Pallas Mosaic GPU kernels.
@@ -78,9 +75,6 @@ def attend(
             `column_bits` and `keep` as in `dilax.dropout`.
         carry: a partial result (out float32 `[B, T, N, H]`, lse float32 `[B, T, N]`) over other
             keys, which the softmax continues.
-        deterministic: False allows a backward that adds up the query gradient in varying order
-            (used for H = 64, unless XLA_FLAGS ask for deterministic operations). None means True:
-            on an H100 the other one gained less than 10 %.
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
 
     Returns:
@@ -126,7 +120,6 @@ def attend(
         rate=float(dropout_rate),
         keep=keep if dropout_rate else None,
         out_dtype=result_dtype(query, carry, out_dtype),
-        deterministic=deterministic is None or bool(deterministic) or _deterministic_ops(),
         ids=q_segment_ids is not None,
         device_kind=kind,
         interpret=interpreting(),
@@ -170,7 +163,6 @@ def attend_backward(
         rate=0.0,
         keep=None,
         out_dtype=jnp.dtype(jnp.float32),
-        deterministic=True,
         ids=q_segment_ids is not None,
         device_kind=_device_kind(),
         interpret=interpreting(),
@@ -183,12 +175,6 @@ def attend_backward(
     with jax.enable_x64(False):
         found = _run_backward(call, query, key, value, d_out, lse, delta, ids, where, seed)
     return tuple(x.astype(jnp.float32) for x in found)
-
-
-def _deterministic_ops() -> bool:
-    flags = os.environ.get("XLA_FLAGS", "")
-    names = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
-    return any(f"--{name}=true" in flags or f"--{name} " in f"{flags} " for name in names)
 
 
 def _device_kind() -> str:
@@ -315,7 +301,7 @@ def _run_forward(
     if carry is not None:
         (out,) = _pad_inputs(sizes, (carry[0].astype(call.out_dtype),), (sizes.padded_T,))
         lse = _rows(carry[1], sizes.rows, -jnp.inf)
-    for group in config.partition(whole, split=False):
+    for group in config.partition(whole):
         plan = config.subset(whole, group)
         options = forward.Options(
             scale=call.scale * LOG2E,
@@ -376,7 +362,6 @@ def _run_backward(
         "keep": call.keep,
     }
     heads, head_dim = query.shape[2], arrays[0].shape[-1]
-    fused = not call.deterministic and config.fuses_backward(head_dim)
     options = backward.Options(
         scale=call.scale * LOG2E,
         stages=1,
@@ -385,13 +370,12 @@ def _run_backward(
         add=False,
         ids=call.ids,
         rate=call.rate,
-        fused=False,
         interpret=call.interpret,
     )
 
     def groups(blocks: config.Blocks, transposed: bool) -> Any:
         whole = _launch(call, heads, sizes.T, sizes.S, blocks, transposed)
-        for group in config.partition(whole, split=transposed and fused):
+        for group in config.partition(whole):
             yield config.subset(whole, group)
 
     def plans(blocks: config.Blocks, transposed: bool) -> Any:
@@ -399,34 +383,26 @@ def _run_backward(
             yield plan, number > 0, _table(call, plan, arrays[0], arrays[1], number > 0)
 
     dq = dk = dv = None
-    if fused:
-        dq = jnp.zeros(arrays[0].shape, jnp.float32)
-    else:
-        blocks = config.queries_blocks(head_dim, call.ids)
-        for plan, add, table in plans(blocks, False):
-            part = dataclasses.replace(options, stages=blocks.stages, add=add)
-            with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
-                dq = backward.queries_gradient(
-                    plan, part, table, arrays, lse, delta, dq, out_dtype=query.dtype, **shared
-                )
+    blocks = config.queries_blocks(head_dim, call.ids)
+    for plan, add, table in plans(blocks, False):
+        part = dataclasses.replace(options, stages=blocks.stages, add=add)
+        with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
+            dq = backward.queries_gradient(
+                plan, part, table, arrays, lse, delta, dq, out_dtype=query.dtype, **shared
+            )
     # Several launches that add to one gradient round it each time, so they do it in float32
     # (dq is rounded less often: most queries take part in one or two branches).
-    dtype, blocks = jnp.dtype(query.dtype), config.keys_blocks(head_dim, call.ids, fused)
-    wide = config.keys_blocks(head_dim, call.ids, fused, out_bytes=4)
+    dtype, blocks = jnp.dtype(query.dtype), config.keys_blocks(head_dim, call.ids)
+    wide = config.keys_blocks(head_dim, call.ids, out_bytes=4)
     if wide is not None and (call.wide or len(list(groups(blocks, True))) > 1):
         dtype, blocks = jnp.dtype(jnp.float32), wide
     lse, delta = (x[:, :, : sizes.padded_T] for x in (lse, delta))
     for plan, add, table in plans(blocks, True):
-        part = dataclasses.replace(
-            options, stages=blocks.stages, stagings=blocks.stagings, add=add, fused=fused
-        )
+        part = dataclasses.replace(options, stages=blocks.stages, stagings=blocks.stagings, add=add)
         with jax.named_scope(f"dilated_keys_gradient_{'_'.join(map(str, plan.rates))}"):
-            new_dq, dk, dv = backward_keys.keys_gradient(
-                plan, part, table, arrays, lse, delta, (dq, dk, dv), out_dtype=dtype, **shared
+            dk, dv = backward_keys.keys_gradient(
+                plan, part, table, arrays, lse, delta, (dk, dv), out_dtype=dtype, **shared
             )
-            dq = new_dq if fused else dq
-    if fused:
-        dq = (dq * call.scale).astype(query.dtype)
     if not call.wide:
         dk, dv = dk.astype(key.dtype), dv.astype(value.dtype)
     columns = slice(sizes.head_dim)

@@ -33,10 +33,10 @@ from pallas_kernels.compat import (
     total_sums,
     with_sum,
 )
+from pallas_kernels.config import ROWS
+from pallas_kernels.scores import Rows, mask_scores, rows_of, softmax
 
 LOG2E = math.log2(math.e)
-ROWS = 64
-CONSUMERS = 2
 # First of two numbered hardware barriers; Mosaic's own allocation starts from 0.
 TURN = 8
 
@@ -58,60 +58,6 @@ class Options:
     ids: bool
     rate: float
     interpret: bool
-
-
-def _softmax(s: jax.Array, m: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One online softmax step in base 2: (p, new row maximum, factor for what was summed)."""
-    top = jnp.maximum(m, s.max(axis=1) * scale)
-    # A row that has seen nothing yet has maximum -inf; its exponents must not become NaN.
-    safe = jnp.where(top == -jnp.inf, 0.0, top)
-    p = jnp.exp2(s * scale - lax.broadcast_in_dim(safe, s.shape, [0]))
-    return p, top, jnp.exp2(m - safe)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A warpgroup's rows of queries, as one branch sees them.
-
-    row: the first one. dilated: the dilated row of each, `[ROWS]`. low, high: the away rows that
-    all of them see. ids: their segment ids.
-    """
-
-    row: Any
-    dilated: jax.Array
-    low: Any
-    high: Any
-    ids: Any
-
-
-def _rows_of(plan: schedule.Launch, v: schedule.Visit, row: Any, ids: Any) -> _Rows:
-    iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
-    first = row * v.home_step + v.home_shift
-    _, high = schedule.row_bounds(plan, v.length, first)
-    low, _ = schedule.row_bounds(plan, v.length, first + (ROWS - 1) * v.home_step)
-    return _Rows(row, (iota + row) * v.home_step + v.home_shift, low, high, ids)
-
-
-def _mask(
-    plan: schedule.Launch, v: schedule.Visit, rows: _Rows, start: Any, s: Any, ids: Any
-) -> Any:
-    """Scores with -inf where a query does not see a key; `start` is the first away row."""
-    width = s.shape[1]
-
-    def masked() -> jax.Array:
-        columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
-        columns = columns + (start + v.away_shift)
-        seen = schedule.visible(plan, v.length, rows.dilated, columns, v.limit + v.away_shift)
-        return jnp.where(seen, s, -jnp.inf)
-
-    first = start + v.away_shift
-    edge = (first < rows.low) | (first + width > rows.high) | (start + width > v.limit)
-    s = lax.cond(edge, masked, lambda: s)
-    if ids is not None:
-        a = lax.broadcast_in_dim(rows.ids, s.shape, [0])
-        c = lax.broadcast_in_dim(ids, s.shape, [1])
-        s = jnp.where((a == c) & (c != 0), s, -jnp.inf)
-    return s
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -152,12 +98,12 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             if not opt.interpret:
                 named_barrier("sync", TURN + wg, 2 * 128)
 
-        def weigh(s: Any, m: Any, n: Any, v: schedule.Visit, j: Any, rows: _Rows, at: Any) -> Any:
+        def weigh(s: Any, m: Any, n: Any, v: schedule.Visit, j: Any, rows: Rows, at: Any) -> Any:
             """Probabilities of the tile in slot n: (p, p for the product, maximum, factor)."""
             start = v.first + j * bkv
             ids = load(id_smem.at[slot_of(n)], COLUMN) if opt.ids else None
             plgpu.barrier_arrive(k_free.at[slot_of(n)])
-            p, m, alpha = _softmax(_mask(plan, v, rows, start, s, ids), m, opt.scale)
+            p, m, alpha = softmax(mask_scores(plan, v, rows, start, s, ids), m, opt.scale)
             dropped = p
             if opt.rate:
                 seed = (seed_ref[0], seed_ref[1])
@@ -171,7 +117,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 return product(left, right, (ROWS, bkv), pass_turn)
             return product_first(left, right, (ROWS, bkv), begin_more)
 
-        def first_step(base: Any, total: Any, v: Any, rows: _Rows, at: Any) -> Any:
+        def first_step(base: Any, total: Any, v: Any, rows: Rows, at: Any) -> Any:
             plgpu.barrier_wait(q_ready.at[wg])
             plgpu.barrier_wait(k_ready.at[slot_of(base)])
             await_turn()
@@ -181,7 +127,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             p, dropped, m, _ = weigh(s, nothing, base, v, jnp.int32(0), rows, at)
             return dropped.astype(dtype), m, partial_sums(p, opt.interpret), base + 1
 
-        def step(j: Any, state: Any, acc: Sum, total: Any, v: Any, rows: _Rows, at: Any) -> Any:
+        def step(j: Any, state: Any, acc: Sum, total: Any, v: Any, rows: Rows, at: Any) -> Any:
             """Weighs this tile, and adds the one before."""
             p16, m, mass, n = state
             plgpu.barrier_wait(k_ready.at[slot_of(n)])
@@ -218,9 +164,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         def look(base: Any, total: Any, mask: Any, where: Any, at: Any, row: Any, ids: Any) -> Any:
             """(sum, maximum, mass) of the tile; it has at least one step."""
 
-            def visit(branch: Any) -> tuple[schedule.Visit, _Rows]:
+            def visit(branch: Any) -> tuple[schedule.Visit, Rows]:
                 v = schedule.visit(plan, geometry, branch, mask, *where)
-                return v, _rows_of(plan, v, row, ids)
+                return v, rows_of(plan, v, row, ids)
 
             first = schedule.first_branch(plan, geometry, mask, *where)
             v, rows = visit(first)

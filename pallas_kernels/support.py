@@ -26,7 +26,6 @@ def unsupported(
     dropout_seed: Any = None,
     keep: Any = None,
     carry: Any = None,
-    deterministic: bool | None = None,
     out_dtype: Any = None,
     device_kind: str,
 ) -> tuple[str, ...]:
@@ -70,7 +69,7 @@ def unsupported(
     blocks = (
         config.forward_blocks(head, out.itemsize, 1, causal=is_causal, ids=ids),
         config.queries_blocks(head, ids),
-        config.keys_blocks(head, ids, fused=False),
+        config.keys_blocks(head, ids),
     )
     if not reasons and None in blocks:
         what = f"{out.name} output{' and segment ids' if ids else ''}"

@@ -38,7 +38,6 @@ class KernelCase:
     ids: bool = False
     rate: float = 0.0
     carry: bool = False
-    deterministic: bool = True
     dtype: str = "bfloat16"
     scale: float | None = None
 
@@ -124,8 +123,7 @@ def _run(
 def run_kernel(case: KernelCase, repeats: int = 0) -> dict[str, Any]:
     """What the kernels give for a case."""
     starts = tuple(jnp.int32(s) for s in case.starts) if case.traced else None
-    extra = {"deterministic": case.deterministic, "keep": dropout}
-    return _run(case, flash.attend, jnp.dtype(case.dtype), starts, repeats, **extra)
+    return _run(case, flash.attend, jnp.dtype(case.dtype), starts, repeats, keep=dropout)
 
 
 def check(case: KernelCase) -> None:

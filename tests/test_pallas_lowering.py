@@ -67,7 +67,6 @@ CALLS = {
         "carry": partial(256, 128),
         "q_segment_ids": ints(1, 256),
     },
-    "fused backward": {"T": 512, "H": 64, "deterministic": False},
     "dropout": {
         "T": 256,
         "H": 64,
@@ -117,7 +116,7 @@ def test_blocks_fit_for_every_supported_head_size():
     for head_dim in range(16, 225, 16):
         assert config.forward_blocks(head_dim, 2, 2048, causal=True, ids=False)
         assert config.queries_blocks(head_dim, ids=False)
-        assert config.keys_blocks(head_dim, ids=False, fused=False)
+        assert config.keys_blocks(head_dim, ids=False)
 
 
 AOT = """

@@ -1,0 +1,66 @@
+"""One tile of scores: what of it is visible, and its step of the online softmax."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import schedule
+from pallas_kernels.compat import ROW, TILE, plgpu
+from pallas_kernels.config import ROWS
+
+
+def softmax(s: jax.Array, m: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One online softmax step in base 2: (p, new row maximum, factor for what was summed)."""
+    top = jnp.maximum(m, s.max(axis=1) * scale)
+    # A row that has seen nothing yet has maximum -inf; its exponents must not become NaN.
+    safe = jnp.where(top == -jnp.inf, 0.0, top)
+    p = jnp.exp2(s * scale - lax.broadcast_in_dim(safe, s.shape, [0]))
+    return p, top, jnp.exp2(m - safe)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A warpgroup's rows of queries, as one branch sees them.
+
+    row: the first one. dilated: the dilated row of each, `[ROWS]`. low, high: the away rows that
+    all of them see. ids: their segment ids.
+    """
+
+    row: Any
+    dilated: jax.Array
+    low: Any
+    high: Any
+    ids: Any
+
+
+def rows_of(plan: schedule.Launch, v: schedule.Visit, row: Any, ids: Any) -> Rows:
+    iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+    first = row * v.home_step + v.home_shift
+    _, high = schedule.row_bounds(plan, v.length, first)
+    low, _ = schedule.row_bounds(plan, v.length, first + (ROWS - 1) * v.home_step)
+    return Rows(row, (iota + row) * v.home_step + v.home_shift, low, high, ids)
+
+
+def mask_scores(
+    plan: schedule.Launch, v: schedule.Visit, rows: Rows, start: Any, s: Any, ids: Any
+) -> Any:
+    """Scores with -inf where a query does not see a key; `start` is the first away row."""
+    width = s.shape[1]
+
+    def masked() -> jax.Array:
+        columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
+        columns = columns + (start + v.away_shift)
+        seen = schedule.visible(plan, v.length, rows.dilated, columns, v.limit + v.away_shift)
+        return jnp.where(seen, s, -jnp.inf)
+
+    first = start + v.away_shift
+    edge = (first < rows.low) | (first + width > rows.high) | (start + width > v.limit)
+    s = lax.cond(edge, masked, lambda: s)
+    if ids is not None:
+        a = lax.broadcast_in_dim(rows.ids, s.shape, [0])
+        c = lax.broadcast_in_dim(ids, s.shape, [1])
+        s = jnp.where((a == c) & (c != 0), s, -jnp.inf)
+    return s
