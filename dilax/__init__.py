@@ -9,6 +9,7 @@ from dilax.attention_fn import DilatedAttentionFn as DilatedAttentionFn
 from dilax.block_lists import BlockLists as BlockLists
 from dilax.block_sparse import block_sparse_attention as block_sparse_attention
 from dilax.create import choose_implementation as choose_implementation
+from dilax.create import create_block_sparse_attention as create_block_sparse_attention
 from dilax.create import create_dilated_attention as create_dilated_attention
 from dilax.create import create_multihead_dilated_attention as create_multihead_dilated_attention
 from dilax.create import explain as explain

@@ -1,6 +1,7 @@
 """Dilated attention with its options fixed: as a plain callable, and as Flax's `attention_fn`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from dilax._types import FLOAT_DTYPES, dtype_name, refuse
+from dilax.block_sparse import VISITING_ORDERS, block_sparse_attention, refuse_branch_options
 from dilax.checks import check_bool, check_choice, check_index, is_array
 from dilax.dilated import dilated_attention
 from dilax.order import TokenOrder
+from dilax.pattern_config import as_pattern
 from dilax.select import check_implementation
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of
 
@@ -93,7 +96,7 @@ def checkpointed(function: Callable, choice: Any) -> Callable:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DilatedAttention:
-    """`dilax.dilated_attention` with everything fixed but the arrays; hashable.
+    """`dilax.dilated_attention`, or block-sparse, with all but the arrays fixed; hashable.
 
     Args:
         segment_lengths, dilation_rates, combine, head_offset, pad_mode, average_branches,
@@ -105,6 +108,9 @@ class DilatedAttention:
             `jax.checkpoint_policies`, or a policy; out and lse are named "dilax_out", "dilax_lse".
         order: a `TokenOrder` of the grid that the tokens are; they come and go row by row, segments
             and dilation act along the order, causality and dropout go by the original positions.
+        pattern: a `SparsePatternConfig`, a pattern or the name of a preset: then this is
+            `dilax.block_sparse_attention`, inside the branches, or without any if segment_lengths
+            is None; visiting_order is its.
         embed_dim, num_heads: if given, queries must have num_heads heads and embed_dim features
             over all heads.
 
@@ -136,16 +142,20 @@ class DilatedAttention:
     use_gradient_checkpointing: Any = False
     implementation: str | None = None
     order: TokenOrder | None = None
+    pattern: Any = None
+    visiting_order: str = "longest_first"
     embed_dim: int | None = None
     num_heads: int | None = None
 
     def __post_init__(self):
-        spec = as_spec(self.segment_lengths, self.dilation_rates)
-        object.__setattr__(self, "segment_lengths", spec.segment_lengths)
-        object.__setattr__(self, "dilation_rates", spec.dilation_rates)
         self._check_sizes()
-        # Names are checked on as many heads as every combine mode takes.
-        branches_of(spec, self.num_heads or len(spec), self.combine, self.head_offset)
+        self._check_pattern()
+        if self.segment_lengths is not None or self.pattern is None:
+            spec = as_spec(self.segment_lengths, self.dilation_rates)
+            object.__setattr__(self, "segment_lengths", spec.segment_lengths)
+            object.__setattr__(self, "dilation_rates", spec.dilation_rates)
+            # Names are checked on as many heads as every combine mode takes.
+            branches_of(spec, self.num_heads or len(spec), self.combine, self.head_offset)
         check_choice("pad_mode", self.pad_mode, ("mask", "zeros"))
         if self.average_branches is not None:
             check_bool("average_branches", self.average_branches)
@@ -158,6 +168,19 @@ class DilatedAttention:
         check_implementation(self.implementation)
         if self.order is not None and not isinstance(self.order, TokenOrder):
             raise refuse("order", "None or a TokenOrder", self.order)
+
+    def _check_pattern(self) -> None:
+        check_choice("visiting_order", self.visiting_order, VISITING_ORDERS)
+        if self.pattern is None:
+            if self.visiting_order != "longest_first":
+                raise refuse("visiting_order", "its default without a pattern", self.visiting_order)
+            return
+        object.__setattr__(self, "pattern", as_pattern("pattern", self.pattern))
+        if self.pad_mode != "mask":
+            raise refuse("pad_mode", "'mask' with a pattern", self.pad_mode)
+        if self.segment_lengths is None:
+            branches = (self.combine, self.head_offset, self.average_branches)
+            refuse_branch_options(self.dilation_rates, *branches)
 
     def _check_sizes(self) -> None:
         for name in ("embed_dim", "num_heads"):
@@ -205,12 +228,18 @@ class DilatedAttention:
                 raise refuse("q_positions", "no positions or starts with an order", q_positions)
             q_positions = kv_positions = jnp.asarray(order.positions)
 
+        attention = dilated_attention
+        if self.pattern is not None:
+            attention = functools.partial(
+                block_sparse_attention, pattern=self.pattern, visiting_order=self.visiting_order
+            )
+
         def attend(arrays):
             if order is not None:
                 along = {name: x for name, x in arrays.items() if name in _ALONG_TOKENS}
                 along = {name: x for name, x in along.items() if x is not None}
                 arrays = arrays | {name: order.permute(x) for name, x in along.items()}
-            out, lse = dilated_attention(
+            out, lse = attention(
                 **arrays,
                 **others,
                 segment_lengths=self.segment_lengths,

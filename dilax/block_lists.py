@@ -243,8 +243,8 @@ def window(lists: BlockLists, row: int, rows: int, column: int, columns: int) ->
     """The lists of rows `row`, `row` + 1, ... for keys that begin with block `column`.
 
     Example:
-        >>> window(from_mask(np.tri(4, dtype=bool), 64), 2, 2, 1, 2).columns[0, 0].tolist()
-        [[0, 1], [0, 1]]
+        >>> window(from_mask(np.tri(4, dtype=bool), 64), 1, 3, 1, 2).counts[0, 0].tolist()
+        [1, 2, 2]
     """
     xp: Any = np if lists.is_static else jnp
     lists = jax.tree.map(lambda x: x[:, :, row : row + rows], lists)

@@ -37,6 +37,7 @@ class Visits(NamedTuple):
     block_size: int
     q_lead: int  # places of the first block of queries that lie before the first query
     k_lead: int
+    order: str = "longest_first"  # of the work items, or "row", or "hilbert"
 
 
 def visits(lists: BlockLists, list_row: np.ndarray, q_lead: int, k_lead: int) -> Visits:
@@ -85,7 +86,7 @@ def _plan(settings: Settings, to: Visits, columns: int) -> _Plan:
     xp: Any = np if isinstance(to.counts, np.ndarray) else jnp
     number, rows = to.counts.size, to.counts.shape[1]
     counts = to.counts.reshape(-1)
-    order = xp.argsort(-counts, stable=True)
+    order = _order(xp, to)
     counts = counts[order]
     width = max(1, min(columns, _KEYS // to.block_size))
     budget = _TILE.get(settings.platform, _TILE_ELSEWHERE) // to.block_size**2
@@ -104,9 +105,37 @@ def _plan(settings: Settings, to: Visits, columns: int) -> _Plan:
     return _Plan(items, -(-items.count.max(-1) // width), xp.argsort(order), width)
 
 
+def _order(xp: Any, to: Visits) -> Any:
+    """The order of the work items [G * rows]."""
+    rows, counts = to.counts.shape[1], to.counts.reshape(-1)
+    if to.order == "longest_first":
+        return xp.argsort(-counts, stable=True)
+    if to.order == "row":
+        return xp.arange(counts.size)
+    middle = xp.asarray(to.starts).reshape(-1) + xp.maximum(counts - 1, 0) // 2
+    column = xp.asarray(to.columns)[xp.minimum(middle, to.columns.size - 1)]
+    return xp.argsort(_hilbert(xp, xp.arange(counts.size) % rows, column), stable=True)
+
+
+def _hilbert(xp: Any, x: Any, y: Any, bits: int = 15) -> Any:
+    """How far along Hilbert's curve through a square of side 2^bits a point lies."""
+    distance = xp.zeros(x.shape, np.int32)
+    for bit in reversed(range(bits)):
+        right, up = (x >> bit) & 1, (y >> bit) & 1
+        distance = distance + (((3 * right) ^ up) << (2 * bit)).astype(np.int32)
+        # The lower quadrants are turned: their axes change places, on the right also direction.
+        whole = (1 << bit) - 1
+        x, y = x & whole, y & whole
+        flip = (up == 0) & (right == 1)
+        x, y = xp.where(flip, whole - x, x), xp.where(flip, whole - y, y)
+        x, y = xp.where(up == 0, y, x), xp.where(up == 0, x, y)
+    return distance
+
+
 def _work(counts: np.ndarray, width: int, size: int) -> int:
-    """How many blocks are computed, in tiles of `size` items of descending counts."""
-    return int((-(-counts[::size] // width)).sum()) * width * size
+    """How many blocks are computed in tiles of `size` items."""
+    counts = np.pad(counts, (0, -len(counts) % size)).reshape(-1, size).max(-1)
+    return int((-(-counts // width)).sum()) * width * size
 
 
 class _Blocks(NamedTuple):

@@ -6,9 +6,12 @@ import jax
 
 from dilax._types import refuse
 from dilax.block_lists import BlockLists, check_lists
+from dilax.checks import check_choice
 from dilax.pattern_config import as_pattern
 from dilax.spec import Branch, Combine, HeadOffset
 from dilax.union import union_attention
+
+VISITING_ORDERS = ("longest_first", "row", "hilbert")
 
 
 def block_sparse_attention(
@@ -39,6 +42,7 @@ def block_sparse_attention(
     dropout_key: jax.Array | None = None,
     deterministic: bool = True,
     implementation: str | None = None,
+    visiting_order: str = "longest_first",
     return_lse: bool = False,
 ) -> Any:
     """Attention in which each block of queries sees only the key blocks that a pattern lists.
@@ -62,6 +66,8 @@ def block_sparse_attention(
             windows go by positions. Segment ids only mask: a pattern does not know them.
         q_positions, kv_positions: as there. The pattern goes by the order in which the tokens lie
             and every block of it is admissible; causality goes by the positions and masks.
+        visiting_order: "longest_first", "row" or "hilbert", in which order the blocks of queries
+            are worked on; the result is the same to the bit.
 
     Returns:
         out [B, T, N, H] in the query's dtype. A query that sees no key gives 0, and lse -inf.
@@ -81,7 +87,8 @@ def block_sparse_attention(
         (1, 1000, 4, 16)
     """
     if segment_lengths is None:
-        _refuse_branch_options(dilation_rates, combine, head_offset, average_branches)
+        refuse_branch_options(dilation_rates, combine, head_offset, average_branches)
+    check_choice("visiting_order", visiting_order, VISITING_ORDERS)
     if pad_mode != "mask":
         raise refuse("pad_mode", "'mask': padding that acts as keys lies in no block", pad_mode)
 
@@ -118,10 +125,12 @@ def block_sparse_attention(
             implementation=implementation,
             return_lse=return_lse,
             blocks=blocks,
+            visiting_order=visiting_order,
         )
 
 
-def _refuse_branch_options(dilation_rates, combine, head_offset, average_branches) -> None:
+def refuse_branch_options(dilation_rates, combine, head_offset, average_branches) -> None:
+    """Refuse options of branches where there are none."""
     for name, x, default in (
         ("dilation_rates", dilation_rates, None),
         ("combine", combine, "lse"),

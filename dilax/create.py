@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from flax import nnx
 
 from dilax._types import UnsupportedError, refuse, shown
 from dilax.attention_fn import DilatedAttention, check_dtype, check_number
+from dilax.block_lists import density
 from dilax.checks import check_bool, check_index, check_qkv
 from dilax.modules import MultiheadDilatedAttention
-from dilax.names import Kind, find_kind
+from dilax.names import KINDS, Kind, find_kind
 from dilax.order import TokenOrder
+from dilax.pattern_config import PRESETS, SparsePatternConfig, as_pattern
 from dilax.select import IMPLEMENTATIONS, check_implementation, device_of, unsupported
 from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of
 
@@ -37,18 +39,38 @@ def _refuse_unknown(options: dict[str, Any], valid: Iterable[str]) -> None:
             raise refuse(name, f"an option{hint}, one of {', '.join(names)}", x)
 
 
-def _refuse_absent(kind: str, need_speed: Any, ring_size: Any, **sparse: Any) -> None:
-    """Refuse what asks for a kind that this version does not have."""
-    check_bool("need_speed", need_speed)
-    if need_speed:
-        wanted = "False: speed beyond that of the exact result is 'block_sparse', not available yet"
-        raise refuse("need_speed", wanted, need_speed)
+def _refuse_placement(ring_size: Any) -> None:
+    """Refuse what asks for a placement that this version does not have."""
     if ring_size is not None and (isinstance(ring_size, bool) or ring_size != 1):
         raise refuse("ring_size", "None or 1: 'ring' is not available yet", ring_size)
-    for name, x in sparse.items():
-        if x is not None:
-            wanted = f"None with kind {kind!r}: 'block_sparse' takes it, which is not available yet"
-            raise refuse(name, wanted, x)
+
+
+def _pattern(kind: str, row: Kind, need_speed: Any, pattern: Any, **fields: Any) -> Any:
+    """The block pattern that a kind has, or that was asked for; None: no block-sparse attention."""
+    check_bool("need_speed", need_speed)
+    fields = {name: x for name, x in fields.items() if x is not None}
+    asked = {**fields, **({"pattern": pattern} if pattern is not None else {})}
+    default = row.pattern
+    if row.preset is not None:
+        for name, x in asked.items():
+            raise refuse(name, f"None with kind {kind!r}, which has its own pattern", x)
+        return PRESETS[row.preset]
+    if default is None:
+        if row.names[0] != "auto":
+            for name, x in (asked | ({"need_speed": True} if need_speed else {})).items():
+                other = "False" if name == "need_speed" else "None"
+                raise refuse(name, f"{other} with kind {kind!r}: 'block_sparse' takes it", x)
+        if not asked and not need_speed:
+            return None
+        default = "local_window"
+    if pattern is not None:
+        for name, x in fields.items():
+            raise refuse(name, "None with a pattern, which says it", x)
+        return as_pattern("pattern", pattern)
+    if row.pattern not in (None, "local_window", fields.get("pattern_type", row.pattern)):
+        wanted = f"None or {row.pattern!r} with kind {kind!r}"
+        raise refuse("pattern_type", wanted, fields["pattern_type"])
+    return SparsePatternConfig(**{"pattern_type": default, **fields}).pattern()
 
 
 def _implementation_of(row: Kind, implementation: Any, use_flash_attn: Any) -> str | None:
@@ -73,6 +95,15 @@ def _order(kind: str, row: Kind, grid: Any, order: Any) -> TokenOrder | None:
     if order is not None:
         raise refuse("order", f"None with kind {kind!r}, which has its own", order)
     return TokenOrder(grid, row.order)
+
+
+def _branches(row: Kind, segment_lengths: Any, dilation_rates: Any) -> tuple[Any, Any]:
+    """Segments and rates; a block-sparse kind has none that are not given."""
+    sparse = row.pattern is not None or row.preset is not None
+    if sparse and segment_lengths in (None, SEGMENT_LENGTHS) and dilation_rates is None:
+        return None, None
+    spec = _spec(segment_lengths, dilation_rates)
+    return spec.segment_lengths, spec.dilation_rates
 
 
 def _spec(segment_lengths: Any, dilation_rates: Any) -> DilatedSpec:
@@ -102,6 +133,7 @@ def create_dilated_attention(
     sparsity_ratio: float | None = None,
     block_size: int | None = None,
     pattern_type: str | None = None,
+    pattern: Any = None,
     need_speed: bool = False,
     implementation: str | None = None,
     grid: Any = None,
@@ -113,7 +145,8 @@ def create_dilated_attention(
     Args:
         kind: "auto", "dilated" or "standard", "improved", or the class name that a PyTorch library
             has for it. All compute the same; "dilated" runs in XLA, the others on the fastest
-            implementation that takes the call. "hilbert" does so along a Hilbert curve through
+            implementation that takes the call. Block-sparse kinds: see
+            `create_block_sparse_attention`. "hilbert" does so along a Hilbert curve through
             `grid`, and "hilbert_pallas" in the Pallas kernel.
         segment_lengths, dilation_rates: sequences of ints, or one DilatedSpec in place of both;
             default (2048, 4096, 8192) and (1, 2, 4).
@@ -126,8 +159,9 @@ def create_dilated_attention(
         ring_size: None or 1, since this version has no ring.
         bias, add_bias_kv, layer_norm, gamma_init: refused when they ask for parameters, which only
             `create_multihead_dilated_attention` has (a call takes bias_k and bias_v).
-        sparsity_ratio, block_size, pattern_type, need_speed: refused, since this version has no
-            block-sparse attention.
+        sparsity_ratio, block_size, pattern_type: of the `SparsePatternConfig` of a block-sparse
+            kind, or pattern: a whole one, a pattern or the name of a preset. With "auto" they, or
+            need_speed=True, ask for block-sparse attention inside the dilated branches.
         implementation: "xla", "pallas" or None.
         grid: sizes of the 2-D or 3-D grid that the tokens are, for the kinds "hilbert".
         order: a `TokenOrder`, for the other kinds.
@@ -146,10 +180,12 @@ def create_dilated_attention(
     row = find_kind(kind)
     if row.module:
         raise refuse("kind", "a function; create_multihead_dilated_attention makes modules", kind)
-    _refuse_absent(
+    _refuse_placement(ring_size)
+    pattern = _pattern(
         kind,
+        row,
         need_speed,
-        ring_size,
+        pattern,
         sparsity_ratio=sparsity_ratio,
         block_size=block_size,
         pattern_type=pattern_type,
@@ -165,10 +201,8 @@ def create_dilated_attention(
     fields = inspect.signature(DilatedAttention).parameters
     own = inspect.signature(create_dilated_attention).parameters
     _refuse_unknown(options, {*own, *fields})
-    spec = _spec(segment_lengths, dilation_rates)
     return DilatedAttention(
-        spec.segment_lengths,
-        spec.dilation_rates,
+        *_branches(row, segment_lengths, dilation_rates),
         dropout=dropout,
         attention_scale=attention_scale,
         embed_dim=embed_dim,
@@ -177,6 +211,8 @@ def create_dilated_attention(
         use_gradient_checkpointing=use_gradient_checkpointing,
         implementation=_implementation_of(row, implementation, use_flash_attn),
         order=_order(kind, row, grid, order),
+        pattern=pattern,
+        visiting_order=options.pop("visiting_order", row.visiting_order),
         **options,
     )
 
@@ -195,6 +231,7 @@ def create_multihead_dilated_attention(
     sparsity_ratio: float | None = None,
     block_size: int | None = None,
     pattern_type: str | None = None,
+    pattern: Any = None,
     need_speed: bool = False,
     implementation: str | None = None,
     grid: Any = None,
@@ -212,7 +249,7 @@ def create_multihead_dilated_attention(
         embed_dim, num_heads, segment_lengths, dilation_rates: as in `MultiheadDilatedAttention`;
             default segments and rates are (2048, 4096, 8192) and (1, 2, 4).
         fused_qkv, layer_norm: None for what the kind says.
-        ring_size, use_flash_attn, sparsity_ratio, block_size, pattern_type, need_speed,
+        ring_size, use_flash_attn, sparsity_ratio, block_size, pattern_type, pattern, need_speed,
             implementation, grid, order: as in `create_dilated_attention`.
         rngs: None for nnx.Rngs(0).
         options: every other option of `MultiheadDilatedAttention`.
@@ -229,10 +266,12 @@ def create_multihead_dilated_attention(
         (1, 40, 64)
     """
     row = find_kind(kind)
-    _refuse_absent(
+    _refuse_placement(ring_size)
+    pattern = _pattern(
         kind,
+        row,
         need_speed,
-        ring_size,
+        pattern,
         sparsity_ratio=sparsity_ratio,
         block_size=block_size,
         pattern_type=pattern_type,
@@ -241,30 +280,84 @@ def create_multihead_dilated_attention(
     _refuse_unknown(
         options, {*own, *inspect.signature(MultiheadDilatedAttention.__init__).parameters}
     )
-    spec = _spec(segment_lengths, dilation_rates)
     return MultiheadDilatedAttention(
         embed_dim,
         num_heads,
-        spec.segment_lengths,
-        spec.dilation_rates,
+        *_branches(row, segment_lengths, dilation_rates),
         fused_qkv=row.fused if fused_qkv is None else fused_qkv,
         layer_norm=row.fused if layer_norm is None else layer_norm,
         implementation=_implementation_of(row, implementation, use_flash_attn),
         order=_order(kind, row, grid, order),
+        pattern=pattern,
+        visiting_order=options.pop("visiting_order", row.visiting_order),
         rngs=nnx.Rngs(0) if rngs is None else rngs,
         **options,
+    )
+
+
+def create_block_sparse_attention(
+    kind: str = "block_sparse",
+    segment_lengths: Any = None,
+    dilation_rates: Any = None,
+    *,
+    sparse_config: Any = None,
+    embed_dim: int | None = None,
+    num_heads: int | None = None,
+    **options: Any,
+) -> DilatedAttention | MultiheadDilatedAttention:
+    """Block-sparse attention of the named kind, a function, or a module if the kind is one.
+
+    Args:
+        kind: "block_sparse" (also "block_sparse_ring"), "hierarchical", "hilbert_post_pattern", a
+            preset ("local", "global_local", "ultra_sparse", "hilbert_standard", "hilbert_ultra",
+            "fine_grained", "long_range"), or "block_sparse_multihead", a module.
+        segment_lengths, dilation_rates: None, or dilated branches inside which the pattern acts.
+        sparse_config: the pattern: a `SparsePatternConfig`, a pattern or the name of a preset.
+        embed_dim, num_heads: sizes; a module needs them.
+        options: those of `create_dilated_attention`, or of `create_multihead_dilated_attention` for
+            a module; among them sparsity_ratio, block_size, pattern_type in place of sparse_config.
+
+    Raises:
+        ValueError: a name or an option is wrong; the message says which and lists the valid ones.
+
+    Source: the factories of the dilated-attention-pytorch libraries.
+
+    Example:
+        >>> attention = create_block_sparse_attention(sparsity_ratio=0.25, block_size=64)
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 300, 4, 16))
+        >>> attention(q, k, v, is_causal=True).shape
+        (1, 300, 4, 16)
+    """
+    row = find_kind(kind)
+    if row.pattern is None and row.preset is None:
+        names = [name for x in KINDS if x.pattern or x.preset for name in x.names]
+        raise refuse("kind", f"one of {', '.join(names)}", kind)
+    if sparse_config is not None:
+        if options.get("pattern") is not None:
+            raise refuse("pattern", "None with a sparse_config", options["pattern"])
+        options["pattern"] = sparse_config
+    branches = (segment_lengths, dilation_rates)
+    if not row.module:
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads}
+        return create_dilated_attention(kind, *branches, **sizes, **options)
+    for name, x in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        if x is None:
+            raise refuse(name, f"a positive int with kind {kind!r}, a module", x)
+    return create_multihead_dilated_attention(
+        kind, cast(int, embed_dim), cast(int, num_heads), *branches, **options
     )
 
 
 def choose_implementation(seq_len: int, num_gpus: int = 1, need_speed: bool = False) -> str:
     """The kind to give to `create_multihead_dilated_attention`, as the PyTorch library's function.
 
-    There long sequences get a block-sparse, ring or distributed kind. Only what this version has
-    is named here: "improved", for any length on one device.
+    There long sequences get a block-sparse, ring or distributed kind. Here only need_speed, which
+    allows another result, gives "block_sparse"; otherwise it is "improved", for any length on one
+    device.
 
     Raises:
         ValueError: an argument is wrong.
-        UnsupportedError: need_speed or several devices ask for kinds that are not available yet.
+        UnsupportedError: several devices ask for kinds that are not available yet.
 
     Example:
         >>> choose_implementation(1_000_000)
@@ -274,11 +367,9 @@ def choose_implementation(seq_len: int, num_gpus: int = 1, need_speed: bool = Fa
         if check_index(name, x) == 0:
             raise refuse(name, "a positive int", x)
     check_bool("need_speed", need_speed)
-    if need_speed:
-        find_kind("block_sparse")
     if num_gpus > 1:
         find_kind("ring")
-    return "improved"
+    return "block_sparse" if need_speed else "improved"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +416,7 @@ def explain(
     dropout: float = 0.0,
     implementation: str | None = None,
     use_flash_attn: bool | None = None,
+    pattern: Any = None,
     device_kind: str | None = None,
 ) -> Decision:
     """What a call of these sizes would run, and why not something else. Computes nothing.
@@ -336,7 +428,7 @@ def explain(
         segment_lengths, dilation_rates, combine, head_offset, is_causal, dropout, implementation:
             as in `dilax.dilated_attention`.
         packed: the call has segment ids or a key padding mask.
-        use_flash_attn: as in `create_dilated_attention`.
+        use_flash_attn, pattern: as in `create_dilated_attention`.
         device_kind: `jax.Device.device_kind` of another device, such as "NVIDIA H100 80GB HBM3";
             None for the default device of this process.
 
@@ -359,11 +451,25 @@ def explain(
         dtype,
         packed,
     )
-    spec = _spec(segment_lengths, dilation_rates)
     check_bool("is_causal", is_causal)
     check_number("dropout", dropout, 0.0, 1.0, "a Python number in [0, 1)")
+    made = _pattern(kind, row, False, pattern)
+    segments, rates = _branches(row, segment_lengths, dilation_rates)
+    variant = "block_sparse_attention" if segments is None else "dilated_attention"
+    if segments is not None:
+        options["branches"] = branches_of(as_spec(segments, rates), num_heads, combine, head_offset)
+        variant += f", {segments} every {rates}"
+    if made is not None:
+        variant += f", {made}"
+        if segments is None:
+            heads = (num_heads, num_heads if num_kv_heads is None else num_kv_heads)
+            S = seq_len if kv_seq_len is None else kv_seq_len
+            options["blocks"] = made.lists(seq_len, S, *heads, is_causal=is_causal)
+            kept = density(options["blocks"], seq_len, S, is_causal)
+            variant += f", {kept:.1%} of the admissible blocks"
+        else:
+            options["blocks"] = None  # inside branches no kernel takes any
     options |= {
-        "branches": branches_of(spec, num_heads, combine, head_offset),
         "is_causal": is_causal,
         "dropout_rate": float(dropout),
         "dropout_seed": jax.ShapeDtypeStruct((2,), jnp.uint32) if dropout else None,
@@ -372,13 +478,12 @@ def explain(
         options["q_positions"] = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     named = _implementation_of(row, implementation, use_flash_attn)
     taken, over = _implementations(kind, row, named, arrays, options, device_kind)
-    later = "not available yet, and changes the result: never chosen unasked"
-    over += [("variant", "block_sparse", later)]
+    if made is None:
+        over += [("variant", "block_sparse", "changes the result: never chosen unasked")]
     over += [("placement", name, "not available yet") for name in ("ring", "head_parallel")]
     return Decision(
         kind=kind,
-        variant=f"dilated_attention, {spec.segment_lengths} every {spec.dilation_rates}"
-        + (f" in {row.order} order" if row.order else ""),
+        variant=variant + (f" in {row.order} order" if row.order else ""),
         implementation=taken,
         placement="where the inputs lie",
         device_kind=device_of(None).device_kind if device_kind is None else device_kind,

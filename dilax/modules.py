@@ -56,6 +56,9 @@ class MultiheadDilatedAttention(nnx.Module):
             and log-sum-exp are named "dilax_out" and "dilax_lse".
         order: a `TokenOrder`, into which queries, keys and values go for the attention. A model of
             several layers gives the order to their calls instead, and permutes once.
+        pattern: a `SparsePatternConfig`, a pattern or the name of a preset, for
+            `dilax.block_sparse_attention` in place of `dilax.dilated_attention`: inside the
+            branches, or without any if segment_lengths is None. visiting_order is its.
         dtype: of the computation; None: that of inputs and parameters together.
         param_dtype: of the parameters.
         kernel_init, out_kernel_init: initializers of the weights in place of Xavier normal, also
@@ -105,6 +108,8 @@ class MultiheadDilatedAttention(nnx.Module):
         use_gradient_checkpointing: bool | str | Callable = False,
         implementation: str | None = None,
         order: TokenOrder | None = None,
+        pattern: Any = None,
+        visiting_order: str = "longest_first",
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: Callable = _xavier_normal,
@@ -136,6 +141,8 @@ class MultiheadDilatedAttention(nnx.Module):
             add_zero_attn=add_zero_attn,
             implementation=implementation,
             order=order,
+            pattern=pattern,
+            visiting_order=visiting_order,
             embed_dim=embed_dim,
             num_heads=num_heads,
         )

@@ -17,7 +17,14 @@ class Kind:
     fused: bool = False  # as a module: fused projections and a LayerNorm before the last one
     implementation: str | None = None  # None: the fastest that takes the call
     order: str | None = None  # the kind of the token order
+    pattern: str | None = None  # block-sparse: the type of the pattern, where options may say more
+    preset: str | None = None  # block-sparse: the name of the pattern
+    visiting_order: str = "longest_first"  # block-sparse: of the blocks of queries
     available: bool = True
+
+
+def _preset(name: str) -> Kind:
+    return Kind((name,), f"block-sparse attention, the preset {name!r}", preset=name)
 
 
 def _later(what: str, *names: str) -> Kind:
@@ -61,28 +68,32 @@ KINDS = (
         "RingDilatedAttentionProduction",
     ),
     _later("projections around 'ring'", "ring_multihead", "RingMultiheadDilatedAttentionHybrid"),
-    _later(
-        "block-sparse patterns, also inside dilated branches or on a ring",
-        "block_sparse",
-        "block_sparse_ring",
-        "BlockSparseRingDilatedAttention",
+    Kind(
+        ("block_sparse", "block_sparse_ring", "BlockSparseRingDilatedAttention"),
+        "block-sparse attention, inside dilated branches if segments are given",
+        pattern="local_window",
     ),
-    _later(
+    Kind(
+        ("BlockSparseOptimized", "BlockSparseTorchSparse"),
         "other names for 'block_sparse' (merged in or removed from their own library)",
-        "BlockSparseOptimized",
-        "BlockSparseTorchSparse",
+        pattern="local_window",
     ),
-    _later(
+    Kind(
+        ("block_sparse_multihead", "BlockSparseRingMultiheadDilatedAttention"),
         "projections around 'block_sparse'",
-        "block_sparse_multihead",
-        "BlockSparseRingMultiheadDilatedAttention",
+        module=True,
+        pattern="local_window",
     ),
     _later(
         "'block_sparse' on a mesh of several hosts",
         "block_sparse_distributed",
         "BlockSparseRingDistributedDilatedAttention",
     ),
-    _later("a block-sparse pattern of distance bands", "hierarchical", "BlockSparseHierarchical"),
+    Kind(
+        ("hierarchical", "BlockSparseHierarchical"),
+        "block-sparse attention, bands that thin out with the distance",
+        pattern="hierarchical",
+    ),
     _later("a block-sparse pattern with a learned router", "adaptive", "BlockSparseAdaptive"),
     _later(
         "projections and dilated attention under data and tensor parallel sharding",
@@ -94,10 +105,11 @@ KINDS = (
         "ring_distributed",
         "RingDistributedDilatedAttention",
     ),
-    _later(
+    Kind(
+        ("hilbert_post_pattern", "BlockSparseRingDilatedAttentionHilbertPostPattern"),
         "'block_sparse' with Hilbert visiting order",
-        "hilbert_post_pattern",
-        "BlockSparseRingDilatedAttentionHilbertPostPattern",
+        pattern="dilated_sparse",
+        visiting_order="hilbert",
     ),
     _later(
         "'ring' with Hilbert token order", "ring_hilbert", "RingDilatedAttentionHilbertOptimized"
@@ -118,22 +130,18 @@ KINDS = (
         order="hilbert",
         implementation="pallas",
     ),
-    # "dilated" and "standard" are presets too, and kinds above.
-    _later(
-        "a named preset of 'block_sparse'",
-        "local",
-        "global_local",
-        "adaptive_standard",
-        "ultra_sparse",
-        "hilbert_standard",
-        "hilbert_ultra",
+    # "dilated" and "standard" are presets too, and kinds above: as a `pattern` they are presets.
+    *(_preset(name) for name in ("local", "global_local", "ultra_sparse")),
+    *(
+        dataclasses.replace(_preset(name), visiting_order="hilbert")
+        for name in ("hilbert_standard", "hilbert_ultra")
     ),
-    _later("a named preset of 'hierarchical'", "fine_grained", "long_range"),
+    *(_preset(name) for name in ("fine_grained", "long_range")),
+    _later("a named preset of 'adaptive'", "adaptive_standard"),
 )
 
 # Names that `dilax` will export: what a name will be is fixed, what it does is not there yet.
 LATER_EXPORTS = (
-    "create_block_sparse_attention",
     "from_gigapath",
     "sharded_block_sparse_attention",
 )

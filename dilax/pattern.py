@@ -143,7 +143,7 @@ class Intersection(_Composed):
         >>> from dilax.patterns import Hierarchical, LocalWindow
         >>> a, b = Hierarchical(near_blocks=1, block_size=64), LocalWindow(0.5, block_size=64)
         >>> (a & b).lists(256).counts.tolist()
-        [[[1, 2, 2, 2]]]
+        [[[1, 2, 1, 2]]]
     """
 
     def entries(self, grid: Grid, group: int, groups: int) -> Entries:

@@ -87,6 +87,7 @@ def unsupported(
         return ("JAX's Mosaic GPU needs absl, which is not installed: pip install absl-py",)
     if "blocks" in options and "branches" in options:
         return ("its kernels take no block lists inside dilated branches",)
+    options.pop("order", None)  # any order will do
     module = _kernels(options)
     kernels = sibling(f"pallas_kernels.{module}")
     if kernels is None:

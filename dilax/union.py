@@ -61,6 +61,7 @@ def union_attention(
     implementation: str | None,
     return_lse: bool,
     blocks: Blocks | None = None,
+    visiting_order: str = "longest_first",
 ) -> Any:
     """One softmax over the union of the branches' keys; arguments as in `dilax.dilated_attention`.
 
@@ -122,6 +123,8 @@ def union_attention(
     )
     if positions is not None and (is_causal or rate > 0):  # else they change nothing
         options |= {"q_positions": positions[0], "kv_positions": positions[1]}
+    if blocks is not None:
+        options["order"] = visiting_order
     attend = choose(implementation, query, key, value, **options)
     out, lse = attend(query, key, value, **options)
     if average_branches:

@@ -39,6 +39,7 @@ class _Static:
     settings: Settings
     lists: tuple[BlockLists, ...] | None = None  # of each branch; None: there are none, or traced
     whole: bool = False  # the lists count blocks from the arrays' first rows, not a segment's
+    order: str = "longest_first"  # in which order the lists are visited
 
 
 class _Where(NamedTuple):
@@ -74,6 +75,7 @@ def attend(
     dropout_seed: jax.Array | None = None,
     dropout_bits: tuple[jax.Array, jax.Array] | None = None,
     carry: Partial | None = None,
+    order: str = "longest_first",
 ) -> Partial:
     """Attention of query [B, T, N, H] over the union of the branches' keys, from `carry` on.
 
@@ -84,7 +86,8 @@ def attend(
     positions where they are given.
     blocks: which key blocks each block of queries visits: one BlockLists in place of branches, over
     the arrays' rows, or one per branch, over the places of its segments after dilation (the lists
-    of a whole segment, cut where a segment is short).
+    of a whole segment, cut where a segment is short). order: in which order they are visited,
+    "longest_first", "row" or "hilbert"; the result is the same to the bit.
     Returns out [B, T, N, H] and lse [B, T, N] in float32 (float64 for float64 inputs). Gradients
     flow to query, key, value and carry, also from lse. Arguments are taken as checked.
 
@@ -114,6 +117,7 @@ def attend(
         dropout_rate,
         blocks,
     )
+    static = dataclasses.replace(static, order=order)
     carry = None if carry is None else Partial(*carry)
     return _attend(static, query, key, value, carry, where)
 
@@ -313,13 +317,14 @@ def _visits(static: _Static, number: int, piece: Piece, B: int, traced: Any):
     row = np.arange(B).reshape(B, 1, 1) * (batch > 1) * heads + head
     row = np.broadcast_to(row, (B, piece.segments, len(offsets))).reshape(-1)
     if static.whole:
-        return block_loop.visits(one, row, 0, 0)
+        return block_loop.visits(one, row, 0, 0)._replace(order=static.order)
     places = [
         (rows.index // rate // one.block_size, rows.index // rate % one.block_size, rows.steps)
         for rows in (piece.queries, piece.keys)
     ]
     cut = [x for block, lead, L in places for x in (block, -(-(lead + L) // one.block_size))]
-    return block_loop.visits(window(one, *cut), row, places[0][1], places[1][1])
+    to = block_loop.visits(window(one, *cut), row, places[0][1], places[1][1])
+    return to._replace(order=static.order)
 
 
 def _gather(static: _Static, number, piece: Piece, query, key, value, where: _Where):

@@ -38,15 +38,17 @@ MODULES = {
 LATER = (
     "ring RingDilatedAttention RingDilatedAttentionHybrid RingDilatedAttentionTrue ring_production "
     "RingDilatedAttentionProduction ring_multihead RingMultiheadDilatedAttentionHybrid "
+    "block_sparse_distributed BlockSparseRingDistributedDilatedAttention adaptive "
+    "BlockSparseAdaptive distributed DistributedMultiheadDilatedAttention ring_distributed "
+    "RingDistributedDilatedAttention ring_hilbert RingDilatedAttentionHilbertOptimized "
+    "head_parallel HeadParallelDilatedAttentionOptimized adaptive_standard"
+).split()
+SPARSE = (  # tests/test_create_sparse.py
     "block_sparse block_sparse_ring BlockSparseRingDilatedAttention block_sparse_multihead "
-    "BlockSparseRingMultiheadDilatedAttention block_sparse_distributed "
-    "BlockSparseRingDistributedDilatedAttention hierarchical BlockSparseHierarchical adaptive "
-    "BlockSparseAdaptive BlockSparseOptimized BlockSparseTorchSparse distributed "
-    "DistributedMultiheadDilatedAttention ring_distributed RingDistributedDilatedAttention "
-    "hilbert_post_pattern BlockSparseRingDilatedAttentionHilbertPostPattern ring_hilbert "
-    "RingDilatedAttentionHilbertOptimized head_parallel HeadParallelDilatedAttentionOptimized "
-    "local global_local adaptive_standard ultra_sparse hilbert_standard hilbert_ultra "
-    "fine_grained long_range"
+    "BlockSparseRingMultiheadDilatedAttention BlockSparseOptimized BlockSparseTorchSparse "
+    "hierarchical BlockSparseHierarchical hilbert_post_pattern "
+    "BlockSparseRingDilatedAttentionHilbertPostPattern local global_local ultra_sparse "
+    "hilbert_standard hilbert_ultra fine_grained long_range"
 ).split()
 FACTORIES = [dilax.create_dilated_attention, dilax.create_multihead_dilated_attention]
 
@@ -67,8 +69,8 @@ ORDERED = (
 
 def test_the_table_has_every_name_once():
     names = [name for kind in KINDS for name in kind.names]
-    assert sorted(names) == sorted({*FUNCTIONS, *MODULES, *ORDERED, *LATER})
-    assert len(LATER) == 31 + 8
+    assert sorted(names) == sorted({*FUNCTIONS, *MODULES, *ORDERED, *SPARSE, *LATER})
+    assert len(LATER + SPARSE) == 31 + 8
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -147,7 +149,7 @@ def test_exports_of_later_versions_are_known(name):
 
 
 def test_unknown_attributes_are_those_of_any_module():
-    name = "block_sparse"
+    name = "block_dense"
     with pytest.raises(AttributeError, match=rf"^module 'dilax' has no attribute '{name}'$"):
         getattr(dilax, name)
 
@@ -222,11 +224,10 @@ def test_use_flash_attn_raises_where_it_cannot_run():
         ("ring_size", 2, "None or 1"),
         ("ring_size", True, "None or 1"),
         ("ring_size", "1", "None or 1"),
-        ("sparsity_ratio", 0.5, "block_sparse"),
-        ("sparsity_ratio", 1.0, "block_sparse"),
-        ("block_size", 128, "block_sparse"),
-        ("pattern_type", "local_window", "block_sparse"),
-        ("need_speed", True, "block_sparse"),
+        ("sparsity_ratio", 0.0, "(0, 1]"),
+        ("block_size", 100, "multiple of 64"),
+        ("pattern_type", "learned", "'local_window' or"),
+        ("pattern", "learned", "one of local"),
         ("need_speed", 0, "True or False"),
         ("use_flash_attn", 1, "True or False"),
         ("implementation", "cuda", "None or one of"),
@@ -280,8 +281,7 @@ def test_choose_implementation_names_what_there_is():
     for seq_len in (1, 50_000, 10**9):
         assert dilax.choose_implementation(seq_len) == "improved"
     module(dilax.choose_implementation(64))
-    with pytest.raises(UnsupportedError, match="block_sparse"):
-        dilax.choose_implementation(64, need_speed=True)
+    assert dilax.choose_implementation(64, need_speed=True) == "block_sparse"
     with pytest.raises(UnsupportedError, match="ring"):
         dilax.choose_implementation(64, num_gpus=2)
     bad: dict[str, Any] = {"seq_len": 0, "num_gpus": 1.5, "need_speed": 1}
