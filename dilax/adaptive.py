@@ -1,0 +1,231 @@
+"""Adaptive block-sparse attention: a router that learns which key blocks each query block needs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dilax._types import refuse
+from dilax.attention_fn import check_dtype, check_number
+from dilax.block_sparse import block_sparse_attention
+from dilax.checks import (
+    check_bool,
+    check_choice,
+    check_dropout,
+    check_index,
+    check_qkv,
+    segment_ids_of,
+)
+from dilax.router import QUERY_FEATURES, Route, Routing, route
+from dilax.router_signal import TARGETS, kept_mass, kl_loss, straight_through
+
+
+def _identity(heads: int, head_dim: int, dtype: Any) -> nnx.Param:
+    return nnx.Param(jnp.broadcast_to(jnp.eye(head_dim, dtype=dtype), (heads, head_dim, head_dim)))
+
+
+class AdaptiveAttention(nnx.Module):
+    """Attention over the key blocks that a learned router chooses from the content.
+
+    Blocks of queries and of keys are pooled, projected per head and compared; each row of blocks
+    keeps its own block, the first one and those with the best scores, for each example and each
+    key head. The projections start as identities, so that an untrained router compares the pooled
+    queries and keys themselves. They learn by adding the loss of `return_loss=True` to one's own,
+    or by `straight_through=True`. Nothing else gets a gradient from the loss.
+
+    Args:
+        num_heads: N.
+        head_dim: H.
+        num_kv_heads: K, which divides N; None for N. The query heads of a key head share blocks.
+        sparsity_ratio: the share of admissible blocks that a row keeps, in (0, 1]; at least one.
+        block_size: tokens of a block.
+        query_feature: "first", the first query of a block; "previous", the mean of the block before
+            it; "mean", that of the block, which knows its later tokens and is refused in a causal
+            call. None: "first" if causal, else "mean".
+        loss_target: the attention that a kept block took, as the loss sees it: "mean" over a
+            block's queries, or "max", for which one query that needs the block is enough.
+        straight_through: the router also gets the gradient that a bias on the kept blocks' logits
+            would have; the result does not change.
+        attention_scale: factor on the logits, None for 1 / sqrt(H).
+        dropout: share of attention probabilities dropped, in [0, 1), if not deterministic.
+        implementation: "xla", "pallas" or None, as in `dilax.block_sparse_attention`.
+        param_dtype: of the projections q_weight [N, H, H] and k_weight [K, H, H].
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what was wanted and what came.
+
+    Source: pooled top-k routing, MoBA (arXiv:2502.13189); the loss, SeerAttention
+    (arXiv:2410.13276) and DeepSeek-V3.2.
+
+    Example:
+        >>> import jax, dilax
+        >>> attention = dilax.AdaptiveAttention(4, 16, sparsity_ratio=0.25, block_size=64)
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 500, 4, 16))
+        >>> out, loss = attention(q, k, v, is_causal=True, return_loss=True)
+        >>> out.shape, loss.shape
+        ((1, 500, 4, 16), ())
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_kv_heads: int | None = None,
+        sparsity_ratio: float = 0.1,
+        block_size: int = 128,
+        query_feature: str | None = None,
+        loss_target: str = "mean",
+        straight_through: bool = False,
+        attention_scale: float | None = None,
+        dropout: float = 0.0,
+        implementation: str | None = None,
+        param_dtype: Any = jnp.float32,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, x in (
+            ("num_heads", num_heads),
+            ("head_dim", head_dim),
+            ("num_kv_heads", num_kv_heads),
+            ("block_size", block_size),
+        ):
+            if check_index(name, x) == 0:
+                raise refuse(name, "a positive int", x)
+        if num_heads % num_kv_heads:
+            raise refuse("num_kv_heads", f"a divisor of num_heads={num_heads}", num_kv_heads)
+        _check_ratio(sparsity_ratio)
+        if query_feature is not None:
+            check_choice("query_feature", query_feature, QUERY_FEATURES)
+        check_choice("loss_target", loss_target, TARGETS)
+        check_bool("straight_through", straight_through)
+        if attention_scale is not None:
+            wanted = "None or a finite Python number"
+            check_number("attention_scale", attention_scale, -1e30, 1e30, wanted)
+        check_number("dropout", dropout, 0.0, 1.0, "a Python number in [0, 1)")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.sparsity_ratio, self.block_size = sparsity_ratio, block_size
+        self.query_feature, self.loss_target = query_feature, loss_target
+        self.straight_through, self.dropout = straight_through, dropout
+        self.attention_scale, self.implementation = attention_scale, implementation
+        dtype = check_dtype("param_dtype", param_dtype)
+        self.q_weight = _identity(num_heads, head_dim, dtype)
+        self.k_weight = _identity(num_kv_heads, head_dim, dtype)
+
+    def route(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        *,
+        is_causal: bool = False,
+        q_segment_ids: jax.Array | None = None,
+        kv_segment_ids: jax.Array | None = None,
+        sparsity_ratio: float | None = None,
+    ) -> Route:
+        """The kept blocks, and their scores; arguments as those of a call."""
+        ratio = self.sparsity_ratio if sparsity_ratio is None else sparsity_ratio
+        _check_ratio(ratio)
+        T, S = query.shape[1], key.shape[1]
+        feature = self.query_feature or ("first" if is_causal else "mean")
+        if is_causal and feature == "mean":
+            wanted = "'first' or 'previous' in a causal call: a mean knows the block's later tokens"
+            raise refuse("query_feature", wanted, feature)
+        if is_causal and T != S:
+            raise refuse("key", f"as many keys as queries, {T}, in a causal call", key)
+        routing = Routing(ratio, self.block_size, feature, is_causal)
+        weights = self.q_weight[...], self.k_weight[...]
+        with jax.named_scope("dilax.router"):
+            return route(query, key, *weights, routing, q_segment_ids, kv_segment_ids)
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        is_causal: bool = False,
+        q_segment_ids: jax.Array | None = None,
+        kv_segment_ids: jax.Array | None = None,
+        key_padding_mask: jax.Array | None = None,
+        bias_k: jax.Array | None = None,
+        bias_v: jax.Array | None = None,
+        zero_attn: bool = False,
+        dropout_key: jax.Array | None = None,
+        deterministic: bool = False,
+        sparsity_ratio: float | None = None,
+        return_lse: bool = False,
+        return_loss: bool = False,
+    ) -> Any:
+        """Attend.
+
+        Args:
+            query: [B, T, N, H]; key, value: [B, S, K, H]. In a causal call T = S.
+            sparsity_ratio: in place of the constructor's, such as 1.0 while a router warms up.
+            return_loss: also return the router's loss, a scalar: the KL divergence of its softmax
+                over the kept blocks from the attention that they took.
+            is_causal, q_segment_ids, kv_segment_ids, key_padding_mask, bias_k, bias_v, zero_attn,
+                dropout_key, deterministic, return_lse: as in `dilax.dilated_attention`.
+
+        Returns:
+            out [B, T, N, H], then lse [B, T, N] and the loss if asked for.
+
+        Raises:
+            ValueError: an argument is wrong; the message says which, what was wanted and what came.
+            UnsupportedError: the named implementation cannot take the call, with reasons.
+        """
+        check_qkv(query, key, value)
+        self._check_sizes(query, key)
+        for name, x in (("is_causal", is_causal), ("return_lse", return_lse)):
+            check_bool(name, x)
+        check_bool("return_loss", return_loss)
+        if check_dropout(self.dropout, dropout_key, deterministic) and self.straight_through:
+            raise refuse("straight_through", "False when dropout acts", True)
+        ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
+        found = self.route(
+            query,
+            key,
+            is_causal=is_causal,
+            q_segment_ids=ids[0],
+            kv_segment_ids=ids[1],
+            sparsity_ratio=sparsity_ratio,
+        )
+        out, lse = block_sparse_attention(
+            query,
+            key,
+            value,
+            found.lists,
+            is_causal=is_causal,
+            scale=self.attention_scale,
+            q_segment_ids=ids[0],
+            kv_segment_ids=ids[1],
+            bias_k=bias_k,
+            bias_v=bias_v,
+            zero_attn=zero_attn,
+            dropout_rate=self.dropout,
+            dropout_key=dropout_key,
+            deterministic=deterministic,
+            implementation=self.implementation,
+            return_lse=True,
+        )
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        said: Any = {"scale": scale, "is_causal": is_causal, "segment_ids": ids}
+        if self.straight_through:
+            out, lse = straight_through((out, lse), found, query, key, value, **said)
+        results = [out, *([lse] if return_lse else [])]
+        if return_loss:
+            mass = kept_mass(query, key, lse, found.lists, target=self.loss_target, **said)
+            results.append(kl_loss(found, mass))
+        return tuple(results) if len(results) > 1 else out
+
+    def _check_sizes(self, query: Any, key: Any) -> None:
+        sizes = (self.num_heads, self.head_dim)
+        if query.shape[2:] != sizes:
+            raise refuse("query", f"{sizes[0]} heads of {sizes[1]}", query)
+        if key.shape[2] != self.num_kv_heads:
+            raise refuse("key", f"{self.num_kv_heads} heads", key)
+
+
+def _check_ratio(ratio: Any) -> None:
+    wanted = "a Python number in (0, 1], the share of admissible blocks that is kept"
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise refuse("sparsity_ratio", wanted, ratio)

@@ -1,0 +1,259 @@
+"""Adaptive attention: the router's choice, what it learns from, and what it may not know."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dilax
+from dilax import reference
+from dilax.block_lists import token_mask
+from dilax.router import Routing, budgets, route
+from dilax.router_signal import kept_mass
+from tests.compare import assert_exact
+
+B, T, N, K, H, SIZE = 2, 90, 4, 2, 8, 16
+ROWS = -(-T // SIZE)
+
+
+def heads(rng, t=T):
+    shapes = ((B, t, N, H), (B, t, K, H), (B, t, K, H))
+    return tuple(jnp.asarray(rng.normal(size=shape)) for shape in shapes)
+
+
+def packed(rng):
+    """Two documents and padding, different in each example."""
+    ids = np.ones((B, T), np.int32)
+    ids[0, 37:], ids[1, 50:], ids[:, 84:] = 2, 2, 0
+    return jnp.asarray(ids)
+
+
+def made(rng, **options):
+    """A router whose projections are no identities."""
+    options = {"sparsity_ratio": 0.5, "block_size": SIZE, "num_kv_heads": K} | options
+    router = dilax.AdaptiveAttention(N, H, param_dtype=jnp.float64, **options)
+    for weight in (router.q_weight, router.k_weight):
+        weight[...] = jnp.asarray(rng.normal(size=weight.shape))
+    return router
+
+
+def feature(x, name, row):
+    if name == "first" or (name == "previous" and row == 0):
+        return x[row * SIZE]
+    row -= name == "previous"
+    return x[row * SIZE : (row + 1) * SIZE].mean(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "causal", "ratio"),
+    [("first", True, 0.5), ("previous", True, 0.3), ("mean", False, 0.3), ("first", False, 1.0)],
+)
+def test_a_row_keeps_its_own_block_the_first_and_the_best(name, causal, ratio, rng, x64):
+    q, k, _ = (np.asarray(x) for x in heads(rng))
+    q_weight, k_weight = rng.normal(size=(N, H, H)), rng.normal(size=(K, H, H))
+    routing = Routing(ratio, SIZE, name, causal)
+    found = jax.jit(lambda *x: route(*x, routing))(q, k, q_weight, k_weight)
+    assert found.lists.capacity == budgets(T, T, routing).max()
+    for b in range(B):
+        for head in range(K):
+            group = range(head * N // K, (head + 1) * N // K)
+            for row in range(ROWS):
+                limit = row + 1 if causal else ROWS
+                mine = np.mean([feature(q[b, :, n], name, row) @ q_weight[n] for n in group], 0)
+                scores = [
+                    mine @ (feature(k[b, :, head], "mean", c) @ k_weight[head]) / np.sqrt(H)
+                    for c in range(limit)
+                ]
+                count = int(np.clip(np.floor(ratio * limit + 0.5), 1, limit))
+                rank = sorted(range(limit), key=lambda c: (c != row, c != 0, -scores[c]))
+                kept = sorted(rank[:count])
+                assert int(found.lists.counts[b, head, row]) == count
+                assert found.lists.columns[b, head, row, :count].tolist() == kept
+                ours = np.asarray(found.scores[b, head, row, :count])
+                assert np.abs(ours - np.array(scores)[kept]).max() < 1e-10
+
+
+def dense_probabilities(q, k, v, lists, causal, ids, bias):
+    """Probabilities, out and lse of one masked softmax; bias [B, K, rows, rows] on the logits."""
+    k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+    mask = jnp.repeat(token_mask(lists, T, T), N // K, axis=1)
+    if causal:
+        mask &= jnp.tri(T, dtype=bool)[None, None]
+    if ids is not None:
+        mask &= ((ids[:, :, None] == ids[:, None]) & (ids != 0)[:, None])[:, None]
+    bias = jnp.repeat(jnp.repeat(jnp.repeat(bias, SIZE, -1), SIZE, -2)[..., :T, :T], N // K, 1)
+    s = jnp.where(mask, jnp.einsum("BTNH,BSNH->BNTS", q, k) * H**-0.5 + bias, -jnp.inf)
+    seen = mask.any(-1, keepdims=True)
+    top = jnp.where(seen, s.max(-1, keepdims=True), 0)
+    p = jnp.where(mask, jnp.exp(jnp.where(mask, s - top, 0)), 0)
+    total = jnp.where(seen, p.sum(-1, keepdims=True), 1)
+    lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)[..., 0].swapaxes(1, 2)
+    return p / total, jnp.einsum("BNTS,BSNH->BTNH", p / total, v), lse
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_signals_equal_those_of_a_dense_softmax(causal, rng, x64):
+    """The result, the mass of each kept block, the loss and its gradient, the bias's gradient."""
+    arrays, ids = heads(rng), packed(rng)
+    graph, state = nnx.split(made(rng, straight_through=True))
+    weights = jnp.asarray(rng.normal(size=(B, T, N, H))), jnp.asarray(rng.normal(size=(B, T, N)))
+    said = {"is_causal": causal, "q_segment_ids": ids}
+
+    def total(out, lse):
+        return (out * weights[0]).sum() + jnp.where(lse == -jnp.inf, 0, lse * weights[1]).sum()
+
+    def scores(state):
+        return nnx.merge(graph, state).route(*arrays[:2], kv_segment_ids=ids, **said).scores
+
+    @jax.jit
+    def ours(state):
+        def call(state):
+            out, lse, loss = nnx.merge(graph, state)(
+                *arrays, return_lse=True, return_loss=True, **said
+            )
+            return (total(out, lse), loss), (out, lse)
+
+        (_, loss), pull, (out, lse) = jax.vjp(call, state, has_aux=True)
+        one, none = jnp.ones(()), jnp.zeros(())
+        gradients = pull((one, none))[0], pull((none, one))[0]
+        lists = nnx.merge(graph, state).route(*arrays[:2], kv_segment_ids=ids, **said).lists
+        more = {"scale": H**-0.5, "is_causal": causal, "segment_ids": (ids, ids)}
+        masses = [kept_mass(*arrays[:2], lse, lists, target=x, **more) for x in ("mean", "max")]
+        return (out, lse, masses, loss, *gradients), lists
+
+    @jax.jit
+    def exact(state, lists):
+        def biased(bias):
+            p, out, lse = dense_probabilities(*arrays, lists, causal, ids, bias)
+            return total(out, lse), (p, out, lse)
+
+        zero = jnp.zeros((B, K, ROWS, ROWS))
+        (_, (p, out, lse)), d_bias = jax.value_and_grad(biased, has_aux=True)(zero)
+        p = jnp.pad(p, [(0, 0), (0, 0), (0, ROWS * SIZE - T), (0, ROWS * SIZE - T)])
+        blocks = p.reshape(B, K, N // K, ROWS, SIZE, ROWS, SIZE).sum(-1)
+        masses = []
+        for mass in (blocks.sum((2, 4)), blocks.max((2, 4))):
+            mass = mass / jnp.maximum(mass.sum(-1, keepdims=True), 1e-300)
+            mass = jnp.take_along_axis(mass, lists.columns, -1)
+            masses.append(jnp.where(lists.valid, mass, 0))
+        taken = masses[0] > 0
+
+        def kl(state):
+            share = jax.nn.softmax(scores(state), axis=-1, where=lists.valid)
+            ratio = masses[0] / jnp.where(taken, share, 1)
+            terms = jnp.where(taken, masses[0] * jnp.log(jnp.where(taken, ratio, 1)), 0)
+            return terms.sum() / (masses[0].sum(-1) > 0).sum()
+
+        d_scores = jnp.take_along_axis(d_bias, lists.columns, -1) * lists.valid
+        by_bias = jax.grad(lambda state: (scores(state) * d_scores).sum())(state)
+        loss, by_loss = jax.value_and_grad(kl)(state)
+        return out, lse, masses, loss, by_bias, by_loss
+
+    found, lists = ours(state)
+    assert_exact(found, exact(state, lists))
+    for gradient in jax.tree.leaves(found[-2:]):  # of every weight of every head, by either signal
+        assert (jnp.abs(gradient) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["first", "previous"])
+def test_the_future_changes_nothing_also_through_the_router(name, rng, x64):
+    router = made(rng, query_feature=name)
+    attend = jax.jit(lambda q, k, v: router(q, k, v, is_causal=True))
+    arrays = heads(rng)
+    base = attend(*arrays)
+    for t in (1, 15, 16, 17, 40, 64, 89):
+        changed = attend(*(x.at[:, t:].add(rng.normal(size=x[:, t:].shape)) for x in arrays))
+        assert (changed[:, :t] == base[:, :t]).all()
+        assert (changed[:, t:] != base[:, t:]).any()
+
+
+def test_examples_of_a_batch_do_not_influence_each_other(rng, x64):
+    router, (q, k, v) = made(rng), heads(rng)
+    attend = jax.jit(lambda q, k, v: router(q, k, v, is_causal=True))
+    both = attend(q, k, v)
+    for b in range(B):
+        assert_exact(attend(q[b : b + 1], k[b : b + 1], v[b : b + 1]), both[b : b + 1])
+
+
+def test_all_blocks_kept_is_dense(rng, x64):
+    router, (q, k, v) = made(rng, sparsity_ratio=1.0), heads(rng)
+    exact, _ = reference.dilated_attention(q, k, v, [T], [1], is_causal=True)
+    assert_exact(router(q, k, v, is_causal=True), exact)
+    less = made(rng, sparsity_ratio=0.2)(q, k, v, is_causal=True)
+    assert float(jnp.abs(less - exact).max()) > 1e-3
+
+
+def test_an_untrained_router_learns_which_block_matters(rng):
+    """Only the first half of the channels says what attends whom; the loss finds that out."""
+    t, count = 16 * 16, 2
+    noise = np.concatenate([np.zeros(4), np.full(4, 2.0)])
+    q, k, v = (rng.normal(size=(8, t, count, H)) * noise for _ in range(3))
+    code = rng.normal(size=(8, 16, count, 4)) * 2
+    k[:, :, :, :4] += np.repeat(code, SIZE, axis=1)
+    q[:, :, :, :4] += np.repeat(np.roll(code, 7, axis=1), SIZE, axis=1) * 2
+    q[..., 4:] *= 0.25
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    router = dilax.AdaptiveAttention(count, H, sparsity_ratio=0.25, block_size=SIZE)
+
+    def kept(router):
+        lists = router.route(q, k).lists
+        wanted = ((np.arange(16) - 7) % 16).reshape(1, 1, 16, 1)
+        return float(((lists.columns == wanted) & lists.valid).any(-1).mean())
+
+    @nnx.jit
+    def step(router):
+        loss, gradients = nnx.value_and_grad(lambda r: r(q, k, v, return_loss=True)[1])(router)
+        nnx.update(router, jax.tree.map(lambda w, g: w - 0.3 * g, nnx.state(router), gradients))
+        return loss
+
+    before, losses = kept(router), [float(step(router)) for _ in range(25)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert kept(router) > before
+
+
+CALL = {"is_causal": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "call"),
+    [
+        ("sparsity_ratio", {"sparsity_ratio": 0.0}, None),
+        ("sparsity_ratio", {"sparsity_ratio": 1.5}, None),
+        ("sparsity_ratio", {}, CALL | {"sparsity_ratio": True}),
+        ("num_kv_heads", {"num_kv_heads": 3}, None),
+        ("block_size", {"block_size": 0}, None),
+        ("query_feature", {"query_feature": "last"}, None),
+        ("query_feature", {"query_feature": "mean"}, CALL),
+        ("loss_target", {"loss_target": "sum"}, None),
+        ("straight_through", {"straight_through": 1}, None),
+        (
+            "straight_through",
+            {"straight_through": True, "dropout": 0.5},
+            CALL | {"dropout_key": np.zeros(2, np.uint32)},
+        ),
+        ("dropout_key", {"dropout": 0.5}, CALL),
+        ("return_loss", {}, CALL | {"return_loss": "yes"}),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(name, options, call, rng):
+    x = np.zeros((B, T, N, H), np.float32)
+
+    def use():
+        made = dilax.AdaptiveAttention(N, H, **({"num_kv_heads": K, "block_size": SIZE} | options))
+        made(x, x[:, :, :K], x[:, :, :K], **(call or {}))
+
+    with pytest.raises(ValueError, match=rf"^{name}: wanted"):
+        use()
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x = jnp.zeros((1, 32, 4, 8))
+    router = dilax.AdaptiveAttention(4, 8, block_size=SIZE)
+    for name, arrays in (
+        ("query", (x[:, :, :2], x[:, :, :2], x[:, :, :2])),
+        ("key", (x, x[:, :, :2], x[:, :, :2])),
+        ("key", (x, x[:, :16], x[:, :16])),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: wanted"):
+            router(*arrays, is_causal=True)
