@@ -43,8 +43,9 @@ class AdaptiveAttention(nnx.Module):
         query_feature: "first", the first query of a block; "previous", the mean of the block before
             it; "mean", that of the block, which knows its later tokens and is refused in a causal
             call. None: "first" if causal, else "mean".
-        loss_target: the attention that a kept block took, as the loss sees it: "mean" over a
-            block's queries, or "max", for which one query that needs the block is enough.
+        loss_target: the attention that a kept block took, as the loss sees it: the "max" over a
+            block's queries, for which one query that needs the block is enough, or the "mean",
+            for which one of many does not count (it does not learn to retrieve).
         straight_through: the router also gets the gradient that a bias on the kept blocks' logits
             would have; the result does not change.
         attention_scale: factor on the logits, None for 1 / sqrt(H).
@@ -76,7 +77,7 @@ class AdaptiveAttention(nnx.Module):
         sparsity_ratio: float = 0.1,
         block_size: int = 128,
         query_feature: str | None = None,
-        loss_target: str = "mean",
+        loss_target: str = "max",
         straight_through: bool = False,
         attention_scale: float | None = None,
         dropout: float = 0.0,

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 
 from dilax._types import refuse
 from dilax.dilated import dilated_attention
+from dilax.order import TokenOrder, window_blocks
 from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
@@ -230,6 +231,41 @@ def _image(panel: Any, cells: np.ndarray, colormap: Any, most: int, cell: int) -
     ticks = np.unique(np.linspace(0, len(cells) * cell - 1, 5).astype(int))
     panel.set_xticks(ticks)
     panel.set_yticks(ticks)
+
+
+def draw_orders(orders: Sequence[TokenOrder], window: Sequence[int], block_size: int) -> Figure:
+    """Token orders of one 2-D grid, and the blocks that a window keeps in each.
+
+    Above, the grid in the colours of the order, from dark to light; below, the kept blocks, a row
+    of blocks of queries and a column of keys.
+
+    Raises:
+        ValueError: there is no order, or a grid is not 2-D.
+
+    Example:
+        >>> figure = draw_orders([TokenOrder((64, 64), "row"), TokenOrder((64, 64))], (9, 9), 64)
+        >>> [panel.get_title() for panel in figure.axes[2:]]
+        ['556 of 4096 blocks', '484 of 4096 blocks']
+    """
+    if not orders or any(len(order.grid) != 2 for order in orders):
+        raise refuse("orders", "at least one order of a 2-D grid", orders)
+    count = len(orders)
+    figure = Figure(figsize=(2.5 * count, 5.4), dpi=150, layout="constrained")
+    panels = figure.subplots(2, count, squeeze=False)
+    for order, (above, below) in zip(orders, panels.T, strict=True):
+        above.imshow(order.inverse.reshape(order.grid), cmap="viridis", interpolation="nearest")
+        tile = "" if order.tile is None else " " + " x ".join(map(str, order.tile))
+        above.set_title(f"{order.kind}{tile}", fontsize=9)
+        kept = window_blocks(order, window, block_size)
+        below.imshow(kept, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        below.set_title(f"{kept.sum()} of {kept.size} blocks", fontsize=9)
+        below.set_xlabel("key block", fontsize=9)
+        for panel in (above, below):
+            panel.tick_params(labelsize=7, length=2)
+    panels[1, 0].set_ylabel("query block", fontsize=9)
+    grid, sides = (" x ".join(map(str, x)) for x in (orders[0].grid, window))
+    figure.suptitle(f"grid {grid}, window {sides}, blocks of {block_size} tokens", fontsize=10)
+    return figure
 
 
 def draw_training(

@@ -81,12 +81,12 @@ def kept_mass(
     scale: float,
     is_causal: bool,
     segment_ids: tuple[Any, Any] = (None, None),
-    target: str = "mean",
+    target: str = "max",
 ) -> jax.Array:
     """The attention that went to each kept block, pooled over a row's queries and its heads.
 
-    lse [B, T, N] is that of the attention over the lists. target: "mean", or "max" over the queries
-    and heads, which one query that needs a block is enough for. Each row sums to 1, or to 0 where
+    lse [B, T, N] is that of the attention over the lists. target: "max" over the queries and heads,
+    for which one query that needs a block is enough, or "mean". Each row sums to 1, or to 0 where
     nothing is visible: [B, K, rows, capacity]. It is a constant: no gradient flows through it.
 
     Example:

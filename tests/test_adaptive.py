@@ -96,7 +96,7 @@ def dense_probabilities(q, k, v, lists, causal, ids, bias):
 def test_signals_equal_those_of_a_dense_softmax(causal, rng, x64):
     """The result, the mass of each kept block, the loss and its gradient, the bias's gradient."""
     arrays, ids = heads(rng), packed(rng)
-    graph, state = nnx.split(made(rng, straight_through=True))
+    graph, state = nnx.split(made(rng, straight_through=True, loss_target="mean"))
     weights = jnp.asarray(rng.normal(size=(B, T, N, H))), jnp.asarray(rng.normal(size=(B, T, N)))
     said = {"is_causal": causal, "q_segment_ids": ids}
 
