@@ -4,6 +4,7 @@ import sys as _sys
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from dilax._types import UnsupportedError as UnsupportedError
+from dilax.adaptive import AdaptiveAttention as AdaptiveAttention
 from dilax.attention_fn import DilatedAttention as DilatedAttention
 from dilax.attention_fn import DilatedAttentionFn as DilatedAttentionFn
 from dilax.block_lists import BlockLists as BlockLists
