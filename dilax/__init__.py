@@ -21,13 +21,17 @@ from dilax.longnet import LongNetEncoder as LongNetEncoder
 from dilax.longnet import LongNetLM as LongNetLM
 from dilax.modules import MultiheadDilatedAttention as MultiheadDilatedAttention
 from dilax.names import missing as _missing
+from dilax.on_mesh import AttentionSharding as AttentionSharding
 from dilax.order import TokenOrder as TokenOrder
 from dilax.partial import Partial as Partial
 from dilax.partial import merge as merge
 from dilax.pattern_config import SparsePatternConfig as SparsePatternConfig
 from dilax.positions import RotaryPosition as RotaryPosition
 from dilax.positions import XPos as XPos
+from dilax.sharded import from_layout as from_layout
+from dilax.sharded import layout_positions as layout_positions
 from dilax.sharded import sharded_dilated_attention as sharded_dilated_attention
+from dilax.sharded import to_layout as to_layout
 from dilax.spec import DilatedSpec as DilatedSpec
 from dilax.torchscale import from_torchscale as from_torchscale
 

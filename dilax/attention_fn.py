@@ -13,6 +13,7 @@ from dilax._types import FLOAT_DTYPES, dtype_name, refuse
 from dilax.block_sparse import VISITING_ORDERS, block_sparse_attention, refuse_branch_options
 from dilax.checks import check_bool, check_choice, check_index, is_array
 from dilax.dilated import dilated_attention
+from dilax.on_mesh import AttentionSharding, dilated_attention_on_mesh
 from dilax.order import TokenOrder
 from dilax.pattern_config import as_pattern
 from dilax.select import check_implementation
@@ -111,6 +112,8 @@ class DilatedAttention:
         pattern: a `SparsePatternConfig`, a pattern or the name of a preset: then this is
             `dilax.block_sparse_attention`, inside the branches, or without any if segment_lengths
             is None; visiting_order is its.
+        sharding: an `AttentionSharding`, where the arrays lie on a mesh; None: on one device, or
+            as XLA will have it.
         embed_dim, num_heads: if given, queries must have num_heads heads and embed_dim features
             over all heads.
 
@@ -144,6 +147,7 @@ class DilatedAttention:
     order: TokenOrder | None = None
     pattern: Any = None
     visiting_order: str = "longest_first"
+    sharding: AttentionSharding | None = None
     embed_dim: int | None = None
     num_heads: int | None = None
 
@@ -168,6 +172,10 @@ class DilatedAttention:
         check_implementation(self.implementation)
         if self.order is not None and not isinstance(self.order, TokenOrder):
             raise refuse("order", "None or a TokenOrder", self.order)
+        if self.sharding is not None and not isinstance(self.sharding, AttentionSharding):
+            raise refuse("sharding", "None or an AttentionSharding", self.sharding)
+        if self.sharding is not None and self.pattern is not None:
+            raise refuse("sharding", "None with a pattern", self.sharding)
 
     def _check_pattern(self) -> None:
         check_choice("visiting_order", self.visiting_order, VISITING_ORDERS)
@@ -228,11 +236,13 @@ class DilatedAttention:
                 raise refuse("q_positions", "no positions or starts with an order", q_positions)
             q_positions = kv_positions = jnp.asarray(order.positions)
 
-        attention = dilated_attention
+        attention: Callable = dilated_attention
         if self.pattern is not None:
             attention = functools.partial(
                 block_sparse_attention, pattern=self.pattern, visiting_order=self.visiting_order
             )
+        elif self.sharding is not None:
+            attention = functools.partial(dilated_attention_on_mesh, self.sharding)
 
         def attend(arrays):
             if order is not None:

@@ -266,6 +266,14 @@ class Explain:
     """Name one instead of leaving the choice to the library."""
     device_kind: str | None = None
     """Of another machine, such as "NVIDIA H100 80GB HBM3"; None for this one."""
+    devices: int = 1
+    """Along the mesh axis of the tokens; with several a plan says who sends how much."""
+    layout: str = "contiguous"
+    """Which tokens a device holds: contiguous, or zigzag, which balances causal work."""
+    method: str | None = None
+    """How rows move: ring, all_to_all, all_gather or hybrid; None for the fastest expected."""
+    gigabytes_per_second: float = 340.0
+    """What a device receives, for the expected times of the plan."""
 
     def run(self) -> None:
         """Print the decision."""

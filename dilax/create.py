@@ -20,10 +20,12 @@ from dilax.block_lists import density
 from dilax.checks import check_bool, check_index, check_qkv
 from dilax.modules import MultiheadDilatedAttention
 from dilax.names import KINDS, Kind, find_kind
+from dilax.on_mesh import AttentionSharding
 from dilax.order import TokenOrder
 from dilax.pattern_config import PRESETS, SparsePatternConfig, as_pattern
 from dilax.select import IMPLEMENTATIONS, check_implementation, device_of, unsupported
-from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of
+from dilax.sharded import Link, plan_of, plan_table
+from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of, within
 
 SEGMENT_LENGTHS = (2048, 4096, 8192)
 DILATION_RATES = (1, 2, 4)
@@ -37,12 +39,6 @@ def _refuse_unknown(options: dict[str, Any], valid: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, names, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise refuse(name, f"an option{hint}, one of {', '.join(names)}", x)
-
-
-def _refuse_placement(ring_size: Any) -> None:
-    """Refuse what asks for a placement that this version does not have."""
-    if ring_size is not None and (isinstance(ring_size, bool) or ring_size != 1):
-        raise refuse("ring_size", "None or 1: 'ring' is not available yet", ring_size)
 
 
 def _pattern(kind: str, row: Kind, need_speed: Any, pattern: Any, **fields: Any) -> Any:
@@ -71,6 +67,32 @@ def _pattern(kind: str, row: Kind, need_speed: Any, pattern: Any, **fields: Any)
         wanted = f"None or {row.pattern!r} with kind {kind!r}"
         raise refuse("pattern_type", wanted, fields["pattern_type"])
     return SparsePatternConfig(**{"pattern_type": default, **fields}).pattern()
+
+
+def _sharding(kind: str, row: Kind, ring_size: Any, **said: Any) -> AttentionSharding | None:
+    """Where a kind lies on a mesh: what it says of axes, unless the call says it."""
+    if not row.mesh:
+        if ring_size is not None and (isinstance(ring_size, bool) or ring_size != 1):
+            raise refuse("ring_size", f"None or 1 with kind {kind!r}: 'ring' takes it", ring_size)
+        for name, x in said.items():
+            if x is not None:
+                raise refuse(name, f"None with kind {kind!r}: 'ring' takes it", x)
+        return None
+    said = {name: x for name, x in said.items() if x is not None}
+    own: dict[str, Any] = {
+        "axis_name": row.sequence,
+        "batch_axis": row.batch,
+        "method": row.method,
+    } | said
+    return AttentionSharding(
+        sequence=own["axis_name"],
+        batch=own["batch_axis"],
+        heads=own.get("head_axis"),
+        layout=own.get("layout", "contiguous"),
+        method=own["method"],
+        ring_size=ring_size,
+        mesh=own.get("mesh"),
+    )
 
 
 def _implementation_of(row: Kind, implementation: Any, use_flash_attn: Any) -> str | None:
@@ -138,6 +160,12 @@ def create_dilated_attention(
     implementation: str | None = None,
     grid: Any = None,
     order: TokenOrder | None = None,
+    axis_name: Any = None,
+    batch_axis: Any = None,
+    head_axis: Any = None,
+    layout: str | None = None,
+    method: Any = None,
+    mesh: Any = None,
     **options: Any,
 ) -> DilatedAttention:
     """A callable (query, key, value, ...) -> out of the named kind, with its options fixed.
@@ -156,7 +184,7 @@ def create_dilated_attention(
         add_zero_attn: one key with logit 0 and value 0 that every query sees.
         use_flash_attn: True demands "pallas", False "xla", None leaves the choice to `kind`.
         use_gradient_checkpointing: as in `DilatedAttention`.
-        ring_size: None or 1, since this version has no ring.
+        ring_size: if given, must be the number of devices along axis_name.
         bias, add_bias_kv, layer_norm, gamma_init: refused when they ask for parameters, which only
             `create_multihead_dilated_attention` has (a call takes bias_k and bias_v).
         sparsity_ratio, block_size, pattern_type: of the `SparsePatternConfig` of a block-sparse
@@ -165,6 +193,9 @@ def create_dilated_attention(
         implementation: "xla", "pallas" or None.
         grid: sizes of the 2-D or 3-D grid that the tokens are, for the kinds "hilbert".
         order: a `TokenOrder`, for the other kinds.
+        axis_name, batch_axis, head_axis, layout, method, mesh: for the kinds on a mesh ("ring",
+            "ring_hilbert", "head_parallel"): the mesh axes of tokens (None: "sequence"), examples
+            and heads, and the rest of an `AttentionSharding`.
         options: combine, head_offset, pad_mode, average_branches of `dilax.dilated_attention`.
 
     Raises:
@@ -180,7 +211,6 @@ def create_dilated_attention(
     row = find_kind(kind)
     if row.module:
         raise refuse("kind", "a function; create_multihead_dilated_attention makes modules", kind)
-    _refuse_placement(ring_size)
     pattern = _pattern(
         kind,
         row,
@@ -213,6 +243,17 @@ def create_dilated_attention(
         order=_order(kind, row, grid, order),
         pattern=pattern,
         visiting_order=options.pop("visiting_order", row.visiting_order),
+        sharding=_sharding(
+            kind,
+            row,
+            ring_size,
+            axis_name=axis_name,
+            batch_axis=batch_axis,
+            head_axis=head_axis,
+            layout=layout,
+            method=method,
+            mesh=mesh,
+        ),
         **options,
     )
 
@@ -236,6 +277,12 @@ def create_multihead_dilated_attention(
     implementation: str | None = None,
     grid: Any = None,
     order: TokenOrder | None = None,
+    axis_name: Any = None,
+    batch_axis: Any = None,
+    head_axis: Any = None,
+    layout: str | None = None,
+    method: Any = None,
+    mesh: Any = None,
     rngs: nnx.Rngs | None = None,
     **options: Any,
 ) -> MultiheadDilatedAttention:
@@ -250,7 +297,9 @@ def create_multihead_dilated_attention(
             default segments and rates are (2048, 4096, 8192) and (1, 2, 4).
         fused_qkv, layer_norm: None for what the kind says.
         ring_size, use_flash_attn, sparsity_ratio, block_size, pattern_type, pattern, need_speed,
-            implementation, grid, order: as in `create_dilated_attention`.
+            implementation, grid, order, axis_name, batch_axis, head_axis, layout, method, mesh: as
+            in `create_dilated_attention`. Kinds on a mesh: also "ring_multihead", "distributed"
+            (examples over "data") and "ring_distributed".
         rngs: None for nnx.Rngs(0).
         options: every other option of `MultiheadDilatedAttention`.
 
@@ -266,7 +315,6 @@ def create_multihead_dilated_attention(
         (1, 40, 64)
     """
     row = find_kind(kind)
-    _refuse_placement(ring_size)
     pattern = _pattern(
         kind,
         row,
@@ -290,6 +338,17 @@ def create_multihead_dilated_attention(
         order=_order(kind, row, grid, order),
         pattern=pattern,
         visiting_order=options.pop("visiting_order", row.visiting_order),
+        sharding=_sharding(
+            kind,
+            row,
+            ring_size,
+            axis_name=axis_name,
+            batch_axis=batch_axis,
+            head_axis=head_axis,
+            layout=layout,
+            method=method,
+            mesh=mesh,
+        ),
         rngs=nnx.Rngs(0) if rngs is None else rngs,
         **options,
     )
@@ -353,11 +412,10 @@ def choose_implementation(seq_len: int, num_gpus: int = 1, need_speed: bool = Fa
 
     There long sequences get a block-sparse, ring or distributed kind. Here only need_speed, which
     allows another result, gives "block_sparse"; otherwise it is "improved", for any length on one
-    device.
+    device, and "ring_multihead" on several.
 
     Raises:
-        ValueError: an argument is wrong.
-        UnsupportedError: several devices ask for kinds that are not available yet.
+        ValueError: an argument is wrong, or asks for speed on several devices.
 
     Example:
         >>> choose_implementation(1_000_000)
@@ -367,8 +425,10 @@ def choose_implementation(seq_len: int, num_gpus: int = 1, need_speed: bool = Fa
         if check_index(name, x) == 0:
             raise refuse(name, "a positive int", x)
     check_bool("need_speed", need_speed)
+    if need_speed and num_gpus > 1:
+        raise refuse("need_speed", "False with several devices: kinds on a mesh are exact", True)
     if num_gpus > 1:
-        find_kind("ring")
+        return "ring_multihead"
     return "block_sparse" if need_speed else "improved"
 
 
@@ -377,7 +437,7 @@ class Decision:
     """What a call computes, how and where, and why every other candidate was passed over.
 
     passed_over has (choice, candidate, reason), with choice "variant", "implementation" or
-    "placement". `str` makes a table of it.
+    "placement". `str` makes a table of it. plan: with several devices, who sends how much.
     """
 
     kind: str
@@ -386,6 +446,7 @@ class Decision:
     placement: str
     device_kind: str
     passed_over: tuple[tuple[str, str, str], ...]
+    plan: str | None = None
 
     def __str__(self) -> str:
         rows = []
@@ -394,7 +455,8 @@ class Decision:
             rows += [("", name, why) for what, name, why in self.passed_over if what == choice]
         first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
         lines = [f"{a:{first}}  {b:{second}}  {c}" for a, b, c in rows]
-        return "\n".join([f"kind {self.kind!r} on {self.device_kind}", *lines])
+        plan = [] if self.plan is None else ["", self.plan]
+        return "\n".join([f"kind {self.kind!r} on {self.device_kind}", *lines, *plan])
 
 
 def explain(
@@ -418,6 +480,10 @@ def explain(
     use_flash_attn: bool | None = None,
     pattern: Any = None,
     device_kind: str | None = None,
+    devices: int = 1,
+    layout: str = "contiguous",
+    method: Any = None,
+    gigabytes_per_second: float = 340.0,
 ) -> Decision:
     """What a call of these sizes would run, and why not something else. Computes nothing.
 
@@ -431,6 +497,9 @@ def explain(
         use_flash_attn, pattern: as in `create_dilated_attention`.
         device_kind: `jax.Device.device_kind` of another device, such as "NVIDIA H100 80GB HBM3";
             None for the default device of this process.
+        devices: along the mesh axis of the tokens; with several the decision has a plan.
+        layout, method: as in `dilax.sharded_dilated_attention`.
+        gigabytes_per_second: what a device receives, for the expected times of the plan.
 
     Raises:
         ValueError: an argument is wrong; the message says which, what was wanted and what came.
@@ -480,15 +549,41 @@ def explain(
     taken, over = _implementations(kind, row, named, arrays, options, device_kind)
     if made is None:
         over += [("variant", "block_sparse", "changes the result: never chosen unasked")]
-    over += [("placement", name, "not available yet") for name in ("ring", "head_parallel")]
+    plan = None
+    if check_index("devices", devices) == 0:
+        raise refuse("devices", "a positive int", devices)
+    check_number("gigabytes_per_second", gigabytes_per_second, 1e-6, 1e12, "a positive number")
+    if devices > 1:
+        if made is not None:
+            raise refuse("devices", "1 with a block pattern", devices)
+        plan = plan_of(
+            tuple(within(branch, seq_len) for branch in options["branches"]),
+            (batch, seq_len, num_heads, arrays[1].shape[2], head_dim),
+            dtype,
+            devices=devices,
+            layout=layout,
+            is_causal=is_causal,
+            method=row.method if method is None else method,
+            packed=packed,
+            link=Link(bandwidth=gigabytes_per_second * 1e9),
+        )
+    else:
+        why = "one device: nothing to place (see devices)"
+        over += [("placement", name, why) for name in ("ring", "head_parallel")]
     return Decision(
         kind=kind,
         variant=variant + (f" in {row.order} order" if row.order else ""),
         implementation=taken,
-        placement="where the inputs lie",
+        placement="where the inputs lie" if plan is None else _placement(plan),
         device_kind=device_of(None).device_kind if device_kind is None else device_kind,
         passed_over=tuple(over),
+        plan=None if plan is None else plan_table(plan),
     )
+
+
+def _placement(plan: Any) -> str:
+    methods = dict.fromkeys(branch.method for branch in plan.branches)
+    return f"{plan.devices} devices along the tokens, {plan.layout}: {', '.join(methods)}"
 
 
 def _abstract_call(lengths, heads, dtype, packed: bool) -> tuple[tuple, dict[str, Any]]:

@@ -18,6 +18,7 @@ from dilax.attention_fn import (
     is_key,
 )
 from dilax.checks import check_array, check_bool, check_index, segment_ids_of
+from dilax.on_mesh import AttentionSharding
 from dilax.order import TokenOrder
 from dilax.spec import Combine, HeadOffset
 
@@ -59,6 +60,8 @@ class MultiheadDilatedAttention(nnx.Module):
         pattern: a `SparsePatternConfig`, a pattern or the name of a preset, for
             `dilax.block_sparse_attention` in place of `dilax.dilated_attention`: inside the
             branches, or without any if segment_lengths is None. visiting_order is its.
+        sharding: an `AttentionSharding`, where queries, keys and values lie on a mesh. Projections
+            follow the shardings of inputs and parameters.
         dtype: of the computation; None: that of inputs and parameters together.
         param_dtype: of the parameters.
         kernel_init, out_kernel_init: initializers of the weights in place of Xavier normal, also
@@ -110,6 +113,7 @@ class MultiheadDilatedAttention(nnx.Module):
         order: TokenOrder | None = None,
         pattern: Any = None,
         visiting_order: str = "longest_first",
+        sharding: AttentionSharding | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: Callable = _xavier_normal,
@@ -143,6 +147,7 @@ class MultiheadDilatedAttention(nnx.Module):
             order=order,
             pattern=pattern,
             visiting_order=visiting_order,
+            sharding=sharding,
             embed_dim=embed_dim,
             num_heads=num_heads,
         )

@@ -20,6 +20,10 @@ class Kind:
     pattern: str | None = None  # block-sparse: the type of the pattern, where options may say more
     preset: str | None = None  # block-sparse: the name of the pattern
     visiting_order: str = "longest_first"  # block-sparse: of the blocks of queries
+    mesh: bool = False  # placed on a mesh by an AttentionSharding
+    sequence: str | None = None  # the mesh axis of the tokens, if not said otherwise
+    batch: str | None = None  # that of the examples
+    method: str | None = None  # how rows move; None: as planned
     available: bool = True
 
 
@@ -55,19 +59,30 @@ KINDS = (
         module=True,
         fused=True,
     ),
-    _later(
+    Kind(
+        (
+            "ring",
+            "RingDilatedAttention",
+            "RingDilatedAttentionHybrid",
+            "RingDilatedAttentionTrue",
+        ),
         "dilated attention placed on a sequence axis",
-        "ring",
-        "RingDilatedAttention",
-        "RingDilatedAttentionHybrid",
-        "RingDilatedAttentionTrue",
+        mesh=True,
+        sequence="sequence",
     ),
-    _later(
+    Kind(
+        ("ring_production", "RingDilatedAttentionProduction"),
         "another name for 'ring' (removed from its own library, where it was not a ring)",
-        "ring_production",
-        "RingDilatedAttentionProduction",
+        mesh=True,
+        sequence="sequence",
     ),
-    _later("projections around 'ring'", "ring_multihead", "RingMultiheadDilatedAttentionHybrid"),
+    Kind(
+        ("ring_multihead", "RingMultiheadDilatedAttentionHybrid"),
+        "projections around 'ring'",
+        module=True,
+        mesh=True,
+        sequence="sequence",
+    ),
     Kind(
         ("block_sparse", "block_sparse_ring", "BlockSparseRingDilatedAttention"),
         "block-sparse attention, inside dilated branches if segments are given",
@@ -95,15 +110,20 @@ KINDS = (
         pattern="hierarchical",
     ),
     _later("a block-sparse pattern with a learned router", "adaptive", "BlockSparseAdaptive"),
-    _later(
+    Kind(
+        ("distributed", "DistributedMultiheadDilatedAttention"),
         "projections and dilated attention under data and tensor parallel sharding",
-        "distributed",
-        "DistributedMultiheadDilatedAttention",
+        module=True,
+        mesh=True,
+        batch="data",
     ),
-    _later(
+    Kind(
+        ("ring_distributed", "RingDistributedDilatedAttention"),
         "'ring' times data parallelism over several processes",
-        "ring_distributed",
-        "RingDistributedDilatedAttention",
+        module=True,
+        mesh=True,
+        sequence="sequence",
+        batch="data",
     ),
     Kind(
         ("hilbert_post_pattern", "BlockSparseRingDilatedAttentionHilbertPostPattern"),
@@ -111,13 +131,19 @@ KINDS = (
         pattern="dilated_sparse",
         visiting_order="hilbert",
     ),
-    _later(
-        "'ring' with Hilbert token order", "ring_hilbert", "RingDilatedAttentionHilbertOptimized"
+    Kind(
+        ("ring_hilbert", "RingDilatedAttentionHilbertOptimized"),
+        "'ring' with Hilbert token order",
+        order="hilbert",
+        mesh=True,
+        sequence="sequence",
     ),
-    _later(
+    Kind(
+        ("head_parallel", "HeadParallelDilatedAttentionOptimized"),
         "dilated attention with heads sharded by all-to-all",
-        "head_parallel",
-        "HeadParallelDilatedAttentionOptimized",
+        mesh=True,
+        sequence="sequence",
+        method="all_to_all",
     ),
     Kind(
         ("hilbert", "HilbertDilatedAttention"),

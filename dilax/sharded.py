@@ -28,7 +28,11 @@ sibling("sharding")  # says which file it is that comes before ours, if there is
 from sharding import attention as sharded  # noqa: E402
 from sharding.local import Local, primitive_branch  # noqa: E402
 from sharding.mesh import LAYOUTS, axis_size, local_positions  # noqa: E402
+from sharding.mesh import from_layout as from_layout  # noqa: E402
+from sharding.mesh import positions as layout_positions  # noqa: E402, F401
+from sharding.mesh import to_layout as to_layout  # noqa: E402
 from sharding.plan import METHODS, Plan, Sizes, make_plan  # noqa: E402
+from sharding.plan import Link as Link  # noqa: E402
 from sharding.rows import UNBOUNDED  # noqa: E402
 
 
@@ -86,7 +90,8 @@ def sharded_dilated_attention(
         segment_lengths, dilation_rates: in tokens of the whole sequence, as in
             `dilax.dilated_attention`, as are combine, head_offset, pad_mode, average_branches,
             is_causal, scale, bias_k, bias_v, zero_attn, dropout_rate, deterministic.
-        axis_name: the mesh axis of the sequence, or a tuple of several in the mesh's order.
+        axis_name: the mesh axis of the sequence, or a tuple of several in the mesh's order; None
+            if every device has all of it.
         layout: "contiguous", device d holds the d-th part; "zigzag", chunks d and 2P - 1 - d of 2P,
             which balances causal work. `dilax.to_layout` brings data, labels and positions there.
         method: how a branch moves that reaches beyond a device: "ring", "all_to_all", "all_gather"
@@ -139,7 +144,7 @@ def sharded_dilated_attention(
     check_extra_keys(key, bias_k, bias_v)
     check_implementation(implementation)
     drops = check_dropout(dropout_rate, dropout_key, deterministic)
-    devices = _axis_size("axis_name", axis_name)
+    devices = 1 if axis_name is None else _axis_size("axis_name", axis_name)
     check_ring_size(ring_size, devices)
     (B, T, N, H), total = query.shape, query.shape[1] * devices
     head_parts = 1 if head_axis is None else _axis_size("head_axis", head_axis)
@@ -192,6 +197,8 @@ class _Place:
 
     def rows(self, length: int) -> jax.Array:
         """int32 [T]: positions."""
+        if self.axis_name is None:
+            return jnp.arange(length, dtype=jnp.int32)
         return local_positions(length, self.axis_name, self.layout)
 
     def heads(self, count: int) -> Any:
@@ -267,6 +274,40 @@ def plan_of(
     )
 
 
+def plan_table(plan: Plan) -> str:
+    """A plan as text: a row for each branch, and the sums.
+
+    Example:
+        >>> from dilax.spec import Branch
+        >>> plan = plan_of((Branch(8, 1, 0, (0, 0)),), (1, 64, 2, 2, 8), "float32", devices=8)
+        >>> print(plan_table(plan).splitlines()[1].split()[:3])
+        ['8', '1', 'local']
+    """
+    head = ("segment", "rate", "method", "group", "messages", "received", "busiest", "ms", "late")
+    rows: list[tuple[str, ...]] = [head]
+    for branch in plan.branches:
+        method = branch.method + (f" {branch.spread}" if branch.method == "hybrid" else "")
+        cells = (branch.ranks.segment, branch.ranks.rate, method, branch.group, branch.messages)
+        times = (f"{x * 1e3:.3g}" for x in (branch.compute, branch.exposed))
+        rows.append((*map(str, cells), _bytes(branch.bytes), f"{branch.balance:.2f}", *times))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
+    lines.append(
+        f"each of {plan.devices} devices ({plan.layout}) receives {_bytes(plan.bytes)} in"
+        f" {plan.messages} messages; the busiest has {plan.balance:.2f} times the mean work;"
+        f" expected {plan.seconds * 1e3:.3g} ms forward"
+    )
+    return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def choose_local(
     implementation, query, key, value, plan: Plan, scale: float, ids, rate: float, seed
 ) -> Local:
@@ -288,21 +329,19 @@ def _local_reasons(name, query, key, value, plan: Plan, scale, ids, rate, seed) 
     options: dict[str, Any] = dict(
         is_causal=plan.causal,
         scale=scale,
-        q_segment_ids=ids[0],
-        kv_segment_ids=ids[1],
         q_start=0,
         k_start=0,
         out_dtype=jnp.float32,
     )
     here = [b for b in plan.branches if b.in_place]
-    used = [tuple(primitive_branch(b) for b in here)] if here else []
-    if len(here) < len(plan.branches):
-        used.append(((UNBOUNDED, 1, 0, (0,) * N),))
-    for branches in used:
-        for why in unsupported(name, query, key, value, branches=branches, **options):
-            if why not in reasons:
-                reasons.append(why)
-    return tuple(reasons)
+    used = [(tuple(primitive_branch(b) for b in here), ids)] if here else []
+    for moving in (b for b in plan.branches if not b.in_place):
+        mask = jax.ShapeDtypeStruct(query.shape[:2], jnp.int32) if moving.masked else None
+        used.append((((UNBOUNDED, 1, 0, (0,) * N),), (mask, mask)))
+    for branches, (q_ids, kv_ids) in used:
+        masks = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
+        reasons += unsupported(name, query, key, value, branches=branches, **masks, **options)
+    return tuple(dict.fromkeys(reasons))
 
 
 @functools.cache

@@ -126,11 +126,29 @@ def union_attention(
     if blocks is not None:
         options["order"] = visiting_order
     attend = choose(implementation, query, key, value, **options)
-    out, lse = attend(query, key, value, **options)
+    out, lse = _placed_by_xla(attend, query)(query, key, value, **options)
     if average_branches:
         out = out / len(branches)
     out = out.astype(query.dtype)
     return (out, lse) if return_lse else out
+
+
+def _placed_by_xla(attend: Any, query: jax.Array) -> Any:
+    """attend, with its inside left to XLA where the query's axes are Explicit."""
+    sharding: Any = jax.typeof(query).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return attend
+    where: Any = (sharding, jax.NamedSharding(sharding.mesh, jax.P(*tuple(sharding.spec)[:3])))
+
+    def run(query, key, value, **options):
+        arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array | Partial)}
+        others = {name: x for name, x in options.items() if name not in arrays}
+        inside: Any = jax.sharding.auto_axes(
+            lambda q, k, v, arrays: tuple(attend(q, k, v, **arrays, **others)), out_sharding=where
+        )
+        return inside(query, key, value, arrays)
+
+    return run
 
 
 def _positions(query: Any, key: Any, q_positions: Any, kv_positions: Any):

@@ -21,11 +21,11 @@ from sharding.ring import Ring
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything static about one call; the axes of heads and batch are None if not sharded."""
+    """Everything static about one call; an axis is None where nothing is sharded over one."""
 
     plan: Plan
     local: Local
-    axis_name: AxisName
+    axis_name: AxisName | None
     head_axis: AxisName | None
     batch_axis: AxisName | None
     is_causal: bool
@@ -76,9 +76,8 @@ def _rings(setup: Setup, masks) -> tuple[list[Ring], Here]:
     def index(axis: AxisName | None) -> Any:
         return 0 if axis is None else lax.axis_index(axis)
 
-    here = Here(
-        lax.axis_index(setup.axis_name), index(setup.head_axis), index(setup.batch_axis), *masks
-    )
+    axes = setup.axis_name, setup.head_axis, setup.batch_axis
+    here = Here(*map(index, axes), *masks)
     args = setup.axis_name, setup.scale, setup.dropout_rate, setup.messages, here
     moving = [branch for branch in setup.plan.branches if not branch.in_place]
     return [Ring(setup.local, setup.plan, branch, *args) for branch in moving], here

@@ -6,6 +6,7 @@ their owner; their gradients go straight back, in float32, and are added up ther
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class Ring:
     local: Local
     plan: Plan
     branch: BranchPlan
-    axis_name: AxisName
+    axis_name: AxisName | None
     scale: float
     rate: float
     messages: Messages
@@ -47,8 +48,15 @@ class Ring:
     def _offset(self) -> Any:
         return self.branch.slots.offset(self.here.head_index)
 
+    @functools.cached_property
+    def _selections(self) -> list[tuple[Any, Any]]:
+        return [self._select(chunk) for chunk in range(self._chunks)]
+
     def selection(self, chunk: int) -> tuple[Any, Any]:
         """Index [S, L] of the kept rows in a chunk, and which exist: None if all do."""
+        return self._selections[chunk]
+
+    def _select(self, chunk: int) -> tuple[Any, Any]:
         ranks, offset = self.branch.ranks, self._offset()
         if ranks.exact:
             steps = np.arange(self.branch.rows)[None] * ranks.rate

@@ -70,9 +70,8 @@ def take(x: jax.Array, index: Any, heads: np.ndarray) -> jax.Array:
         cut = x.reshape(B, c // stride, stride, N, *rest)
         rows = [_pick(cut[:, :, int(o)], h) for o, h in zip(index[:, 0], heads, strict=True)]
         return jnp.stack(rows)
-    return jnp.stack(
-        [jnp.take(_pick(x, h), index[s], axis=1, mode="clip") for s, h in enumerate(heads)]
-    )
+    rows = x.at[:, jnp.asarray(index)[:, :, None], heads[:, None, :]].get(mode="clip")
+    return jnp.swapaxes(rows, 0, 1)
 
 
 def _pick(x: jax.Array, heads: np.ndarray) -> jax.Array:

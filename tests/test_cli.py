@@ -67,7 +67,7 @@ def test_every_command_has_help(name, capsys):
         (["show", "--dilation-rates", "1"], "dilation_rates: wanted as many as"),
         (["show", "--combine", "sum"], "combine: wanted 'lse' or 'heads', got 'sum'"),
         (["explain", "--kind", "nothing"], "nothing"),
-        (["explain", "--kind", "ring"], "no implementation takes kind 'ring'"),
+        (["explain", "--devices", "7"], "16384 tokens on 7 devices: wanted a multiple of 7"),
         (["explain", "--head-dim", "7"], "head dim"),
         (["bench", "--repeats", "0"], "repeats: wanted a positive int, got 0"),
         (["train", "--text", "/no/such/file"], "text: wanted"),

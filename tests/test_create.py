@@ -36,12 +36,8 @@ MODULES = {
     "improved": (None, True),
 }
 LATER = (
-    "ring RingDilatedAttention RingDilatedAttentionHybrid RingDilatedAttentionTrue ring_production "
-    "RingDilatedAttentionProduction ring_multihead RingMultiheadDilatedAttentionHybrid "
     "block_sparse_distributed BlockSparseRingDistributedDilatedAttention adaptive "
-    "BlockSparseAdaptive distributed DistributedMultiheadDilatedAttention ring_distributed "
-    "RingDistributedDilatedAttention ring_hilbert RingDilatedAttentionHilbertOptimized "
-    "head_parallel HeadParallelDilatedAttentionOptimized adaptive_standard"
+    "BlockSparseAdaptive adaptive_standard"
 ).split()
 SPARSE = (  # tests/test_create_sparse.py
     "block_sparse block_sparse_ring BlockSparseRingDilatedAttention block_sparse_multihead "
@@ -49,6 +45,13 @@ SPARSE = (  # tests/test_create_sparse.py
     "hierarchical BlockSparseHierarchical hilbert_post_pattern "
     "BlockSparseRingDilatedAttentionHilbertPostPattern local global_local ultra_sparse "
     "hilbert_standard hilbert_ultra fine_grained long_range"
+).split()
+ON_MESH = (  # tests/test_on_mesh.py runs them
+    "ring RingDilatedAttention RingDilatedAttentionHybrid RingDilatedAttentionTrue ring_production "
+    "RingDilatedAttentionProduction ring_multihead RingMultiheadDilatedAttentionHybrid distributed "
+    "DistributedMultiheadDilatedAttention ring_distributed RingDistributedDilatedAttention "
+    "ring_hilbert RingDilatedAttentionHilbertOptimized head_parallel "
+    "HeadParallelDilatedAttentionOptimized"
 ).split()
 FACTORIES = [dilax.create_dilated_attention, dilax.create_multihead_dilated_attention]
 
@@ -69,8 +72,8 @@ ORDERED = (
 
 def test_the_table_has_every_name_once():
     names = [name for kind in KINDS for name in kind.names]
-    assert sorted(names) == sorted({*FUNCTIONS, *MODULES, *ORDERED, *SPARSE, *LATER})
-    assert len(LATER + SPARSE) == 31 + 8
+    assert sorted(names) == sorted({*FUNCTIONS, *MODULES, *ORDERED, *SPARSE, *ON_MESH, *LATER})
+    assert len(LATER + SPARSE + ON_MESH) == 31 + 8
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -282,8 +285,9 @@ def test_choose_implementation_names_what_there_is():
         assert dilax.choose_implementation(seq_len) == "improved"
     module(dilax.choose_implementation(64))
     assert dilax.choose_implementation(64, need_speed=True) == "block_sparse"
-    with pytest.raises(UnsupportedError, match="ring"):
-        dilax.choose_implementation(64, num_gpus=2)
+    assert dilax.choose_implementation(64, num_gpus=2) == "ring_multihead"
+    with pytest.raises(ValueError, match="need_speed"):
+        dilax.choose_implementation(64, num_gpus=2, need_speed=True)
     bad: dict[str, Any] = {"seq_len": 0, "num_gpus": 1.5, "need_speed": 1}
     for name, x in bad.items():
         with pytest.raises(ValueError, match=rf"^{name}: wanted"):

@@ -6,6 +6,8 @@ The local attention is `tests.dense_local`, which compiles quickly; some cases r
 import dataclasses
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import pytest
 
 import dilax
 from dilax import reference, sharded
+from dilax.spec import branches_of
 from sharding.mesh import from_layout, to_layout
 from tests.compare import error
 from tests.dense_local import DENSE
@@ -161,3 +164,152 @@ METHODS = [
 def test_every_method(case, x64, monkeypatch):
     monkeypatch.setattr(sharded, "XLA", DENSE)
     check(case)
+
+
+@pytest.mark.mesh_table
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_table(case, x64, monkeypatch):
+    monkeypatch.setattr(sharded, "XLA", DENSE)
+    check(case)
+
+
+@pytest.mark.parametrize("case", [TABLE[i] for i in (40, 70, 117)], ids=lambda case: case.name)
+def test_part_of_the_table(case, x64, monkeypatch):
+    assert len(TABLE) >= 150
+    monkeypatch.setattr(sharded, "XLA", DENSE)
+    check(case)
+
+
+def test_the_attention_of_xla(x64):
+    """The real local attention: traced starts, dropout bits, ids, unaligned, zigzag."""
+    case = Placed((5, 16), (1, 3), (1, 2, 1), causal=True, K=2, ids=True, dropout=0.3)
+    check(case, implementation="xla")
+
+
+def compiled(case: Placed, dtype=np.float32):
+    """The forward program of a case and its plan."""
+    mesh = jax.make_mesh(case.mesh, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    part = jax.P(*AXES)
+    attend = functools.partial(
+        dilax.sharded_dilated_attention,
+        **case.options(),
+        axis_name="sequence",
+        layout=case.layout,
+        method=case.method,
+    )
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part)
+    q, k, v = (x.astype(dtype) for x in case.arrays()[0][:3])
+    text = jax.jit(mapped).lower(q, k, v).compile().as_text()
+    T, itemsize = case.T, np.dtype(dtype)
+    spec = dilax.DilatedSpec(case.segment_lengths, case.dilation_rates)
+    plan = sharded.plan_of(
+        branches_of(spec, case.N, case.combine, "interleaved"),
+        (2, T, case.N, case.K, 8),
+        itemsize,
+        devices=case.mesh[1],
+        layout=case.layout,
+        is_causal=case.causal,
+        method=case.method,
+    )
+    return text, plan
+
+
+def received(text: str) -> int:
+    """Bytes that one device receives in a compiled program, from the shapes of its collectives."""
+    total = 0
+    kinds = "collective-permute|all-gather|all-to-all"
+    for result, _, rest in re.findall(rf"= (.*?) ({kinds})(?:-start)?\((.*)", text):
+        size = sum(
+            {"f32": 4, "s32": 4, "f64": 8}[dtype]
+            * math.prod(map(int, filter(None, dims.split(","))))
+            for dtype, dims in re.findall(r"(f32|s32|f64)\[([\d,]*)\]", result)
+        )
+        groups = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+        if groups:
+            parts = len(groups[1].split(","))
+            size = size * (parts - 1) // parts
+        total += size
+    return total
+
+
+MOVES = [
+    Placed((8, 16, 32), (1, 2, 4), method="ring"),
+    Placed((32,), (1,), causal=True, layout="zigzag", method="ring", K=2),
+    Placed((16, 32), (2, 4), method="all_gather", K=1),
+    Placed((32,), (4,), method="all_to_all"),
+    Placed((32,), (2,), method="hybrid", N=2, K=2),
+    Placed((5, 23), (1, 3), causal=True),
+]
+
+
+@pytest.mark.parametrize("case", MOVES, ids=lambda case: case.name)
+def test_the_program_moves_what_the_plan_says(case, monkeypatch):
+    monkeypatch.setattr(sharded, "XLA", DENSE)
+    text, plan = compiled(case)
+    assert plan.bytes > 0
+    assert received(text) == plan.bytes
+    methods = {branch.method for branch in plan.branches}
+    assert ("all-gather" in text) == ("all_gather" in methods)
+    assert ("all-to-all" in text) == bool(methods & {"all_to_all", "hybrid"})
+
+
+def test_no_message_where_everything_is_local(monkeypatch):
+    monkeypatch.setattr(sharded, "XLA", DENSE)
+    text, plan = compiled(Placed((4, 8), (1, 2)))
+    assert plan.bytes == plan.messages == 0
+    assert not re.search("collective-permute|all-gather|all-to-all|all-reduce", text)
+
+
+def test_zigzag_balances_causal_work():
+    def balance(layout):
+        branches = ((1 << 16, 4, 0, (0, 1, 2, 3)),)
+        sizes = (1, 1 << 16, 4, 4, 64)
+        plan = sharded.plan_of(
+            branches, sizes, "bfloat16", devices=8, layout=layout, is_causal=True
+        )
+        return plan.balance
+
+    assert balance("zigzag") == pytest.approx(1.0)
+
+
+def attend_on(axis="sequence", mesh=("sequence",), T=32, **options):
+    """A call on a mesh of four devices, traced only."""
+    devices = jax.make_mesh(
+        (4,) + (1,) * (len(mesh) - 1), mesh, axis_types=(jax.sharding.AxisType.Auto,) * len(mesh)
+    )
+    part = jax.P(None, mesh[0])
+    x = jax.ShapeDtypeStruct((1, T, 4, 8), jnp.float32)
+    options = {"segment_lengths": [8, 32], "dilation_rates": [1, 2]} | options
+    attend = functools.partial(dilax.sharded_dilated_attention, axis_name=axis, **options)
+    mapped = jax.shard_map(attend, mesh=devices, in_specs=(part,) * 3, out_specs=part)
+    return jax.eval_shape(mapped, x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": "rows"}, r"axis_name: wanted axes of the shard_map .*sequence.*, got 'rows'"),
+        ({"axis": 3}, "axis_name: wanted the name of a mesh axis"),
+        ({"ring_size": 8}, "ring_size: wanted None or 4, the devices along"),
+        ({"layout": "striped"}, "layout: wanted 'contiguous' or 'zigzag', got 'striped'"),
+        ({"method": "star"}, "method: wanted 'local' or 'ring'"),
+        ({"method": ("ring",)}, "method: wanted one for each of 2 branches"),
+        ({"method": "local"}, "method: .*got 'local': segments of 32 reach beyond the 8 tokens"),
+        ({"T": 36, "layout": "zigzag"}, "36 tokens on 4 devices: wanted a multiple of 8.* to 40"),
+        (
+            {"method": "all_to_all", "segment_lengths": [8, 31]},
+            "method: .*got 'all_to_all': .*not aligned",
+        ),
+        ({"head_axis": "tensor"}, "head_axis: wanted axes of the shard_map"),
+        ({"implementation": "cuda"}, "implementation: wanted"),
+    ],
+)
+def test_refused_before_anything_is_computed(options, message):
+    with pytest.raises(ValueError, match=message):
+        attend_on(**options)
+
+
+def test_outside_a_shard_map():
+    x = jnp.ones((1, 8, 2, 8))
+    with pytest.raises(ValueError, match="there is none"):
+        dilax.sharded_dilated_attention(x, x, x, [8], [1], axis_name="sequence")

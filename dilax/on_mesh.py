@@ -1,0 +1,209 @@
+"""Dilated attention of arrays on a mesh: `jax.shard_map` around `sharded_dilated_attention`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from dilax._types import refuse
+from dilax.checks import check_choice, check_dropout, check_qkv
+from dilax.sharded import LAYOUTS, check_ring_size, sharded_dilated_attention
+
+_ROWS = ("q_segment_ids", "kv_segment_ids", "key_padding_mask")
+_HEADS = ("bias_k", "bias_v")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSharding:
+    """Where the queries, keys and values of an attention lie on a mesh; hashable.
+
+    Args:
+        sequence: mesh axis that the tokens are sharded over, or a tuple of several in the mesh's
+            order; None: every device has all tokens.
+        batch, heads: mesh axes of examples and of heads. None follows the sharding of the query
+            where that is known (outside jit, or on Explicit axes), and else leaves it to XLA.
+        layout, method, ring_size: as in `dilax.sharded_dilated_attention`.
+        mesh: None for the mesh of the query, or else that of `jax.set_mesh`.
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what was wanted and what came.
+
+    Example:
+        >>> AttentionSharding(layout="zigzag").sequence
+        'sequence'
+    """
+
+    sequence: Any = "sequence"
+    batch: Any = None
+    heads: Any = None
+    layout: str = "contiguous"
+    method: Any = None
+    ring_size: int | None = None
+    mesh: Any = None
+
+    def __post_init__(self):
+        for name in ("sequence", "batch", "heads"):
+            if not all(isinstance(x, str) for x in _names(getattr(self, name))):
+                wanted = "None, the name of a mesh axis, or a tuple of names"
+                raise refuse(name, wanted, getattr(self, name))
+        check_choice("layout", self.layout, LAYOUTS)
+        if isinstance(self.method, list):
+            object.__setattr__(self, "method", tuple(self.method))
+
+    def on(self, query: Any) -> "AttentionSharding":
+        """The same with the mesh and the axes that a call with this query has.
+
+        Raises:
+            ValueError: there is no mesh, it lacks an axis, or one does not divide its dimension.
+        """
+        mesh, spec = self.mesh, ()
+        found = _sharding_of(query)
+        if isinstance(found, jax.NamedSharding) and not found.mesh.empty:
+            mesh, spec = self.mesh or found.mesh, tuple(found.spec)
+        if mesh is None:
+            mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            wanted = "a mesh: arrays on one, jax.set_mesh, or this argument"
+            raise refuse("mesh", wanted, self.mesh)
+        spec = (*spec, None, None, None, None)[:4]
+        own = set(_names(self.sequence))
+        batch = self.batch or (spec[0] if not own & set(_names(spec[0])) else None)
+        heads = self.heads or (spec[2] if not own & set(_names(spec[2])) else None)
+        return dataclasses.replace(self, mesh=mesh, batch=batch, heads=heads)._checked(query)
+
+    def _checked(self, query: Any) -> "AttentionSharding":
+        sizes = dict(zip(self.mesh.axis_names, self.mesh.axis_sizes, strict=True))
+        counts = {}
+        for name in ("sequence", "batch", "heads"):
+            counts[name] = 1
+            for axis in _names(getattr(self, name)):
+                if axis not in sizes:
+                    wanted = f"an axis of the mesh, which has {', '.join(sizes)}"
+                    raise refuse(name, wanted, axis)
+                counts[name] *= sizes[axis]
+        check_ring_size(self.ring_size, counts["sequence"])
+        for name, dimension in (("batch", 0), ("heads", 2)):
+            if query.shape[dimension] % counts[name]:
+                what = f"{counts[name]} devices along {getattr(self, name)!r}"
+                wanted = f"axes that divide {name} of the query; {what} do not"
+                raise refuse(name, wanted, query)
+        return self
+
+
+def _names(axis: Any) -> tuple:
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+
+
+def _sharding_of(x: Any) -> Any:
+    """The sharding that is known of x; of a tracer that is the one of Explicit axes."""
+    if isinstance(x, Tracer):
+        return jax.typeof(x).sharding
+    return getattr(x, "sharding", None)
+
+
+def dilated_attention_on_mesh(
+    sharding: AttentionSharding,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_lengths: Any,
+    dilation_rates: Any = None,
+    *,
+    is_causal: bool = False,
+    q_start: int = 0,
+    k_start: int = 0,
+    q_positions: Any = None,
+    kv_positions: Any = None,
+    **options: Any,
+) -> Any:
+    """`dilax.dilated_attention` of arrays [B, T, N, H] that lie on a mesh, and so does the result.
+
+    Inside a shard_map over the axes of `sharding` the arrays are this device's part; elsewhere they
+    are whole, in `sharding.layout`, and this wraps the shard_map. Arguments and errors as
+    `dilax.dilated_attention` and `dilax.sharded_dilated_attention`.
+
+    Example:
+        >>> import jax, dilax
+        >>> auto = jax.sharding.AxisType.Auto
+        >>> mesh = jax.make_mesh((1,), ("sequence",), axis_types=(auto,))
+        >>> q = jax.numpy.ones((1, 32, 4, 8))
+        >>> with jax.set_mesh(mesh):
+        ...     dilated_attention_on_mesh(AttentionSharding(), q, q, q, [8, 32], [1, 2]).shape
+        (1, 32, 4, 8)
+    """
+    check_qkv(query, key, value)
+    for name, x in (("q_start", q_start), ("k_start", k_start)):
+        if x != 0:
+            raise refuse(name, "0 on a mesh", x)
+    drops = check_dropout(
+        options.get("dropout_rate", 0.0),
+        options.get("dropout_key"),
+        options.get("deterministic", True),
+    )
+    for name, x in (("q_positions", q_positions), ("kv_positions", kv_positions)):
+        if x is not None and (is_causal or drops):
+            wanted = "None on a mesh with causality or dropout, which go by the place there"
+            raise refuse(name, wanted, x)
+    options |= {"is_causal": is_causal, "layout": sharding.layout, "method": sharding.method}
+    options |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
+    arrays = {"query": query, "key": key, "value": value}
+    for name in (*_ROWS, *_HEADS, "dropout_key"):
+        if options.get(name) is not None:
+            arrays[name] = options.pop(name)
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    if manual and set(_names(sharding.sequence)) <= manual:
+        return _call(sharding, arrays, options)
+    return _mapped(sharding.on(query), arrays, options)
+
+
+def _call(sharding: AttentionSharding, arrays: dict, options: dict) -> Any:
+    return sharded_dilated_attention(
+        **arrays,
+        **options,
+        axis_name=sharding.sequence,
+        head_axis=sharding.heads,
+        batch_axis=sharding.batch,
+        ring_size=sharding.ring_size,
+    )
+
+
+def _mapped(sharding: AttentionSharding, arrays: dict, options: dict) -> Any:
+    """The call under shard_map over the axes that it names; others stay with XLA."""
+    sequence, batch, heads = sharding.sequence, sharding.batch, sharding.heads
+    key = arrays["key"]
+    specs = {name: jax.P(batch, sequence, heads, None) for name in ("query", "key", "value")}
+    specs |= dict.fromkeys(_ROWS, jax.P(batch, sequence))
+    specs |= dict.fromkeys(_HEADS, jax.P(heads, None))
+    specs["dropout_key"] = jax.P()
+    sizes = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_sizes, strict=True))
+    parts = 1
+    for axis in _names(heads):
+        parts *= sizes[axis]
+    if key.shape[2] % parts:
+        if key.shape[2] > 1:
+            wanted = f"one kv head, or a multiple of the {parts} devices along {heads!r}"
+            raise refuse("key", wanted, key)
+        specs |= dict.fromkeys(("key", "value"), jax.P(batch, sequence, None, None))
+        specs |= dict.fromkeys(_HEADS, jax.P())
+    specs = {name: specs[name] for name in arrays}
+    out = jax.P(batch, sequence, heads, None)
+    if options.get("return_lse"):
+        out = (out, jax.P(batch, sequence, heads))
+    used = {*_names(sequence), *_names(batch), *_names(heads)}
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    if any(kinds[axis] == jax.sharding.AxisType.Explicit for axis in used):
+        arrays = {
+            name: jax.reshard(x, jax.NamedSharding(sharding.mesh, specs[name]))
+            for name, x in arrays.items()
+        }
+    # Kernels cannot say what their results vary over, so nothing checks it.
+    mapped = jax.shard_map(
+        lambda part: _call(sharding, part, options),
+        mesh=sharding.mesh,
+        in_specs=(specs,),
+        out_specs=out,
+        axis_names=used,
+        check_vma=False,
+    )
+    return mapped(arrays)

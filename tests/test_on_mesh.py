@@ -1,0 +1,127 @@
+"""Kinds on a mesh: arrays go in and come out where they lie, with the numbers of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dilax
+from dilax.names import KINDS
+from tests.compare import assert_exact, error
+
+SPEC = (8, 32), (1, 2)
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+def mesh_of(shape=(2, 2, 2), kind=AUTO, names=("data", "sequence", "tensor")):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+def heads(T=32):
+    return jax.random.normal(jax.random.key(0), (3, 2, T, 4, 8), jnp.float64)
+
+
+def results(attention, q, k, v):
+    """out and the gradients of q, k and v."""
+
+    def run(*x):
+        out, vjp = jax.vjp(functools.partial(attention, is_causal=True), *x)
+        return out, *vjp(jnp.cos(out))
+
+    return jax.jit(run)(q, k, v)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_arrays_stay_where_they_lie(kind, x64):
+    """Over examples, tokens and heads; the axes of examples and heads are those of the arrays."""
+    mesh, part = mesh_of(kind=kind), jax.P("data", "sequence", "tensor")
+    one = results(dilax.create_dilated_attention("dilated", *SPEC), *heads())
+    attention = dilax.create_dilated_attention(
+        "ring", *SPEC, ring_size=2, batch_axis="data", head_axis="tensor", mesh=mesh
+    )
+    found = results(attention, *jax.device_put(tuple(heads()), jax.NamedSharding(mesh, part)))
+    for x in found:
+        assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, part), 4)
+    assert_exact([np.asarray(x) for x in found], [np.asarray(x) for x in one])
+
+
+def test_plain_attention_on_explicit_axes(x64):
+    mesh = mesh_of(kind=EXPLICIT)
+    q, k, v = jax.device_put(tuple(heads()), jax.NamedSharding(mesh, jax.P("data", None, "tensor")))
+    attention = dilax.create_dilated_attention("dilated", *SPEC)
+    with jax.set_mesh(mesh):
+        found = jax.jit(functools.partial(attention, is_causal=True))(q, k, v)
+    assert error(found, attention(*heads(), is_causal=True)) < 1e-12
+
+
+def test_two_axes_for_the_tokens(x64):
+    """Inside a host and between hosts, in the mesh's order."""
+    mesh = mesh_of((2, 2), names=("host", "device"))
+    attention = dilax.create_dilated_attention(
+        "ring", *SPEC, axis_name=("host", "device"), layout="zigzag", mesh=mesh
+    )
+    q, k, v = (dilax.to_layout(x, 4, "zigzag") for x in heads())
+    found = jax.jit(functools.partial(attention, is_causal=True))(q, k, v)
+    found = dilax.from_layout(found, 4, "zigzag")
+    one = dilax.create_dilated_attention("dilated", *SPEC)
+    assert error(found, one(*heads(), is_causal=True)) < 1e-12
+
+
+ON_MESH = [row for row in KINDS if row.mesh]
+
+
+@pytest.mark.parametrize("row", ON_MESH, ids=lambda row: row.names[0])
+def test_every_kind_equals_one_device(row):
+    name, mesh = row.names[0], mesh_of((2, 2), names=("data", "sequence"))
+    options = {"grid": (4, 8)} if row.order else {}
+    plain = "hilbert" if row.order else "multihead_dilated"
+    x = jax.random.normal(jax.random.key(1), (2, 32, 32))
+    create = dilax.create_multihead_dilated_attention
+    layer = create(name, 32, 4, *SPEC, mesh=mesh, **options)
+    same = create(plain, 32, 4, *SPEC, **options)
+    for alias in row.names:
+        assert create(alias, 32, 4, *SPEC, mesh=mesh, **options).attention == layer.attention
+    causal = not row.order
+    placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data", "sequence")))
+    run = nnx.jit(lambda layer, x: layer(x, is_causal=causal))
+    assert error(run(layer, placed), run(same, x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ring_size": 4}, "ring_size: wanted None or 2, the devices along"),
+        ({"axis_name": "rows"}, "sequence: wanted an axis of the mesh, which has data, sequence"),
+        ({"batch_axis": "sample"}, "batch: wanted an axis of the mesh"),
+        ({"head_axis": "data", "num_heads": 3}, "heads: wanted axes that divide heads"),
+        ({"layout": "striped"}, "layout: wanted 'contiguous' or 'zigzag'"),
+        ({"mesh": None}, "mesh: wanted a mesh: arrays on one, jax.set_mesh"),
+    ],
+)
+def test_refused(options, message):
+    options = {"mesh": mesh_of((2, 2), names=("data", "sequence"))} | options
+    x = jnp.ones((2, 32, options.pop("num_heads", 4), 8))
+    with pytest.raises(ValueError, match=message):
+        dilax.create_dilated_attention("ring", *SPEC, **options)(x, x, x)
+
+
+def test_only_kinds_on_a_mesh_take_axes():
+    with pytest.raises(ValueError, match=r"axis_name: wanted None with kind 'dilated'"):
+        dilax.create_dilated_attention("dilated", *SPEC, axis_name="sequence")
+
+
+def test_explain_has_the_plan():
+    decision = dilax.explain(
+        "head_parallel",
+        seq_len=1 << 16,
+        num_heads=16,
+        segment_lengths=(2048, 1 << 16),
+        dilation_rates=(1, 8),
+        devices=8,
+    )
+    assert decision.placement == "8 devices along the tokens, contiguous: local, all_to_all"
+    assert "65536     8  all_to_all" in str(decision)
+    assert "receives" in str(decision)
