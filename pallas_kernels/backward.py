@@ -251,7 +251,7 @@ def queries_gradient(
     query, key, value, do = arrays
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
-    operands = [jnp.asarray(table), jnp.asarray(schedule.geometry(plan, starts)), seed]
+    operands = [jnp.asarray(table), jnp.asarray(schedule.kernel_table(plan, starts)), seed]
     operands += [view(query, plan.stride), view(do, plan.stride)]
     rows_view = (*lse.shape[:2], lse.shape[2] // plan.stride, plan.stride)
     operands += [lse.reshape(rows_view), delta.reshape(rows_view)]

@@ -232,7 +232,7 @@ def keys_gradient(
     head_dim, dtype = query.shape[-1], query.dtype
     part = schedule.participation(plan).astype(np.int32)
     operands = [jnp.asarray(table), jnp.asarray(part)]
-    operands += [jnp.asarray(schedule.geometry(plan, starts)), seed]
+    operands += [jnp.asarray(schedule.kernel_table(plan, starts)), seed]
     operands += [view(key, plan.stride), view(value, plan.stride)]
     operands += [view(x, r) for x in (query, do) for r in views]
     operands += [by_residue(x, r) for x in (lse, delta) for r in views]

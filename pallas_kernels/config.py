@@ -7,6 +7,8 @@ from pallas_kernels import schedule
 SHARED_BYTES = 232448 - 3072  # of one Hopper multiprocessor, less barriers and reductions
 ROWS = 64
 CONSUMERS = 2
+# Of the largest table that says where tiles look: part of the program, read by all blocks.
+TABLE_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,13 +173,15 @@ def partition(launch: schedule.Launch) -> tuple[tuple[int, ...], ...]:
     or unaligned segments hide from only part of it is computed in vain. Takes the cheapest of the
     partitions that run some first branches alone and the rest together.
 
-    Causal calls never share: on an H100 that was slower, for the masked steps that it adds.
+    Very long calls never share, for the size of the table; nor do causal calls: on an H100 that was
+    slower, for the masked steps that it adds.
 
     Returns tuples of indices into launch.rates.
     """
     count = len(launch.rates)
     singles = tuple((i,) for i in range(count))
-    if count == 1 or launch.causal:
+    table = 4 * schedule.FIELDS * count * launch.stride * launch.tiles
+    if count == 1 or launch.causal or table > TABLE_BYTES:
         return singles
     candidates = [singles]
     for alone in range(count - 1):

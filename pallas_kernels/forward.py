@@ -343,7 +343,7 @@ def forward(
     """
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
-    geometry = jnp.asarray(schedule.geometry(plan, starts))
+    geometry = jnp.asarray(schedule.kernel_table(plan, starts))
     operands = [jnp.asarray(table), geometry, seed, view(query, plan.stride)]
     operands += [view(key, r) for r in views]
     operands += [view(value, r) for r in views]

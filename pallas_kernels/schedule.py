@@ -144,26 +144,28 @@ def work_lists(
     last = order[fill]
     order = np.concatenate([order[~fill], last[np.argsort(-cost[last], kind="stable")]])
     code = ((example * launch.tiles + tile) * heads + head) * launch.stride + residue
-    work = zip(
-        code[order].tolist(),
-        mask[head, residue][order].tolist(),
-        cost[order].tolist(),
-        # Loading the home tile and writing the result cost about as much as one more visit.
-        (cost[order] + 1).tolist(),
-        strict=True,
-    )
-    lists: list[list[tuple[int, int, int]]] = [[] for _ in range(ctas)]
-    load = [(0, cta) for cta in range(ctas)]
-    for item, bits, steps_, weight in work:
-        total, cta = load[0]
-        heapq.heapreplace(load, (total + weight, cta))
-        lists[cta].append((item, bits, steps_))
-    table = np.zeros((ctas, 1 + max(map(len, lists)), 3), np.int32)
-    for cta, items in enumerate(lists):
-        table[cta, 0, 0] = len(items)
-        if items:
-            table[cta, 1 : 1 + len(items)] = items
+    items = np.stack([code, mask[head, residue], cost], axis=-1)[order].astype(np.int32)
+    # Loading the home tile and writing the result cost about as much as one more visit.
+    cta = _deal(cost[order] + 1, ctas)
+    counts = np.bincount(cta, minlength=ctas)
+    table = np.zeros((ctas, 1 + int(counts.max(initial=0)), 3), np.int32)
+    table[:, 0, 0] = counts
+    by_cta = np.argsort(cta, kind="stable")
+    place = np.arange(len(cta)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table[cta[by_cta], 1 + place] = items[by_cta]
     return table
+
+
+def _deal(weights: np.ndarray, ctas: int) -> np.ndarray:
+    """Gives each item in turn to the block with the least work so far: its number."""
+    if len(weights) == 0 or weights.min() == weights.max():
+        return np.arange(len(weights)) % ctas  # the same, at once
+    load = [(0, cta) for cta in range(ctas)]
+    chosen = np.empty(len(weights), np.int64)
+    for i, weight in enumerate(weights.tolist()):
+        total, chosen[i] = load[0]
+        heapq.heapreplace(load, (total + weight, load[0][1]))
+    return chosen
 
 
 def rows_of(branches: Any, extent: int) -> list[int]:
@@ -276,6 +278,22 @@ def knows_starts(launch: Launch) -> bool:
     return launch.home_start is not None and launch.away_start is not None
 
 
+def computes_visits(launch: Launch) -> bool:
+    """Whether a kernel computes where a tile looks, and does not read it.
+
+    With one branch all divisors are constants: quicker than a read from memory. (Not for a single
+    tile: there everything would be constant, and a loop known to be empty breaks the lowering.)
+    """
+    return len(launch.rates) == 1 and knows_starts(launch) and launch.tiles > 1
+
+
+def kernel_table(launch: Launch, starts: Any) -> Any:
+    """The `geometry` that a kernel gets: of one entry where it does not read it."""
+    if computes_visits(launch):
+        return np.zeros((1, 1, 1, FIELDS), np.int32)
+    return geometry(launch, starts)
+
+
 def geometry(launch: Launch, starts: Any) -> Any:
     """Where each branch looks from each tile: int32 `[branch, residue, tile, FIELDS]`.
 
@@ -306,9 +324,7 @@ def geometry(launch: Launch, starts: Any) -> Any:
 def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile: Any) -> Visit:
     """Reads the visit of `branch` by a tile; a branch whose bit in `mask` is unset has 0 steps."""
     present = lax.rem(lax.shift_right_logical(mask, jnp.int32(branch)), jnp.int32(2)) == 1
-    if len(launch.rates) == 1 and knows_starts(launch) and launch.tiles > 1:
-        # All divisors are constants here: quicker than a read from memory. (Not for a single tile:
-        # there everything would be constant, and a loop known to be empty breaks the lowering.)
+    if computes_visits(launch):
         where = (jnp.int32(launch.home_start), jnp.int32(launch.away_start))
         row = tile * launch.block_home
         fields = list(_fields(launch, 0, residue, row, where, _TRACED)[: FIELDS - 1])
