@@ -26,8 +26,8 @@ import dilax
 
 HERE = Path(__file__).parent
 T, BLOCK, RATIO = 4096, 64, 0.1
-N, K, H = 2, 1, 32
-NAMES, VALUES, NOISE = 128, 16, 8
+N, K, H = 2, 1, 64
+NAMES, VALUES, NOISE = 64, 16, 8
 QUESTION = 1 + VALUES  # in place of a value
 PAIRS = 31  # one of them is asked for: about one in each block of the first half
 ROWS = np.arange(T // 2, T, BLOCK)  # positions of the questions
