@@ -32,6 +32,7 @@ from dilax.sharded import from_layout as from_layout
 from dilax.sharded import layout_positions as layout_positions
 from dilax.sharded import sharded_dilated_attention as sharded_dilated_attention
 from dilax.sharded import to_layout as to_layout
+from dilax.sharded_blocks import sharded_block_sparse_attention as sharded_block_sparse_attention
 from dilax.spec import DilatedSpec as DilatedSpec
 from dilax.torchscale import from_torchscale as from_torchscale
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from dilax._types import stats_dtype
 from dilax.block_lists import BlockLists
-from dilax.tile import Settings, base_two, finish, gradient_scales, gradients, look, start
+from dilax.tile import Settings, base_two, finish, gradient_scales, gradients, look, start, zeros
 from dilax.tile_loop import Groups, same_document
 
 # Logits alive at once, and how many keys one step looks at, at most.
@@ -238,7 +238,7 @@ def _queries(x: _Blocks, to: Visits, items: _Items, *more: Any) -> list[Any]:
 
 def forward(settings: Settings, q, k, v, groups: Groups, to: Visits):
     """out [G, Lq, H] and lse [G, Lq] of one piece, in float32 (or float64)."""
-    (G, Lq, H), stats = q.shape, stats_dtype(q.dtype)
+    (G, Lq, _), stats = q.shape, stats_dtype(q.dtype)
     x = _blocks(q, k, v, groups, to)
     plan = _plan(settings, to, x.k_position.shape[0])
 
@@ -250,7 +250,7 @@ def forward(settings: Settings, q, k, v, groups: Groups, to: Visits):
             met = _keys(settings, x, groups, to, plan.width, items, j, q_ids)
             return look(settings, state, q, met.k, met.v, met.visible, q_bits, met.k_bits)
 
-        state = start(q.shape[0], to.block_size, H, stats)
+        state = start(q, k, v, stats)
         return finish(settings, lax.fori_loop(0, steps, step, state), q.dtype)
 
     out, lse = lax.map(tile, (plan.items, plan.steps))
@@ -287,10 +287,10 @@ def backward(settings: Settings, q, k, v, groups: Groups, to: Visits, do, lse, d
             )
             return dq + more[0], dk, dv
 
-        dq, *sums = lax.fori_loop(0, steps, step, (jnp.zeros(q.shape, stats), *sums))
+        dq, *sums = lax.fori_loop(0, steps, step, (zeros(q.shape, stats, q, k, v, do), *sums))
         return tuple(sums), dq
 
-    zero = jnp.zeros((G * x.k_position.shape[0], to.block_size, H), stats)
+    zero = zeros((G * x.k_position.shape[0], to.block_size, H), stats, q, k, v, do)
     (dk, dv), dq = lax.scan(tile, (zero, zero), (plan.items, plan.steps))
     q_factor, k_factor = gradient_scales(settings, q.dtype)
     dk, dv = (_join(a, G, Lk, to.k_lead) for a in (dk * k_factor, dv))

@@ -94,7 +94,8 @@ def block_sparse_attention(
 
     def blocks(branches: tuple[Branch, ...] | None, q_start: int, k_start: int):
         causal = is_causal and q_positions is None  # of the indices
-        return _lists(query, key, pattern, branches, causal, q_start, k_start)
+        found = lists_of(query, key, pattern, branches, causal, q_start, k_start)
+        return found[0] if branches is None else found
 
     with jax.named_scope("dilax.block_sparse_attention"):
         return union_attention(
@@ -141,8 +142,8 @@ def refuse_branch_options(dilation_rates, combine, head_offset, average_branches
             raise refuse(name, f"{default!r} without segment_lengths", x)
 
 
-def _lists(query, key, pattern, branches, is_causal: bool, q_start: int, k_start: int) -> Any:
-    """The block lists of a call, checked: one, or one per branch."""
+def lists_of(query, key, pattern, branches, is_causal: bool, q_start: int, k_start: int) -> tuple:
+    """The block lists of a call, checked: one per branch, or one alone."""
     (B, T, N), (S, K) = query.shape[:3], key.shape[1:3]
     if branches is None:
         sizes = [(T, S, q_start, k_start)]
@@ -163,4 +164,4 @@ def _lists(query, key, pattern, branches, is_causal: bool, q_start: int, k_start
     for one, (t, s, _, _) in zip(lists, sizes, strict=True):
         blocks = (-(-t // one.block_size), -(-s // one.block_size))
         check_lists(one, *blocks, batch=(1, B), heads=(1, K, N))
-    return lists[0] if branches is None else lists
+    return lists

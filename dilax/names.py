@@ -167,10 +167,7 @@ KINDS = (
 )
 
 # Names that `dilax` will export: what a name will be is fixed, what it does is not there yet.
-LATER_EXPORTS = (
-    "from_gigapath",
-    "sharded_block_sparse_attention",
-)
+LATER_EXPORTS = ("from_gigapath",)
 
 
 def missing(name: str, module: Any, available: Iterable[str]) -> AttributeError:

@@ -144,12 +144,12 @@ def sharded_dilated_attention(
     check_extra_keys(key, bias_k, bias_v)
     check_implementation(implementation)
     drops = check_dropout(dropout_rate, dropout_key, deterministic)
-    devices = 1 if axis_name is None else _axis_size("axis_name", axis_name)
+    devices = 1 if axis_name is None else axis_size_of("axis_name", axis_name)
     check_ring_size(ring_size, devices)
     (B, T, N, H), total = query.shape, query.shape[1] * devices
-    head_parts = 1 if head_axis is None else _axis_size("head_axis", head_axis)
+    head_parts = 1 if head_axis is None else axis_size_of("head_axis", head_axis)
     if batch_axis is not None:
-        _axis_size("batch_axis", batch_axis)
+        axis_size_of("batch_axis", batch_axis)
     branches = tuple(
         within(branch, total) for branch in branches_of(spec, N * head_parts, combine, head_offset)
     )
@@ -214,7 +214,7 @@ def _first(axis: Any, count: int) -> Any:
     return 0 if axis is None else lax.axis_index(axis) * count
 
 
-def _axis_size(name: str, axis: Any) -> int:
+def axis_size_of(name: str, axis: Any) -> int:
     """Devices along the mesh axis (or axes) that an argument names."""
     names = axis if isinstance(axis, tuple) else (axis,)
     if not names or not all(isinstance(x, str) for x in names):

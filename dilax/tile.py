@@ -89,11 +89,24 @@ class Running(NamedTuple):
     acc: jax.Array  # [groups, q_size, H]
 
 
-def start(groups: int, q_size: int, head_dim: int, stats) -> Running:
-    """Attention over no key."""
-    shape = (groups, q_size)
-    zeros = jnp.zeros(shape, stats)
-    return Running(jnp.full(shape, -jnp.inf, stats), zeros, jnp.zeros((*shape, head_dim), stats))
+def zeros(shape: tuple[int, ...], dtype: Any, *like: Any) -> jax.Array:
+    """Zeros that vary over the axes of a shard_map over which any array of `like` does.
+
+    What a loop carries must vary as what its body returns, where shard_map checks it.
+    """
+    axes: set[str] = set()
+    for x in like:
+        kind = jax.typeof(x)
+        manual = getattr(kind, "manual_axis_type", None)
+        axes |= set(getattr(kind, "vma", ()) if manual is None else manual.varying)
+    x = jnp.zeros(shape, dtype)
+    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def start(q: jax.Array, k: jax.Array, v: jax.Array, stats: Any) -> Running:
+    """Attention of q [groups, q_size, H] over no key of k and v."""
+    zero = zeros(q.shape, stats, q, k, v)
+    return Running(zero[..., 0] - jnp.inf, zero[..., 0], zero)
 
 
 def look(settings: Settings, state: Running, q, k, v, visible, q_bits, k_bits) -> Running:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from dilax._types import stats_dtype
-from dilax.tile import Settings, base_two, finish, gradient_scales, gradients, look, start
+from dilax.tile import Settings, base_two, finish, gradient_scales, gradients, look, start, zeros
 
 # Logits alive at once. On a CPU a tile should stay in cache; an accelerator wants all its cores
 # busy within one step of the loop.
@@ -181,7 +181,7 @@ def forward(settings: Settings, q, k, v, groups: Groups):
     def query_tile(x, i, q, q_ids, q_bits):
         x = x._replace(q=q, q_ids=q_ids, q_bits=q_bits)
         low, high = _key_tiles(settings, groups, tiles, i)
-        state = start(tiles.groups, tiles.q_size, q.shape[-1], stats)
+        state = start(q, x.k, x.v, stats)
         state = _repeat(low, high, tiles.k_count, functools.partial(key_tile, i, x), state)
         return finish(settings, state, q.dtype)
 
@@ -217,14 +217,15 @@ def backward(settings: Settings, q, k, v, groups: Groups, do, lse, delta):
     def key_tile(x, rows, dq, along):
         j, *keys = along
         low, high = _query_tiles(settings, groups, tiles, j)
-        zero = jnp.zeros((tiles.groups, tiles.k_size, H), stats)
+        zero = zeros((tiles.groups, tiles.k_size, H), stats, x.q, x.k, x.v, *rows)
         body = functools.partial(query_tile, x, rows, j, keys)
         dq, dk, dv = _repeat(low, high, tiles.q_count, body, (dq, zero, zero))
         return dq, (dk, dv)
 
     def group_tile(x_and_rows):
         x, rows = x_and_rows
-        dq = jnp.zeros((tiles.q_count, tiles.groups, tiles.q_size, H), stats)
+        shape = (tiles.q_count, tiles.groups, tiles.q_size, H)
+        dq = zeros(shape, stats, x.q, x.k, x.v, *rows)
         along = (jnp.arange(tiles.k_count), x.k, x.v, x.k_ids, x.k_bits)
         if tiles.k_count == 1:
             dq, (dk, dv) = key_tile(x, rows, dq, (0, *(_at(a, 0) for a in along[1:])))

@@ -6,12 +6,14 @@ JAX never differentiates a message: that would keep everything that arrived.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sharding.blocks import BlockPlan, BlockRing
 from sharding.local import Here, Local, empty, options, zeros
 from sharding.mesh import AxisName, vary_like
 from sharding.messages import MESSAGES, Messages
@@ -21,9 +23,12 @@ from sharding.ring import Ring
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything static about one call; an axis is None where nothing is sharded over one."""
+    """Everything static about one call; an axis is None where nothing is sharded over one.
 
-    plan: Plan
+    make_lists: with a BlockPlan, (columns, counts, bands) -> lists for the local attention.
+    """
+
+    plan: Plan | BlockPlan
     local: Local
     axis_name: AxisName | None
     head_axis: AxisName | None
@@ -32,6 +37,7 @@ class Setup:
     scale: float
     dropout_rate: float
     messages: Messages = MESSAGES
+    make_lists: Callable[..., Any] | None = None
 
 
 def attend(
@@ -65,37 +71,36 @@ def _attend(setup: Setup, query, key, value, masks):
     chunks = setup.plan.token_starts.shape[1]
     running: list[Any] = [None] * chunks if total is None else _split(total, chunks)
     for ring, own, first in zip(rings, keys, arrived, strict=True):
-        with jax.named_scope(_name(ring)):
+        with jax.named_scope(ring.name):
             running = _forward(ring, query, own, first, running)
     cut = [query] if chunks == 1 else jnp.split(query, chunks, axis=1)
     parts = [empty(q) if x is None else x for x, q in zip(running, cut, strict=True)]
     return tuple(jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in zip(*parts, strict=True))
 
 
-def _rings(setup: Setup, masks) -> tuple[list[Ring], Here]:
+def _rings(setup: Setup, masks) -> tuple[list[Any], Here]:
     def index(axis: AxisName | None) -> Any:
         return 0 if axis is None else lax.axis_index(axis)
 
     axes = setup.axis_name, setup.head_axis, setup.batch_axis
     here = Here(*map(index, axes), *masks)
     args = setup.axis_name, setup.scale, setup.dropout_rate, setup.messages, here
+    if isinstance(setup.plan, BlockPlan):
+        assert setup.make_lists is not None
+        first = setup.local, setup.plan, setup.make_lists, setup.axis_name, setup.is_causal
+        return [BlockRing(*first, *args[1:])], here
     moving = [branch for branch in setup.plan.branches if not branch.in_place]
     return [Ring(setup.local, setup.plan, branch, *args) for branch in moving], here
 
 
-def _name(ring: Ring) -> str:
-    branch = ring.branch
-    return f"{branch.method}_{branch.ranks.segment}_{branch.ranks.rate}"
-
-
-def _first(ring: Ring, keys) -> Any:
+def _first(ring: Any, keys) -> Any:
     hops = ring.branch.hops
     return ring.send(hops[1], keys) if len(hops) > 1 else None
 
 
 def _in_place(setup: Setup, here: Here, query, key, value) -> Any:
     """(out, lse) of the branches that are local, None if there is none."""
-    branches = [branch for branch in setup.plan.branches if branch.in_place]
+    branches = _local_branches(setup.plan)
     if not branches:
         return None
     with jax.named_scope("local"):
@@ -123,7 +128,7 @@ def _split(arrays, chunks: int) -> list[tuple]:
     return list(zip(*(jnp.split(x, chunks, axis=1) for x in arrays), strict=True))
 
 
-def _forward(ring: Ring, query, own, arrived, running: list) -> list:
+def _forward(ring: Any, query, own, arrived, running: list) -> list:
     """The running (out, lse) per chunk with one branch added."""
     chunks = range(len(running))
     queries = [ring.queries(query, i) for i in chunks]
@@ -164,7 +169,7 @@ def _attend_bwd(setup: Setup, residuals, cotangents):
     chunks = setup.plan.token_starts.shape[1]
     totals = [[x for (x,) in _split((g,), chunks)] for g in local]
     for ring, own, first in zip(rings, keys, arrived, strict=True):
-        with jax.named_scope(f"{_name(ring)}_backward"):
+        with jax.named_scope(f"{ring.name}_backward"):
             totals = _backward(ring, (query, d_out, lse, delta), own, first, totals)
     gradients = (jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in totals)
     dq, dk, dv = (g.astype(x.dtype) for g, x in zip(gradients, (query, key, value), strict=True))
@@ -174,8 +179,14 @@ def _attend_bwd(setup: Setup, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def _local_branches(plan: Plan | BlockPlan) -> list:
+    if isinstance(plan, BlockPlan):
+        return []
+    return [branch for branch in plan.branches if branch.in_place]
+
+
 def _in_place_gradients(setup: Setup, here: Here, query, key, value, others) -> Any:
-    branches = [branch for branch in setup.plan.branches if branch.in_place]
+    branches = _local_branches(setup.plan)
     if not branches:
         return tuple(zeros(x) for x in (query, key, value))
     with jax.named_scope("local_backward"):
@@ -191,7 +202,7 @@ def _in_place_gradients(setup: Setup, here: Here, query, key, value, others) -> 
         )
 
 
-def _backward(ring: Ring, arrays, own, arrived, totals: list) -> list:
+def _backward(ring: Any, arrays, own, arrived, totals: list) -> list:
     """Gradients [dq, dk, dv], each per chunk, with those of one branch added."""
     chunks = range(len(totals[0]))
     query, d_out, lse, delta = ([ring.queries(x, i) for i in chunks] for x in arrays)

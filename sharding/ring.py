@@ -43,6 +43,12 @@ class Ring:
     messages: Messages
     here: Here
 
+    @property
+    def name(self) -> str:
+        """For profiles."""
+        branch = self.branch
+        return f"{branch.method}_{branch.ranks.segment}_{branch.ranks.rate}"
+
     # --- which rows -----------------------------------------------------------------------------
 
     def _offset(self) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import dilax
-from dilax import reference, sharded
+from dilax import reference, sharded, tile_loop
 from dilax.spec import branches_of
 from sharding.mesh import from_layout, to_layout
 from tests.compare import error
@@ -180,8 +180,10 @@ def test_part_of_the_table(case, x64, monkeypatch):
     check(case)
 
 
-def test_the_attention_of_xla(x64):
-    """The real local attention: traced starts, dropout bits, ids, unaligned, zigzag."""
+def test_the_attention_of_xla(x64, monkeypatch):
+    """The real local attention in several tiles: traced starts, dropout bits, ids, unaligned."""
+    for name in ("_QUERY_TILE", "_KEY_TILE", "_CAUSAL_TILE"):
+        monkeypatch.setattr(tile_loop, name, 4)
     case = Placed((5, 16), (1, 3), (1, 2, 1), causal=True, K=2, ids=True, dropout=0.3)
     check(case, implementation="xla")
 

@@ -1,0 +1,159 @@
+"""Block-sparse attention of a sequence on a mesh axis, inside a shard_map: the same answer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dilax import dropout
+from dilax._types import UnsupportedError, refuse, shown
+from dilax.block_lists import BlockLists
+from dilax.block_sparse import lists_of
+from dilax.checks import check_bool, check_dropout, check_qkv, check_scale, segment_ids_of
+from dilax.select import check_implementation
+from dilax.sharded import XLA, axis_size_of, check_ring_size
+from sharding.attention import Setup, attend
+from sharding.blocks import BlockPlan, make_block_plan
+
+
+def sharded_block_sparse_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    pattern: Any,
+    *,
+    axis_name: Any,
+    ring_size: int | None = None,
+    head_axis: Any = None,
+    batch_axis: Any = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    key_padding_mask: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    deterministic: bool = True,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`dilax.block_sparse_attention` of a sequence on a mesh axis, inside a shard_map over it.
+
+    Devices hold consecutive parts. A device gets keys and values only from those whose blocks some
+    row of it visits, straight from there, and of those the run of blocks that is wanted by any.
+
+    Args:
+        query: [B, T, N, H]; key, value: [B, T, K, H]: this device's part, a whole number of blocks.
+        pattern: as in `dilax.block_sparse_attention`, over the whole sequence and known when
+            tracing; one for all heads if there is a head_axis.
+        axis_name, ring_size, head_axis, batch_axis and the masks: as in
+            `dilax.sharded_dilated_attention`.
+        is_causal, scale, dropout_rate, dropout_key, deterministic: as in `dilax.dilated_attention`.
+        implementation: "xla" or None.
+        return_lse: return (out, lse), lse [B, T, N].
+
+    Returns:
+        out [B, T, N, H] in the query's dtype, this device's part.
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what was wanted and what came.
+        UnsupportedError: the named implementation cannot take the call, with reasons.
+
+    Source: Ring Attention (arXiv:2310.01889); BigBird (arXiv:2007.14062).
+
+    Example:
+        >>> import functools, jax, dilax
+        >>> auto = jax.sharding.AxisType.Auto
+        >>> mesh = jax.make_mesh((1,), ("sequence",), axis_types=(auto,))
+        >>> config = dilax.SparsePatternConfig(window_size=32, block_size=16)
+        >>> attend = functools.partial(
+        ...     sharded_block_sparse_attention, pattern=config, axis_name="sequence"
+        ... )
+        >>> part = jax.P(None, "sequence")
+        >>> attend = jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part)
+        >>> q = jax.numpy.ones((1, 64, 4, 8))
+        >>> jax.jit(attend)(q, q, q).shape
+        (1, 64, 4, 8)
+    """
+    check_qkv(query, key, value)
+    if key.shape[1] != query.shape[1]:
+        raise refuse("key", f"the {query.shape[1]} rows of the query on every device", key)
+    for name, x in (("is_causal", is_causal), ("return_lse", return_lse)):
+        check_bool(name, x)
+    check_scale(scale)
+    check_implementation(implementation)
+    if implementation == "pallas":
+        why = "its kernels take no block lists of a mesh"
+        raise UnsupportedError(f"query {shown(query)} on a mesh", {"pallas": (why,)})
+    drops = check_dropout(dropout_rate, dropout_key, deterministic)
+    devices = axis_size_of("axis_name", axis_name)
+    check_ring_size(ring_size, devices)
+    for name, axis in (("head_axis", head_axis), ("batch_axis", batch_axis)):
+        if axis is not None:
+            axis_size_of(name, axis)
+    ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
+    rate, seed = 0.0, None
+    if drops and dropout_key is not None:
+        rate, seed = float(dropout_rate), dropout.seed_bits(dropout_key)
+    plan, make = block_plan_of(
+        pattern,
+        query,
+        key,
+        devices=devices,
+        is_causal=is_causal,
+        packed=ids[0] is not None,
+        one_for_all=head_axis is not None,
+    )
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    setup = Setup(
+        plan,
+        XLA,
+        axis_name,
+        head_axis,
+        batch_axis,
+        is_causal,
+        factor,
+        rate,
+        make_lists=make,
+    )
+    out, lse = attend(setup, query, key, value, *ids, seed)
+    out = out.astype(query.dtype)
+    return (out, lse) if return_lse else out
+
+
+def block_plan_of(
+    pattern: Any,
+    query: Any,
+    key: Any,
+    *,
+    devices: int,
+    is_causal: bool = False,
+    packed: bool = False,
+    one_for_all: bool = False,
+) -> tuple[BlockPlan, Any]:
+    """The plan of a pattern over `devices` parts like query and key, and what makes its lists."""
+    (B, n, N, H), K = query.shape, key.shape[2]
+    whole = [jax.ShapeDtypeStruct((1, n * devices, x, H), query.dtype) for x in (N, K)]
+    (lists,) = lists_of(*whole, pattern, None, is_causal, 0, 0)
+    if not lists.is_static:
+        raise refuse("pattern", "a pattern that is known when tracing, on a mesh", pattern)
+    if one_for_all and lists.columns.shape[1] > 1:
+        raise refuse("pattern", "one pattern for all heads with a head_axis", pattern)
+    bytes_of_row = B * (2 * K * H * jnp.dtype(query.dtype).itemsize + 4 * packed)
+    plan = make_block_plan(
+        np.asarray(lists.columns),
+        np.asarray(lists.counts),
+        None if lists.band_index is None else np.asarray(lists.band_index),
+        length=n * devices,
+        devices=devices,
+        block_size=lists.block_size,
+        is_causal=is_causal,
+        row_bytes=bytes_of_row,
+        arrays=2 + packed,
+    )
+
+    def make(columns, counts, bands) -> BlockLists:
+        return BlockLists(columns, counts, lists.bands, bands, lists.block_size)
+
+    return plan, make

@@ -1,0 +1,144 @@
+"""Block-sparse attention on a mesh: the numbers of one device, and only wanted hops."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dilax
+from dilax import sharded_blocks
+from dilax.block_lists import from_mask
+from tests.compare import error
+
+T, BLOCK = 64, 4
+
+
+def pattern_of(name):
+    """Lists of 16 blocks: exact windows by a band, block 0 for all and seeing all, random ones."""
+    rng = np.random.default_rng(0)
+    if name == "heads":  # one for each kv head
+        return from_mask(rng.random((1, 2, 16, 16)) < 0.3, BLOCK)
+    tokens, reach = {"window": (9, 3)}.get(name, (7, 2))
+    distance = np.arange(16)[:, None] - np.arange(16)
+    band, mask = (abs(distance) <= reach).astype(int), abs(distance) <= reach
+    if name != "window":
+        mask[0], mask[:, 0], band[0], band[:, 0] = True, True, 0, 0
+    if name == "random":
+        mask |= rng.random((16, 16)) < 0.1
+    return from_mask(mask, BLOCK, ((None, None), (tokens, tokens)), band)
+
+
+def placed(name, devices, mesh=None, **options):
+    """The function of arrays over `devices` devices."""
+    auto = jax.sharding.AxisType.Auto
+    mesh = mesh or jax.make_mesh((devices,), ("sequence",), axis_types=(auto,))
+    part = jax.P(None, "sequence")
+
+    def run(q, k, v, *ids):
+        return dilax.sharded_block_sparse_attention(
+            q,
+            k,
+            v,
+            pattern_of(name),
+            axis_name="sequence",
+            q_segment_ids=ids[0] if ids else None,
+            **options,
+        )
+
+    out = (part, part) if options.get("return_lse") else part
+
+    def mapped(*arrays):
+        specs = (part,) * len(arrays)
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out)(*arrays)
+
+    return mapped
+
+
+def with_gradients(f):
+    """out, lse, dq, dk, dv of f with cotangents."""
+
+    def run(q, k, v, do, dl, *ids):
+        result, vjp = jax.vjp(lambda *x: f(*x, *ids), q, k, v)
+        return *result, *vjp((do, dl))
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "causal", "ids", "rate"),
+    [
+        ("window", 8, True, False, 0.0),
+        ("window", 2, False, True, 0.3),
+        ("global", 4, False, False, 0.0),
+        ("random", 4, True, False, 0.3),
+        ("heads", 4, True, False, 0.0),
+    ],
+)
+def test_equals_one_device(name, devices, causal, ids, rate, x64):
+    rng = np.random.default_rng(1)
+    q, do = rng.normal(size=(2, 2, T, 4, 8))
+    k, v = rng.normal(size=(2, 2, T, 2, 8))
+    arrays = (q, k, v, do, rng.normal(size=(2, T, 4)))
+    if ids:
+        arrays += (np.sort(rng.integers(0, 3, (2, T)), 1).astype(np.int32),)
+    options = {"is_causal": causal, "return_lse": True}
+    if rate:
+        options |= {"dropout_rate": rate, "dropout_key": jax.random.key(5), "deterministic": False}
+
+    def one(q, k, v, *ids):
+        masks = {"q_segment_ids": ids[0]} if ids else {}
+        return dilax.block_sparse_attention(q, k, v, pattern_of(name), **masks, **options)
+
+    wanted = with_gradients(one)(*arrays)
+    found = with_gradients(placed(name, devices, **options))(*arrays)
+    assert max(error(a, b) for a, b in zip(found, wanted, strict=True)) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "causal", "rows"),
+    # Of 8 tokens a device: the window reaches 9 back, two blocks of 4 and one of the device before;
+    # the global block travels from device 0 to each other one, alone where no window wants more.
+    [
+        ("window", True, [(1, 0, 8), (2, 4, 8)]),
+        ("global", True, [(1, 0, 8)] + [(i, 0, 4) for i in range(2, 8)]),
+    ],
+)
+def test_only_wanted_blocks_travel(name, causal, rows):
+    x = jax.ShapeDtypeStruct((1, T // 8, 2, 8), jnp.float32)
+    plan, _ = sharded_blocks.block_plan_of(pattern_of(name), x, x, devices=8, is_causal=causal)
+    assert [(hop.shift, *hop.rows[0]) for hop in plan.hops[1:]] == rows
+    assert plan.bytes == sum(high - low for _, low, high in rows) * 2 * 2 * 8 * 4
+    x = jnp.ones((1, T, 2, 8))
+    text = jax.jit(placed(name, 8, is_causal=causal)).lower(x, x, x).compile().as_text()
+    assert "all-gather" not in text
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* collective-permute\(", text)
+    assert sum(np.prod(list(map(int, s.split(",")))) for s in shapes) * 4 == plan.bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ring_size": 3}, "ring_size: wanted None or 4"),
+        ({"devices": 32}, "64 tokens on 32 devices: wanted a multiple of 128.* to 128"),
+        ({"axis_name": "rows"}, "axis_name: wanted axes"),
+        ({"head_axis": "sequence", "name": "heads"}, "pattern: wanted one pattern for all heads"),
+    ],
+)
+def test_refused(options, message):
+    options = {"name": "window", "devices": 4, "T": T} | options
+    x = jnp.ones((1, options.pop("T"), 2, 8))
+    auto = jax.sharding.AxisType.Auto
+    name, devices = options.pop("name"), options.pop("devices")
+    mesh = jax.sharding.AbstractMesh((devices,), ("sequence",), axis_types=(auto,))
+    call = functools.partial(
+        dilax.sharded_block_sparse_attention,
+        pattern=pattern_of(name),
+        **{"axis_name": "sequence"} | options,
+    )
+    part = jax.P(None, "sequence")
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=(part,) * 3, out_specs=part)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(mapped, x, x, x)
