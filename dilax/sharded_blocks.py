@@ -134,8 +134,8 @@ def block_plan_of(
 ) -> tuple[BlockPlan, Any]:
     """The plan of a pattern over `devices` parts like query and key, and what makes its lists."""
     (B, n, N, H), K = query.shape, key.shape[2]
-    whole = [jax.ShapeDtypeStruct((1, n * devices, x, H), query.dtype) for x in (N, K)]
-    (lists,) = lists_of(*whole, pattern, None, is_causal, 0, 0)
+    whole_q, whole_k = (jax.ShapeDtypeStruct((1, n * devices, x, H), query.dtype) for x in (N, K))
+    (lists,) = lists_of(whole_q, whole_k, pattern, None, is_causal, 0, 0)
     if not lists.is_static:
         raise refuse("pattern", "a pattern that is known when tracing, on a mesh", pattern)
     if one_for_all and lists.columns.shape[1] > 1:

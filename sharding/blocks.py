@@ -219,7 +219,7 @@ class BlockRing:
             "dropout_rate": self.rate,
             "dropout_bits": self._bits(q_start, k_start, q, keys),
         }
-        if ids is not None:
+        if ids is not None and keys.ids is not None:
             options |= {"q_segment_ids": ids[0], "kv_segment_ids": keys.ids[0]}
         return options
 

@@ -201,7 +201,7 @@ def compiled(case: Placed, dtype=np.float32):
     )
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part)
     q, k, v = (x.astype(dtype) for x in case.arrays()[0][:3])
-    text = jax.jit(mapped).lower(q, k, v).compile().as_text()
+    text = jax.jit(mapped).lower(q, k, v).compile().as_text() or ""
     T, itemsize = case.T, np.dtype(dtype)
     spec = dilax.DilatedSpec(case.segment_lengths, case.dilation_rates)
     plan = sharded.plan_of(

@@ -112,7 +112,7 @@ def test_only_wanted_blocks_travel(name, causal, rows):
     assert [(hop.shift, *hop.rows[0]) for hop in plan.hops[1:]] == rows
     assert plan.bytes == sum(high - low for _, low, high in rows) * 2 * 2 * 8 * 4
     x = jnp.ones((1, T, 2, 8))
-    text = jax.jit(placed(name, 8, is_causal=causal)).lower(x, x, x).compile().as_text()
+    text = jax.jit(placed(name, 8, is_causal=causal)).lower(x, x, x).compile().as_text() or ""
     assert "all-gather" not in text
     shapes = re.findall(r"= f32\[([\d,]+)\]\S* collective-permute\(", text)
     assert sum(np.prod(list(map(int, s.split(",")))) for s in shapes) * 4 == plan.bytes
