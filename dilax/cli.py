@@ -51,6 +51,16 @@ class Show:
     """Which residue a head keeps: interleaved (the paper) or blocked (torchscale)."""
     causal: bool = False
     """A query sees no key after it."""
+    pattern: str | None = None
+    """Draw a block pattern instead: a preset (local, dilated, ...) or a pattern type."""
+    sparsity_ratio: float | None = None
+    """Of a pattern type: the share of admissible blocks kept."""
+    block_size: int | None = None
+    """Of a pattern type: tokens of a block, a multiple of 64."""
+    window_size: int | None = None
+    """Of a pattern type: tokens of the window, in place of a ratio."""
+    global_tokens: int | None = None
+    """Of global_local: tokens that everybody sees, in place of a ratio."""
     out: Path = Path("pattern.png")
     """The picture to write, a name that ends in .png."""
 
@@ -59,6 +69,13 @@ class Show:
         _check_output("out", self.out, ".png")
         from dilax import plotting
 
+        fields = ("sparsity_ratio", "block_size", "window_size", "global_tokens")
+        given = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        if self.pattern is not None:
+            self._draw_blocks(given)
+            return
+        for name, x in given.items():
+            raise refuse(name, "no value without a pattern", x)
         figure = plotting.draw_pattern(
             self.segment_lengths,
             self.dilation_rates,
@@ -69,6 +86,23 @@ class Show:
             is_causal=self.causal,
         )
         figure.savefig(self.out)
+        print(f"wrote {self.out}")
+
+    def _draw_blocks(self, given: dict[str, Any]) -> None:
+        from dilax import plotting
+        from dilax.pattern_config import PATTERN_TYPES, SparsePatternConfig, as_pattern
+
+        for name in ("segment_lengths", "dilation_rates", "combine", "head_offset"):
+            x = getattr(self, name)
+            if x != getattr(Show, name):
+                raise refuse(name, "its default with a pattern", x)
+        if given and self.pattern not in PATTERN_TYPES:
+            raise refuse("pattern", f"one of {', '.join(PATTERN_TYPES)} with options", self.pattern)
+        made = SparsePatternConfig(self.pattern or "", **given) if given else self.pattern
+        made = as_pattern("pattern", made)
+        sizes = {"num_heads": self.num_heads, "is_causal": self.causal}
+        plotting.draw_blocks(made, length=self.length, **sizes).savefig(self.out)
+        print(made.describe(self.length, is_causal=self.causal))
         print(f"wrote {self.out}")
 
 

@@ -5,6 +5,7 @@ lengths and causality. The patterns themselves are in `dilax.patterns`.
 """
 
 import dataclasses
+from typing import Any, cast
 
 import numpy as np
 
@@ -35,6 +36,12 @@ class Pattern:
     def head_groups(self) -> int:
         """Into how many groups of heads with patterns of their own the heads are split."""
         return 1
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(cast(Any, self))
+        said = [f for f in fields if getattr(self, f.name) != f.default]
+        said = [f"{f.name}={getattr(self, f.name)!r}" for f in said]
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def __or__(self, other: "Pattern") -> "Pattern":
         return Union((self, other))
@@ -94,7 +101,7 @@ class Pattern:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Composed(Pattern):
     patterns: tuple[Pattern, ...]
 
@@ -119,7 +126,7 @@ class _Composed(Pattern):
         return [x.entries(grid, group, groups) for x in self.patterns]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Union(_Composed):
     """What any of several patterns keeps; `a | b` makes one.
 
@@ -135,7 +142,7 @@ class Union(_Composed):
         return block_entries.union(grid, self._parts(grid, group, groups))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Intersection(_Composed):
     """What all of several patterns keep; `a & b` makes one.
 
@@ -151,7 +158,7 @@ class Intersection(_Composed):
         return block_entries.intersection(grid, self._parts(grid, group, groups))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PerHead(_Composed):
     """A pattern for each of as many equal groups of heads, in order.
 
@@ -172,7 +179,7 @@ class PerHead(_Composed):
         return self.patterns[group // each].entries(grid, group % each, each)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Causal(Pattern):
     """A pattern under causality, whatever the call says.
 

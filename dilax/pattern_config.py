@@ -44,7 +44,7 @@ class SparsePatternConfig:
 
     Example:
         >>> SparsePatternConfig("global_local", sparsity_ratio=0.2).pattern()
-        GlobalLocal(sparsity_ratio=0.2, ...)
+        GlobalLocal(sparsity_ratio=0.2)
     """
 
     pattern_type: str = "local_window"

@@ -54,7 +54,7 @@ def _pair(name: str, x: Any, positive: bool = True) -> Any:
     return int(x)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LocalWindow(Pattern):
     """The blocks nearest to each block of queries.
 
@@ -120,7 +120,7 @@ def _band(grid: Grid, left: int | None, right: int | None) -> Entries:
     return Entries(row, column, *limits)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class DilatedSparse(Pattern):
     """Blocks at distances that are multiples of a rate, the rates taken in turn, nearest first.
 
@@ -180,7 +180,7 @@ class DilatedSparse(Pattern):
 UNREACHED = 2**40  # later than every turn of a rate
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GlobalLocal(Pattern):
     """Blocks that every row sees, a local window, and optionally random blocks.
 
@@ -274,7 +274,7 @@ class GlobalLocal(Pattern):
         return first_by(grid, counts, priority)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Hierarchical(Pattern):
     """All blocks nearby, and of the bands further out, each twice as far, every 2nd, 4th, ... one.
 

@@ -1,6 +1,7 @@
-"""Pictures: which keys each query of each head sees, and how a training run went."""
+"""Pictures: which keys each query of each head sees, which blocks, how a training run went."""
 
 import colorsys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from dilax._types import refuse
+from dilax.block_lists import admissible, partial_blocks
 from dilax.dilated import dilated_attention
 from dilax.order import TokenOrder, window_blocks
+from dilax.pattern_config import as_pattern
 from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
@@ -265,6 +268,61 @@ def draw_orders(orders: Sequence[TokenOrder], window: Sequence[int], block_size:
     panels[1, 0].set_ylabel("query block", fontsize=9)
     grid, sides = (" x ".join(map(str, x)) for x in (orders[0].grid, window))
     figure.suptitle(f"grid {grid}, window {sides}, blocks of {block_size} tokens", fontsize=10)
+    return figure
+
+
+def draw_blocks(
+    pattern: Any, *, length: int, num_heads: int = 1, is_causal: bool = False
+) -> Figure:
+    """A figure of a block pattern: one panel per group of heads that has a pattern of its own.
+
+    A row of a panel is a block of queries, a column one of keys, shaded where causality leaves
+    nothing. pattern: as in `dilax.block_sparse_attention`.
+
+    Example:
+        >>> figure = draw_blocks("local", length=1024, is_causal=True)
+        >>> figure.axes[0].get_title()
+        '70 of 136 blocks'
+    """
+    _check_sizes(length, num_heads, LONGEST)
+    made = as_pattern("pattern", pattern)
+    lists = made.lists(length, num_heads=num_heads, is_causal=is_causal)
+    cut = partial_blocks(lists, length, length, is_causal)
+    limit = admissible(length, length, lists.block_size, is_causal)
+    groups = made.head_groups()
+    shown = [i * lists.columns.shape[1] // groups for i in range(groups)][:MOST_HEADS]
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3 * columns + 1, 3 * rows + 1.2), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    colours = ["white", "#e6e6e6", COLOURS[0], COLOURS[4]]
+    for panel, n in zip(panels, shown, strict=False):
+        cells = (np.arange(len(limit)) >= limit[:, None]).astype(int)
+        valid = lists.valid[0, n]
+        place = np.nonzero(valid)[0], lists.columns[0, n][valid]
+        cells[place] = 2 + cut[0, n][valid]
+        _image(panel, cells, ListedColormap(colours), len(colours) - 1, lists.block_size)
+        panel.set_title(f"{len(place[0])} of {limit.sum()} blocks", fontsize=9)
+    for panel in panels[len(shown) :]:
+        figure.delaxes(panel)
+    panels[0].set_ylabel("query", fontsize=9)
+    names = ("kept", "kept, masked in part", *(("in the future",) if is_causal else ()))
+    handles = [
+        Patch(color=c, label=n) for c, n in zip(colours[2:] + colours[1:2], names, strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    density = made.density(length, is_causal=is_causal)
+    causal = "causal" if is_causal else "not causal"
+    size = lists.block_size
+    figure.suptitle(
+        "\n".join(
+            [
+                *textwrap.wrap(str(made), 48 * columns),
+                f"{length} tokens in blocks of {size}, {causal}, {density:.1%} kept",
+            ]
+        ),
+        fontsize=8,
+    )
     return figure
 
 

@@ -65,6 +65,13 @@ def test_every_command_has_help(name, capsys):
         (["shew"], "command: wanted one of train, generate,"),
         (["show", "--length", "0"], "length: wanted 1 to 65536 tokens, got 0"),
         (["show", "--dilation-rates", "1"], "dilation_rates: wanted as many as"),
+        (["show", "--pattern", "learned"], "pattern: wanted a SparsePatternConfig"),
+        (["show", "--block-size", "64"], "block_size: wanted no value without a pattern, got 64"),
+        (["show", "--pattern", "local", "--combine", "heads"], "combine: wanted its default"),
+        (
+            ["show", "--pattern", "local", "--sparsity-ratio", "0.1"],
+            "pattern: wanted one of local_window, ",
+        ),
         (["show", "--combine", "sum"], "combine: wanted 'lse' or 'heads', got 'sum'"),
         (["explain", "--kind", "nothing"], "nothing"),
         (["explain", "--devices", "7"], "16384 tokens on 7 devices: wanted a multiple of 7"),
