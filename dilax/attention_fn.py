@@ -174,8 +174,6 @@ class DilatedAttention:
             raise refuse("order", "None or a TokenOrder", self.order)
         if self.sharding is not None and not isinstance(self.sharding, AttentionSharding):
             raise refuse("sharding", "None or an AttentionSharding", self.sharding)
-        if self.sharding is not None and self.pattern is not None:
-            raise refuse("sharding", "None with a pattern", self.sharding)
 
     def _check_pattern(self) -> None:
         check_choice("visiting_order", self.visiting_order, VISITING_ORDERS)
@@ -237,12 +235,12 @@ class DilatedAttention:
             q_positions = kv_positions = jnp.asarray(order.positions)
 
         attention: Callable = dilated_attention
-        if self.pattern is not None:
-            attention = functools.partial(
-                block_sparse_attention, pattern=self.pattern, visiting_order=self.visiting_order
-            )
-        elif self.sharding is not None:
-            attention = functools.partial(dilated_attention_on_mesh, self.sharding)
+        blocks = {"pattern": self.pattern, "visiting_order": self.visiting_order}
+        if self.sharding is not None:
+            more = {} if self.pattern is None else blocks
+            attention = functools.partial(dilated_attention_on_mesh, self.sharding, **more)
+        elif self.pattern is not None:
+            attention = functools.partial(block_sparse_attention, **blocks)
 
         def attend(arrays):
             if order is not None:

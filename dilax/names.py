@@ -99,10 +99,13 @@ KINDS = (
         module=True,
         pattern="local_window",
     ),
-    _later(
+    Kind(
+        ("block_sparse_distributed", "BlockSparseRingDistributedDilatedAttention"),
         "'block_sparse' on a mesh of several hosts",
-        "block_sparse_distributed",
-        "BlockSparseRingDistributedDilatedAttention",
+        pattern="local_window",
+        mesh=True,
+        sequence="sequence",
+        batch="data",
     ),
     Kind(
         ("hierarchical", "BlockSparseHierarchical"),

@@ -9,9 +9,25 @@ from jax.core import Tracer
 from dilax._types import refuse
 from dilax.checks import check_choice, check_dropout, check_qkv
 from dilax.sharded import LAYOUTS, check_ring_size, sharded_dilated_attention
+from dilax.sharded_blocks import sharded_block_sparse_attention
 
 _ROWS = ("q_segment_ids", "kv_segment_ids", "key_padding_mask")
 _HEADS = ("bias_k", "bias_v")
+# What block lists on a mesh do not have, and its default.
+_ABSENT_WITH_A_PATTERN = {
+    "segment_lengths": None,
+    "dilation_rates": None,
+    "combine": "lse",
+    "head_offset": "interleaved",
+    "average_branches": None,
+    "pad_mode": "mask",
+    "layout": "contiguous",
+    "method": None,
+    "bias_k": None,
+    "bias_v": None,
+    "zero_attn": False,
+    "visiting_order": "longest_first",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +123,10 @@ def dilated_attention_on_mesh(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segment_lengths: Any,
+    segment_lengths: Any = None,
     dilation_rates: Any = None,
     *,
+    pattern: Any = None,
     is_causal: bool = False,
     q_start: int = 0,
     k_start: int = 0,
@@ -121,7 +138,8 @@ def dilated_attention_on_mesh(
 
     Inside a shard_map over the axes of `sharding` the arrays are this device's part; elsewhere they
     are whole, in `sharding.layout`, and this wraps the shard_map. Arguments and errors as
-    `dilax.dilated_attention` and `dilax.sharded_dilated_attention`.
+    `dilax.dilated_attention` and `dilax.sharded_dilated_attention`; with a pattern as
+    `dilax.sharded_block_sparse_attention`.
 
     Example:
         >>> import jax, dilax
@@ -145,8 +163,11 @@ def dilated_attention_on_mesh(
         if x is not None and (is_causal or drops):
             wanted = "None on a mesh with causality or dropout, which go by the place there"
             raise refuse(name, wanted, x)
-    options |= {"is_causal": is_causal, "layout": sharding.layout, "method": sharding.method}
     options |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
+    options |= {"layout": sharding.layout, "method": sharding.method}
+    if pattern is not None:
+        options = {"pattern": pattern} | _without_branches(options)
+    options |= {"is_causal": is_causal}
     arrays = {"query": query, "key": key, "value": value}
     for name in (*_ROWS, *_HEADS, "dropout_key"):
         if options.get(name) is not None:
@@ -157,8 +178,18 @@ def dilated_attention_on_mesh(
     return _mapped(sharding.on(query), arrays, options)
 
 
+def _without_branches(options: dict) -> dict:
+    """The options of block lists on a mesh, refusing what those do not have."""
+    for name, default in _ABSENT_WITH_A_PATTERN.items():
+        x = options.get(name, default)
+        if not isinstance(x, type(default)) or x != default:
+            raise refuse(name, f"{default!r} with a pattern on a mesh", x)
+    return {name: x for name, x in options.items() if name not in _ABSENT_WITH_A_PATTERN}
+
+
 def _call(sharding: AttentionSharding, arrays: dict, options: dict) -> Any:
-    return sharded_dilated_attention(
+    run = sharded_block_sparse_attention if "pattern" in options else sharded_dilated_attention
+    return run(
         **arrays,
         **options,
         axis_name=sharding.sequence,

@@ -35,10 +35,7 @@ MODULES = {
     "standard": ("xla", False),
     "improved": (None, True),
 }
-LATER = (
-    "block_sparse_distributed BlockSparseRingDistributedDilatedAttention adaptive "
-    "BlockSparseAdaptive adaptive_standard"
-).split()
+LATER = ("adaptive BlockSparseAdaptive adaptive_standard").split()
 SPARSE = (  # tests/test_create_sparse.py
     "block_sparse block_sparse_ring BlockSparseRingDilatedAttention block_sparse_multihead "
     "BlockSparseRingMultiheadDilatedAttention BlockSparseOptimized BlockSparseTorchSparse "
@@ -51,7 +48,8 @@ ON_MESH = (  # tests/test_on_mesh.py runs them
     "RingDilatedAttentionProduction ring_multihead RingMultiheadDilatedAttentionHybrid distributed "
     "DistributedMultiheadDilatedAttention ring_distributed RingDistributedDilatedAttention "
     "ring_hilbert RingDilatedAttentionHilbertOptimized head_parallel "
-    "HeadParallelDilatedAttentionOptimized"
+    "HeadParallelDilatedAttentionOptimized block_sparse_distributed "
+    "BlockSparseRingDistributedDilatedAttention"
 ).split()
 FACTORIES = [dilax.create_dilated_attention, dilax.create_multihead_dilated_attention]
 

@@ -70,7 +70,32 @@ def test_two_axes_for_the_tokens(x64):
     assert error(found, one(*heads(), is_causal=True)) < 1e-12
 
 
-ON_MESH = [row for row in KINDS if row.mesh]
+ON_MESH = [row for row in KINDS if row.mesh and not row.pattern]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_block_sparse_on_a_mesh(causal):
+    mesh = mesh_of((2, 2), names=("data", "sequence"))
+    options = {"window_size": 100, "block_size": 64}
+    x = jax.random.normal(jax.random.key(1), (2, 256, 32))
+    create = dilax.create_multihead_dilated_attention
+    pattern = dilax.SparsePatternConfig(**options)
+    layer = create("block_sparse_distributed", 32, 4, pattern=pattern, mesh=mesh)
+    name = "BlockSparseRingDistributedDilatedAttention"
+    assert create(name, 32, 4, pattern=pattern, mesh=mesh).attention == layer.attention
+    same = create("block_sparse", 32, 4, pattern=pattern)
+    run = nnx.jit(lambda layer, x: layer(x, is_causal=causal))
+    placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data", "sequence")))
+    assert error(run(layer, placed), run(same, x)) < 1e-5
+
+
+def test_a_pattern_on_a_mesh_has_no_segments():
+    options = {"mesh": mesh_of((2,), names=("sequence",)), "batch_axis": "sequence"}
+    create = dilax.create_dilated_attention
+    attention = create("block_sparse_distributed", [8, 32], [1, 2], **options)
+    x = jnp.ones((2, 128, 4, 8))
+    with pytest.raises(ValueError, match="segment_lengths: wanted None with a pattern on a mesh"):
+        attention(x, x, x)
 
 
 @pytest.mark.parametrize("row", ON_MESH, ids=lambda row: row.names[0])
