@@ -20,7 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# In one piece where the memory is just enough; else a device's peak tells what a case needs.
+LONGEST = "--billion" in sys.argv
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true" if LONGEST else "false")
+if LONGEST:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
 # Without these XLA sends some keys and values before it computes, not meanwhile.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
