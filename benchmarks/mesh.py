@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 # In one piece where the memory is just enough; else a device's peak tells what a case needs.
-LONGEST = "--billion" in sys.argv
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true" if LONGEST else "false")
-if LONGEST:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "true" if "--billion" in sys.argv else "false"
+)
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
 # Without these XLA sends some keys and values before it computes, not meanwhile.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
