@@ -9,6 +9,7 @@ from flax import nnx
 
 from dilax._types import refuse
 from dilax.longnet import LongNetLM
+from dilax.on_mesh import AttentionSharding
 from dilax.train_config import TrainConfig
 
 
@@ -99,10 +100,10 @@ def load_model(checkpoint_dir: str, step: int | None = None) -> tuple[LongNetLM,
     return merged(graphdef, params, rest), config
 
 
-def new_model(config: TrainConfig) -> tuple[Any, Any, Any]:
+def new_model(config: TrainConfig, sharding: AttentionSharding | None = None) -> tuple:
     """Graph, parameters as nested dicts, and the rest of a freshly started model."""
     graphdef, params, rest = nnx.split(
-        LongNetLM(config.model, rngs=nnx.Rngs(config.seed)), nnx.Param, ...
+        LongNetLM(config.model, sharding=sharding, rngs=nnx.Rngs(config.seed)), nnx.Param, ...
     )
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dilax._types import LostProcessError, refuse
+from dilax.on_mesh import AttentionSharding
 
 AXES = ("data", "sequence")
 # After this many seconds without a sign of life a process counts as lost.
@@ -193,6 +194,13 @@ class Placement:
         if self.mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, jax.NamedSharding(self.mesh, jax.P()))
+
+    @property
+    def attention(self) -> AttentionSharding | None:
+        """Where the attention's arrays lie."""
+        if self.mesh is None:
+            return None
+        return AttentionSharding(sequence="sequence", batch="data", mesh=self.mesh)
 
     def local(self, tree: Any) -> Any:
         """A tree that is everywhere as arrays of this process alone."""

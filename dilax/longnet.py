@@ -18,6 +18,7 @@ from dilax._types import FLOAT_DTYPES, refuse
 from dilax.attention_fn import POLICIES, check_number, check_positive
 from dilax.checks import check_array, check_bool
 from dilax.modules import MultiheadDilatedAttention
+from dilax.on_mesh import AttentionSharding
 from dilax.order import TokenOrder
 from dilax.positions import RotaryPosition, XPos
 from dilax.select import IMPLEMENTATIONS
@@ -188,7 +189,14 @@ class LongNetLayer(nnx.Module):
         (1, 20, 64)
     """
 
-    def __init__(self, config: LongNetConfig, *, is_causal: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        is_causal: bool,
+        sharding: AttentionSharding | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.is_causal, self.dropout = is_causal, config.dropout
         self.attention_norm = _norm(config, config.embed_dim, rngs)
         self.attention = MultiheadDilatedAttention(
@@ -205,6 +213,7 @@ class LongNetLayer(nnx.Module):
             pad_mode=config.pad_mode,
             position=_position(config),
             implementation=config.implementation,
+            sharding=sharding,
             **_made(config, rngs),
         )
         self.ffn_norm = _norm(config, config.embed_dim, rngs)
@@ -233,18 +242,20 @@ class LongNetLayer(nnx.Module):
         return x + _dropped(self.ffn(self.ffn_norm(x)), self.dropout, rngs)
 
 
-def _stacked_layers(config: LongNetConfig, is_causal: bool, rngs: nnx.Rngs) -> LongNetLayer:
+def _stacked_layers(
+    config: LongNetConfig, is_causal: bool, sharding: Any, rngs: nnx.Rngs
+) -> LongNetLayer:
     """All layers as one, every parameter with a leading layer axis and its own random start."""
 
     @nnx.split_rngs(splits=config.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(rngs):
-        return LongNetLayer(config, is_causal=is_causal, rngs=rngs)
+        return LongNetLayer(config, is_causal=is_causal, sharding=sharding, rngs=rngs)
 
     return create(rngs)
 
 
-def _start_stack(stack: Any, config: Any, is_causal: bool, rngs: nnx.Rngs) -> None:
+def _start_stack(stack: Any, config: Any, is_causal: bool, sharding: Any, rngs: nnx.Rngs) -> None:
     """Give an encoder or decoder its config, layers and final norm."""
     if not isinstance(config, LongNetConfig):
         raise refuse("config", "a LongNetConfig", config)
@@ -252,7 +263,7 @@ def _start_stack(stack: Any, config: Any, is_causal: bool, rngs: nnx.Rngs) -> No
         if getattr(config, name) == "float64" and not jax.config.jax_enable_x64:
             raise refuse(name, "float64 only with jax_enable_x64", getattr(config, name))
     stack.config = config
-    stack.layers = _stacked_layers(config, is_causal, rngs)
+    stack.layers = _stacked_layers(config, is_causal, sharding, rngs)
     stack.norm = _norm(config, config.embed_dim, rngs) if config.final_norm else None
 
 
@@ -296,6 +307,7 @@ class LongNetEncoder(nnx.Module):
 
     Args:
         config: see `LongNetConfig`.
+        sharding: where the attention's arrays lie on a mesh; see `dilax.AttentionSharding`.
         rngs: "params" starts the weights.
 
     Call:
@@ -317,8 +329,10 @@ class LongNetEncoder(nnx.Module):
         (1, 20, 64)
     """
 
-    def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
-        _start_stack(self, config, False, rngs)
+    def __init__(
+        self, config: LongNetConfig, *, sharding: AttentionSharding | None = None, rngs: nnx.Rngs
+    ):
+        _start_stack(self, config, False, sharding, rngs)
 
     def __call__(
         self,
@@ -345,8 +359,10 @@ class LongNetDecoder(nnx.Module):
         (1, 20, 64)
     """
 
-    def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
-        _start_stack(self, config, True, rngs)
+    def __init__(
+        self, config: LongNetConfig, *, sharding: AttentionSharding | None = None, rngs: nnx.Rngs
+    ):
+        _start_stack(self, config, True, sharding, rngs)
 
     def __call__(
         self,
@@ -369,6 +385,7 @@ class LongNetLM(nnx.Module):
 
     Args:
         config: see `LongNetConfig`; vocab_size is needed.
+        sharding: as of `LongNetEncoder`.
         rngs: "params" starts the weights.
 
     Call:
@@ -385,10 +402,12 @@ class LongNetLM(nnx.Module):
         (1, 20, 258)
     """
 
-    def __init__(self, config: LongNetConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LongNetConfig, *, sharding: AttentionSharding | None = None, rngs: nnx.Rngs
+    ):
         if isinstance(config, LongNetConfig) and config.vocab_size is None:
             raise refuse("vocab_size", "a positive int in a language model", None)
-        self.decoder = LongNetDecoder(config, rngs=rngs)
+        self.decoder = LongNetDecoder(config, sharding=sharding, rngs=rngs)
         self.config = config
         normal = nnx.initializers.normal(config.embed_dim**-0.5)
         options = _made(config, rngs)

@@ -7,18 +7,16 @@ same numbers, bit for bit, as one that was not interrupted.
 
 import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from dilax import data
@@ -27,6 +25,7 @@ from dilax.checkpoints import Checkpoints, check_directory, load_model, merged, 
 from dilax.checks import check_bool
 from dilax.distributed import Placement, agreed, any_process, lost_processes_named
 from dilax.longnet import LongNetLM
+from dilax.steps import evaluate, evaluate_on, loss_sums, make_optimizer, schedule_of, train_step
 from dilax.train_config import TrainConfig, default_model
 
 __all__ = [
@@ -95,132 +94,6 @@ class TrainResult:
     skipped_files: int = 0
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient clipping and AdamW with the schedule of `config`; decay on matrices only.
-
-    Example:
-        >>> make_optimizer(TrainConfig()).init({"kernel": jnp.ones((2, 2))}) is not None
-        True
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            _schedule(config),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=_decayed,
-        ),
-    )
-
-
-def _schedule(config: TrainConfig) -> optax.Schedule:
-    peak, warmup = config.learning_rate, config.warmup_steps
-    return optax.warmup_cosine_decay_schedule(
-        init_value=peak / (warmup + 1),
-        peak_value=peak,
-        warmup_steps=warmup,
-        decay_steps=config.steps,
-        end_value=min(config.final_learning_rate, peak),
-    )
-
-
-def _decayed(params: Any) -> Any:
-    """True on projections and embeddings. Names tell: stacked norms and biases have two axes."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
-
-
-def loss_sums(
-    model: LongNetLM, batch: data.Batch, rngs: nnx.Rngs | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy in nats over the predicted tokens of a batch, and their number.
-
-    Args:
-        model: the language model.
-        batch: tokens, segment_ids, positions, int32 [B, T + 1].
-        rngs: with a "dropout" stream for dropout; None for none.
-
-    Example:
-        >>> from dilax.longnet import LongNetConfig
-        >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
-        >>> batch = {name: jnp.ones((1, 9), jnp.int32)
-        ...          for name in ("tokens", "segment_ids", "positions")}
-        >>> int(loss_sums(LongNetLM(config, rngs=nnx.Rngs(0)), batch)[1])
-        8
-    """
-    return _loss_sums(model, data.shifted(batch), rngs)
-
-
-def _loss_sums(model: LongNetLM, batch: data.Batch, rngs: nnx.Rngs | None = None):
-    """`loss_sums` of a batch that `data.shifted` cut."""
-    logits = model(
-        jnp.asarray(batch["tokens"]),
-        segment_ids=jnp.asarray(batch["segment_ids"]),
-        positions=jnp.asarray(batch["positions"]) if model.config.position else None,
-        deterministic=rngs is None,
-        rngs=rngs,
-    )
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    chosen = batch["predicted"]
-    return jnp.where(chosen, nats, 0).sum(), chosen.sum()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
-def _train_step(
-    config: TrainConfig, placement: Placement, graphdef, params, optimizer_state, rest, batch, step
-):
-    """One update; the loss sums are those before it."""
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-
-    def loss(params):
-        model = merged(graphdef, params, rest)
-        total, number = _loss_sums(model, batch, nnx.Rngs(dropout=key))
-        return total / jnp.maximum(number, 1), (total, number)
-
-    gradients, sums = jax.grad(loss, has_aux=True)(params)
-    optimizer = make_optimizer(config)
-    updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-    params = optax.apply_updates(params, updates)
-    return placement.kept_everywhere((params, optimizer_state, sums))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _evaluation_step(placement: Placement, graphdef, state, batch):
-    return placement.kept_everywhere(_loss_sums(nnx.merge(graphdef, state), batch))
-
-
-def evaluate(model: LongNetLM, batches: Iterable[data.Batch]) -> float:
-    """Bits per predicted token (bytes, and one end mark per document) of packed batches.
-
-    Raises:
-        ValueError: no token is predicted in the batches.
-
-    Example:
-        >>> from dilax.longnet import LongNetConfig
-        >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
-        >>> held_out = data.validation_batches(
-        ...     [data.Document("a", b"text")], sequence_length=8, batch_size=1)
-        >>> 5 < evaluate(LongNetLM(config, rngs=nnx.Rngs(0)), held_out) < 15
-        True
-    """
-    return _evaluate(model, batches, Placement(None))
-
-
-def _evaluate(model: LongNetLM, batches: Iterable[data.Batch], placement: Placement) -> float:
-    graphdef, state = nnx.split(model)
-    nats, number = 0.0, 0
-    for batch in batches:
-        batch = placement.batch(data.shifted(batch))
-        total, count = _evaluation_step(placement, graphdef, state, batch)
-        nats, number = nats + float(total), number + int(count)
-    if not number:
-        raise refuse("batches", "at least one predicted token", number)
-    return nats / number / math.log(2)
-
-
 class _Run:
     """The state of one call of `train`."""
 
@@ -260,7 +133,7 @@ class _Run:
         if self.checkpoints is not None and latest is not None:
             saved = self.checkpoints.run(latest)
             self._check_same(saved)
-        self.graphdef, params, rest = new_model(config)
+        self.graphdef, params, rest = new_model(config, self.placement.attention)
         optimizer_state = make_optimizer(config).init(params)
         started = self.placement.everywhere((params, optimizer_state, rest))
         self.params, self.optimizer_state, self.rest = started
@@ -297,7 +170,7 @@ class _Run:
     def advance(self) -> tuple[float, int]:
         """One step; the mean loss in bits and the number of predicted tokens."""
         batch = self.placement.batch(data.shifted(next(self.batches)))
-        self.params, self.optimizer_state, (total, number) = _train_step(
+        self.params, self.optimizer_state, (total, number) = train_step(
             self.config.computed(),
             self.placement,
             self.graphdef,
@@ -316,8 +189,13 @@ class _Run:
     def model(self) -> LongNetLM:
         return merged(self.graphdef, self.params, self.rest)
 
+    def model_here(self) -> LongNetLM:
+        """The model as one of this process alone, on one device."""
+        model = nnx.eval_shape(lambda: LongNetLM(self.config.model, rngs=nnx.Rngs(0)))
+        return merged(nnx.graphdef(model), *self.placement.local((self.params, self.rest)))
+
     def evaluation(self) -> float:
-        return _evaluate(self.model(), self.held_out(), self.placement)
+        return evaluate_on(self.model(), self.held_out(), self.placement)
 
     def held_out(self) -> Iterator[data.Batch]:
         return data.validation_batches(
@@ -412,7 +290,7 @@ def _train(config: TrainConfig, resume: bool, on_step: Callable[[Progress], None
             raise _diverged("the loss on the held-out files", validation, config)
         bigram = data.bigram_bits_per_byte(data.bigram_counts(run.corpus.train), run.held_out())
     return TrainResult(
-        model=merged(run.graphdef, *run.placement.local((run.params, run.rest))),
+        model=run.model_here(),
         step=run.step,
         bits_per_byte=tuple(bits),
         validation_bits_per_byte=validation if finished else None,
@@ -428,7 +306,7 @@ def _train(config: TrainConfig, resume: bool, on_step: Callable[[Progress], None
 
 def _train_loop(run: _Run, stop: threading.Event, on_step: Callable[[Progress], None] | None):
     """Steps until the last one or a request to stop: bits of each, tokens, last evaluation."""
-    config, schedule = run.config, _schedule(run.config)
+    config, schedule = run.config, schedule_of(run.config)
     bits, tokens, counted, validation, start = [], 0, 0, None, time.perf_counter()
     while run.step < config.steps and not any_process(stop.is_set()):
         rate = jnp.asarray(schedule(run.step)).item()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dilax import cli, data
+from dilax import cli, data, on_mesh
 from dilax._types import LostProcessError
 from dilax.distributed import Placement, lost_processes_named, parse_mesh, start_processes
 from dilax.longnet import LongNetConfig
@@ -158,9 +158,17 @@ def test_processes_that_disagree_say_so(config, tmp_path):
             assert "error: config: wanted the same on every process" in err
 
 
-def test_a_mesh_is_one_device(config, alone):
+def test_a_mesh_is_one_device(config, alone, monkeypatch):
+    attend, parts = on_mesh.sharded_dilated_attention, []
+
+    def spy(query, *arrays, **options):
+        parts.append(query.shape)
+        return attend(query, *arrays, **options)
+
+    monkeypatch.setattr(on_mesh, "sharded_dilated_attention", spy)
     found = train(dataclasses.replace(config, mesh="data=4,sequence=2"), on_step=stop_at(6))
     assert found.interrupted
+    assert set(parts) == {(1, 16, 2, 8)}  # the attention ran on parts of examples and sequences
     assert error(found.bits_per_byte, alone.bits_per_byte[:6]) <= EXACT
     tokens = np.zeros((1, 5), np.int32)
     assert np.isfinite(found.model(tokens)).all()  # the model is one of this process alone
