@@ -210,14 +210,13 @@ def as_lists(grid: Grid, heads: Sequence[Entries]) -> BlockLists:
         slot = np.arange(len(entries.row)) - (np.cumsum(counts[i]) - counts[i])[entries.row]
         columns[i, entries.row, slot] = entries.column
         band[i, entries.row, slot] = number
-    # What follows the valid entries repeats the last one.
-    last = np.minimum(np.arange(capacity), np.maximum(counts, 1)[..., None] - 1)
-    columns, band = (np.take_along_axis(x, last, -1)[None] for x in (columns, band))
+    # Columns ascend, so this repeats the last valid one in what follows.
+    columns = np.maximum.accumulate(columns, axis=-1)
     limited: Any = [tuple(None if -x == UNLIMITED else int(-x) for x in row) for row in bands]
     return BlockLists(
-        columns,
+        columns[None],
         counts[None].astype(np.int32),
         tuple(limited),
-        band if len(limited) > 1 else None,
+        band[None] if len(limited) > 1 else None,
         grid.block_size,
     )

@@ -10,13 +10,13 @@ import pytest
 
 import dilax
 from dilax import block_loop, reference
-from dilax.block_lists import BlockLists, from_mask
+from dilax.block_lists import BlockLists, from_mask, token_mask
 from dilax.partial import Partial, merge
 from dilax.patterns import DilatedSparse, GlobalLocal, Hierarchical, LocalWindow, PerHead
 from dilax.tile import Settings
 from dilax.xla_attention import attend
 from tests.cases import Case
-from tests.compare import assert_exact
+from tests.compare import assert_exact, assert_within
 
 LOCAL = LocalWindow(0.3, block_size=8)
 WINDOW = LocalWindow(window_size=(13, 5), block_size=8)
@@ -235,6 +235,42 @@ def test_time_and_memory_follow_the_kept_blocks():
     plan = block_loop._plan(settings, to, 256)
     work = (plan.steps * plan.width * plan.items.count.shape[1]).sum()
     assert work < 2 * 2 * blocks.counts.sum()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_lower_precision_errs_as_plain_attention_does(dtype, rng):
+    q, k, v, d_out = (jnp.asarray(rng.normal(size=(1, 96, 2, 16)), dtype) for _ in range(4))
+    mask = np.asarray(token_mask(WINDOW.lists(96), 96, 96))
+
+    def plain(q, k, v):
+        logits = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(jnp.where(mask, logits / 4, -jnp.inf)).astype(q.dtype)
+        out = jnp.einsum("BNTS,BSNH->BTNH", p, v, preferred_element_type=jnp.float32)
+        return out.astype(q.dtype)
+
+    def values(attention, *arrays):
+        out, pull = jax.vjp(jax.jit(attention), *arrays[:3])
+        return (out, *pull(arrays[3]))
+
+    def sparse(q, k, v):
+        return dilax.block_sparse_attention(q, k, v, WINDOW)
+
+    with jax.enable_x64(True):
+        exact = values(
+            lambda q, k, v: reference.block_sparse_attention(q, k, v, WINDOW.lists(96))[0],
+            *(x.astype(jnp.float64) for x in (q, k, v, d_out)),
+        )
+    assert_within(values(sparse, q, k, v, d_out), values(plain, q, k, v, d_out), exact)
+
+
+def test_vmap_also_over_lists(x64, rng):
+    arrays = rng.normal(size=(3, 2, 1, 40, 2, 8))
+    each = [lists((1, 1, 5, 5), seed, capacity=5) for seed in (5, 6)]
+    both = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    found = jax.jit(jax.vmap(dilax.block_sparse_attention))(*arrays, both)
+    alone = jax.jit(dilax.block_sparse_attention)
+    for i in range(2):
+        assert_exact(found[i], alone(*arrays[:, i], each[i]))
 
 
 def refused(match, pattern=LOCAL, error=ValueError, **options):
