@@ -15,14 +15,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dilax._types import UnsupportedError, refuse, shown
+from dilax.adaptive import AdaptiveAttention
 from dilax.attention_fn import DilatedAttention, check_dtype, check_number
-from dilax.block_lists import density
+from dilax.block_lists import BlockLists, density
 from dilax.checks import check_bool, check_index, check_qkv
+from dilax.create_adaptive import (
+    STANDARD,
+    adaptive_attention,
+    multihead_adaptive_attention,
+    said,
+)
 from dilax.modules import MultiheadDilatedAttention
 from dilax.names import KINDS, Kind, find_kind
 from dilax.on_mesh import AttentionSharding
 from dilax.order import TokenOrder
 from dilax.pattern_config import PRESETS, SparsePatternConfig, as_pattern
+from dilax.router import Routing, budgets
 from dilax.select import IMPLEMENTATIONS, check_implementation, device_of, unsupported
 from dilax.sharded import Link, plan_of, plan_table
 from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of, within
@@ -121,7 +129,7 @@ def _order(kind: str, row: Kind, grid: Any, order: Any) -> TokenOrder | None:
 
 def _branches(row: Kind, segment_lengths: Any, dilation_rates: Any) -> tuple[Any, Any]:
     """Segments and rates; a block-sparse kind has none that are not given."""
-    sparse = row.pattern is not None or row.preset is not None
+    sparse = row.pattern is not None or row.preset is not None or row.adaptive
     if sparse and segment_lengths in (None, SEGMENT_LENGTHS) and dilation_rates is None:
         return None, None
     spec = _spec(segment_lengths, dilation_rates)
@@ -167,13 +175,13 @@ def create_dilated_attention(
     method: Any = None,
     mesh: Any = None,
     **options: Any,
-) -> DilatedAttention:
+) -> DilatedAttention | AdaptiveAttention:
     """A callable (query, key, value, ...) -> out of the named kind, with its options fixed.
 
     Args:
         kind: "auto", "dilated" or "standard", "improved", or the class name that a PyTorch library
             has for it. All compute the same; "dilated" runs in XLA, the others on the fastest
-            implementation that takes the call. Block-sparse kinds: see
+            implementation that takes the call. Block-sparse and adaptive kinds: see
             `create_block_sparse_attention`. "hilbert" does so along a Hilbert curve through
             `grid`, and "hilbert_pallas" in the Pallas kernel.
         segment_lengths, dilation_rates: sequences of ints, or one DilatedSpec in place of both;
@@ -200,7 +208,6 @@ def create_dilated_attention(
 
     Raises:
         ValueError: a name or an option is wrong; the message says which and lists the valid ones.
-        UnsupportedError: the kind is known, but not available yet.
 
     Source: the factories of the dilated-attention-pytorch libraries; LongNet (arXiv:2307.02486).
 
@@ -208,7 +215,10 @@ def create_dilated_attention(
         >>> create_dilated_attention("improved", [16, 32], [1, 2], dropout=0.1)
         DilatedAttention(segment_lengths=(16, 32), dilation_rates=(1, 2), dropout=0.1)
     """
+    arguments = dict(locals())
     row = find_kind(kind)
+    if row.adaptive:
+        return adaptive_attention(kind, row, said(create_dilated_attention, arguments))
     if row.module:
         raise refuse("kind", "a function; create_multihead_dilated_attention makes modules", kind)
     pattern = _pattern(
@@ -305,7 +315,6 @@ def create_multihead_dilated_attention(
 
     Raises:
         ValueError: a name or an option is wrong; the message says which and lists the valid ones.
-        UnsupportedError: the kind is known, but not available yet.
 
     Source: the factories of the dilated-attention-pytorch libraries; LongNet (arXiv:2307.02486).
 
@@ -314,7 +323,12 @@ def create_multihead_dilated_attention(
         >>> layer(jax.numpy.ones((1, 40, 64))).shape
         (1, 40, 64)
     """
+    arguments = dict(locals())
     row = find_kind(kind)
+    if row.adaptive:
+        given = said(create_multihead_dilated_attention, arguments)
+        given = {name: x for name, x in given.items() if name not in ("embed_dim", "num_heads")}
+        return multihead_adaptive_attention(kind, row, embed_dim, num_heads, given)
     pattern = _pattern(
         kind,
         row,
@@ -363,16 +377,17 @@ def create_block_sparse_attention(
     embed_dim: int | None = None,
     num_heads: int | None = None,
     **options: Any,
-) -> DilatedAttention | MultiheadDilatedAttention:
+) -> DilatedAttention | MultiheadDilatedAttention | AdaptiveAttention:
     """Block-sparse attention of the named kind, a function, or a module if the kind is one.
 
     Args:
         kind: "block_sparse" (also "block_sparse_ring"), "hierarchical", "hilbert_post_pattern", a
             preset ("local", "global_local", "ultra_sparse", "hilbert_standard", "hilbert_ultra",
-            "fine_grained", "long_range"), or "block_sparse_multihead", a module.
+            "fine_grained", "long_range"), "block_sparse_multihead", a module, or "adaptive" and its
+            preset "adaptive_standard", an `AdaptiveAttention` with a router that learns.
         segment_lengths, dilation_rates: None, or dilated branches inside which the pattern acts.
         sparse_config: the pattern: a `SparsePatternConfig`, a pattern or the name of a preset.
-        embed_dim, num_heads: sizes; a module needs them.
+        embed_dim, num_heads: sizes; a module and a router need them.
         options: those of `create_dilated_attention`, or of `create_multihead_dilated_attention` for
             a module; among them sparsity_ratio, block_size, pattern_type in place of sparse_config.
 
@@ -388,8 +403,14 @@ def create_block_sparse_attention(
         (1, 300, 4, 16)
     """
     row = find_kind(kind)
+    if row.adaptive:
+        given = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
+        given |= {"sparse_config": sparse_config, "embed_dim": embed_dim, "num_heads": num_heads}
+        given = {name: x for name, x in given.items() if x is not None}
+        return adaptive_attention(kind, row, given | options)
     if row.pattern is None and row.preset is None:
-        names = [name for x in KINDS if x.pattern or x.preset for name in x.names]
+        rows = [x for x in KINDS if x.pattern or x.preset or x.adaptive]
+        names = [name for x in rows for name in x.names]
         raise refuse("kind", f"one of {', '.join(names)}", kind)
     if sparse_config is not None:
         if options.get("pattern") is not None:
@@ -503,8 +524,7 @@ def explain(
 
     Raises:
         ValueError: an argument is wrong; the message says which, what was wanted and what came.
-        UnsupportedError: the call would raise it: a kind that is not available yet, or a named
-            implementation that cannot take the call.
+        UnsupportedError: the call would raise it: a named implementation cannot take it.
 
     Example:
         >>> print(explain("dilated", seq_len=4096, device_kind="cpu").implementation)
@@ -522,12 +542,17 @@ def explain(
     )
     check_bool("is_causal", is_causal)
     check_number("dropout", dropout, 0.0, 1.0, "a Python number in [0, 1)")
-    made = _pattern(kind, row, False, pattern)
+    if row.adaptive and pattern is not None:
+        raise refuse("pattern", f"None with kind {kind!r}, whose router finds one", pattern)
+    made = None if row.adaptive else _pattern(kind, row, False, pattern)
     segments, rates = _branches(row, segment_lengths, dilation_rates)
     variant = "block_sparse_attention" if segments is None else "dilated_attention"
     if segments is not None:
         options["branches"] = branches_of(as_spec(segments, rates), num_heads, combine, head_offset)
         variant += f", {segments} every {rates}"
+    if row.adaptive:
+        options["blocks"] = _routed(arrays, is_causal)
+        variant += f", the blocks that a router finds, {STANDARD['sparsity_ratio']:.0%} of them"
     if made is not None:
         variant += f", {made}"
         if segments is None:
@@ -547,14 +572,14 @@ def explain(
         options["q_positions"] = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     named = _implementation_of(row, implementation, use_flash_attn)
     taken, over = _implementations(kind, row, named, arrays, options, device_kind)
-    if made is None:
+    if made is None and not row.adaptive:
         over += [("variant", "block_sparse", "changes the result: never chosen unasked")]
     plan = None
     if check_index("devices", devices) == 0:
         raise refuse("devices", "a positive int", devices)
     check_number("gigabytes_per_second", gigabytes_per_second, 1e-6, 1e12, "a positive number")
     if devices > 1:
-        if made is not None:
+        if made is not None or row.adaptive:
             raise refuse("devices", "1 with a block pattern", devices)
         plan = plan_of(
             tuple(within(branch, seq_len) for branch in options["branches"]),
@@ -579,6 +604,17 @@ def explain(
         passed_over=tuple(over),
         plan=None if plan is None else plan_table(plan),
     )
+
+
+def _routed(arrays: tuple, is_causal: bool) -> BlockLists:
+    """Lists of the shapes that the preset's router gives, without any contents."""
+    query, key = arrays[:2]
+    routing = Routing(STANDARD["sparsity_ratio"], STANDARD["block_size"], "first", is_causal)
+    kept = budgets(query.shape[1], key.shape[1], routing)
+    counts = (query.shape[0], key.shape[2], len(kept))
+    columns = jax.ShapeDtypeStruct((*counts, int(kept.max())), jnp.int32)
+    counts = jax.ShapeDtypeStruct(counts, jnp.int32)
+    return BlockLists(columns, counts, block_size=routing.block_size)
 
 
 def _placement(plan: Any) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dilax._types import FLOAT_DTYPES, refuse
+from dilax.adaptive import AdaptiveAttention
 from dilax.attention_fn import (
     DilatedAttention,
     check_dtype,
@@ -57,7 +58,8 @@ class MultiheadDilatedAttention(nnx.Module):
             and log-sum-exp are named "dilax_out" and "dilax_lse".
         order: a `TokenOrder`, into which queries, keys and values go for the attention. A model of
             several layers gives the order to their calls instead, and permutes once.
-        pattern: a `SparsePatternConfig`, a pattern or the name of a preset, for
+        pattern: an `AdaptiveAttention`, which says its options itself and belongs to this module
+            then; or a `SparsePatternConfig`, a pattern or the name of a preset, for
             `dilax.block_sparse_attention` in place of `dilax.dilated_attention`: inside the
             branches, or without any if segment_lengths is None. visiting_order is its.
         sharding: an `AttentionSharding`, where queries, keys and values lie on a mesh. Projections
@@ -133,24 +135,27 @@ class MultiheadDilatedAttention(nnx.Module):
         check_positive("layer_norm_eps", layer_norm_eps)
         check_positive("gamma_init", gamma_init)
         self._set_sizes(embed_dim, num_heads, num_kv_heads)
-        self.attention = DilatedAttention(
-            segment_lengths,
-            dilation_rates,
-            combine=combine,
-            head_offset=head_offset,
-            pad_mode=pad_mode,
-            average_branches=average_branches,
-            attention_scale=attention_scale,
-            dropout=dropout,
-            add_zero_attn=add_zero_attn,
-            implementation=implementation,
-            order=order,
-            pattern=pattern,
-            visiting_order=visiting_order,
-            sharding=sharding,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-        )
+        options: dict[str, Any] = {
+            "segment_lengths": segment_lengths,
+            "dilation_rates": dilation_rates,
+            "combine": combine,
+            "head_offset": head_offset,
+            "pad_mode": pad_mode,
+            "average_branches": average_branches,
+            "attention_scale": attention_scale,
+            "dropout": dropout,
+            "add_zero_attn": add_zero_attn,
+            "implementation": implementation,
+            "order": order,
+            "visiting_order": visiting_order,
+            "sharding": sharding,
+        }
+        if isinstance(pattern, AdaptiveAttention):
+            self.attention = self._with_router(pattern, options)
+            dropout = pattern.dropout
+        else:
+            options |= {"embed_dim": embed_dim, "num_heads": num_heads}
+            self.attention = DilatedAttention(**options, pattern=pattern)
         checkpointed(abs, use_gradient_checkpointing)
         self.use_gradient_checkpointing = use_gradient_checkpointing
         if position is not None and not callable(position):
@@ -212,6 +217,21 @@ class MultiheadDilatedAttention(nnx.Module):
             raise refuse("num_kv_heads", f"a divisor of num_heads={N}", num_kv_heads)
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = E, N, K, E // N
 
+    def _with_router(self, attention: AdaptiveAttention, options: dict) -> AdaptiveAttention:
+        """The attention itself; refuses what it would have to be asked for."""
+        sizes = (attention.num_heads, attention.num_kv_heads, attention.head_dim)
+        if sizes != (self.num_heads, self.num_kv_heads, self.head_dim):
+            wanted = f"{self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} of keys"
+            raise refuse("pattern", wanted, sizes)
+        defaults = {f.name: f.default for f in dataclasses.fields(DilatedAttention)}
+        for name, x in (options | {"segment_lengths": None}).items():
+            if x is not defaults[name] and x is not None and x != defaults[name]:
+                raise refuse(name, "its default with an AdaptiveAttention, which says it", x)
+        if options["segment_lengths"] is not None:
+            wanted = "None with an AdaptiveAttention"
+            raise refuse("segment_lengths", wanted, options["segment_lengths"])
+        return attention
+
     def _extra_key(self, rngs: nnx.Rngs) -> nnx.Param:
         # The standard deviation that torch.nn.MultiheadAttention gives its bias_k and bias_v.
         normal = nnx.initializers.normal(self.embed_dim**-0.5)
@@ -244,7 +264,8 @@ class MultiheadDilatedAttention(nnx.Module):
         order: TokenOrder | None = None,
         deterministic: bool | None = None,
         rngs: Any = None,
-    ) -> jax.Array:
+        return_loss: bool = False,
+    ) -> Any:
         """Attend.
 
         Args:
@@ -259,6 +280,7 @@ class MultiheadDilatedAttention(nnx.Module):
             deterministic: no dropout; needed here or in the constructor if dropout > 0.
             rngs: nnx.Rngs with "dropout", an nnx.RngStream or a `jax.random` key, in place of the
                 stream of the constructor.
+            return_loss: with an `AdaptiveAttention`: also return its router's loss.
 
         Returns:
             [B, T, E] in `dtype`, or in that of inputs and parameters together.
@@ -270,6 +292,9 @@ class MultiheadDilatedAttention(nnx.Module):
         inputs = self._inputs(query, key, value)
         query, key, _ = _three(inputs)
         check_bool("is_causal", is_causal)
+        check_bool("return_loss", return_loss)
+        if return_loss and not isinstance(self.attention, AdaptiveAttention):
+            raise refuse("return_loss", "False without an AdaptiveAttention", return_loss)
         ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
         own = None if order is None else self._original_positions(query, key, order)
         if self.position is not None:
@@ -280,6 +305,10 @@ class MultiheadDilatedAttention(nnx.Module):
             wanted = 'None, nnx.Rngs with a "dropout" stream, an nnx.RngStream or a jax.random key'
             raise refuse("rngs", wanted, rngs)
         dropout_key = self._dropout_key(rngs) if drops else None
+
+        more: dict[str, Any] = {} if own is None else {"q_positions": own}
+        if return_loss:
+            more["return_loss"] = True
 
         def mixed(inputs, ids, places, dropout_key):
             q, k, v = self._heads(inputs)
@@ -295,20 +324,22 @@ class MultiheadDilatedAttention(nnx.Module):
                 is_causal=is_causal,
                 q_segment_ids=ids[0],
                 kv_segment_ids=ids[1],
-                q_positions=own,
                 bias_k=bias_k,
                 bias_v=bias_v,
                 dropout_key=dropout_key,
                 deterministic=not drops,
+                **more,
             )
+            out, *loss = out if return_loss else (out,)
             out = out.reshape(*out.shape[:2], self.embed_dim)
-            return out if self.norm is None else self.norm(out)
+            return (out if self.norm is None else self.norm(out)), loss
 
         with jax.named_scope("dilax.multihead_dilated_attention"):
-            out = checkpointed(mixed, self.use_gradient_checkpointing)(
+            out, loss = checkpointed(mixed, self.use_gradient_checkpointing)(
                 inputs, ids, places, dropout_key
             )
-            return self.out_proj(out)
+            out = self.out_proj(out)
+            return (out, *loss) if return_loss else out
 
     def _inputs(self, query: Any, key: Any, value: Any) -> tuple[jax.Array, ...]:
         """The unlike ones of query, key and value, checked."""
@@ -328,8 +359,10 @@ class MultiheadDilatedAttention(nnx.Module):
         return (query, key, value)
 
     def _original_positions(self, query: Any, key: Any, order: Any) -> jax.Array:
-        if not isinstance(order, TokenOrder) or self.attention.order is not None:
-            wanted = "None" if self.attention.order is not None else "None or a TokenOrder"
+        attention = self.attention
+        taken = isinstance(attention, AdaptiveAttention) or attention.order is not None
+        if not isinstance(order, TokenOrder) or taken:
+            wanted = "None" if taken else "None or a TokenOrder"
             raise refuse("order", f"{wanted} in a call of this module", order)
         for name, x in (("query", query), ("key", key)):
             order.check_length(name, x)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from dilax._types import UnsupportedError, refuse
+from dilax._types import refuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,19 +20,15 @@ class Kind:
     pattern: str | None = None  # block-sparse: the type of the pattern, where options may say more
     preset: str | None = None  # block-sparse: the name of the pattern
     visiting_order: str = "longest_first"  # block-sparse: of the blocks of queries
+    adaptive: bool = False  # a learned router chooses the blocks: it has parameters
     mesh: bool = False  # placed on a mesh by an AttentionSharding
     sequence: str | None = None  # the mesh axis of the tokens, if not said otherwise
     batch: str | None = None  # that of the examples
     method: str | None = None  # how rows move; None: as planned
-    available: bool = True
 
 
 def _preset(name: str) -> Kind:
     return Kind((name,), f"block-sparse attention, the preset {name!r}", preset=name)
-
-
-def _later(what: str, *names: str) -> Kind:
-    return Kind(names, what, available=False)
 
 
 KINDS = (
@@ -112,7 +108,11 @@ KINDS = (
         "block-sparse attention, bands that thin out with the distance",
         pattern="hierarchical",
     ),
-    _later("a block-sparse pattern with a learned router", "adaptive", "BlockSparseAdaptive"),
+    Kind(
+        ("adaptive", "BlockSparseAdaptive"),
+        "block-sparse attention whose blocks a learned router chooses",
+        adaptive=True,
+    ),
     Kind(
         ("distributed", "DistributedMultiheadDilatedAttention"),
         "projections and dilated attention under data and tensor parallel sharding",
@@ -166,7 +166,12 @@ KINDS = (
         for name in ("hilbert_standard", "hilbert_ultra")
     ),
     *(_preset(name) for name in ("fine_grained", "long_range")),
-    _later("a named preset of 'adaptive'", "adaptive_standard"),
+    Kind(
+        ("adaptive_standard",),
+        "'adaptive' that keeps a tenth of the blocks of 128",
+        adaptive=True,
+        preset="adaptive_standard",
+    ),
 )
 
 # Names that `dilax` will export: what a name will be is fixed, what it does is not there yet.
@@ -196,21 +201,15 @@ def find_kind(kind: Any) -> Kind:
 
     Raises:
         ValueError: the name is in no row.
-        UnsupportedError: the name is known, but this version does not have that kind.
 
     Example:
         >>> find_kind("ImprovedDilatedAttention").what
         'dilated attention on the fastest implementation'
     """
-    valid = [name for row in KINDS if row.available for name in row.names]
+    valid = [name for row in KINDS for name in row.names]
     if not isinstance(kind, str):
         raise refuse("kind", f"one of {', '.join(valid)}", kind)
     for row in KINDS:
         if kind in row.names:
-            if not row.available:
-                why = f"{row.what}: a known name that this version does not have yet"
-                raise UnsupportedError(
-                    f"kind {kind!r}", {kind: (why, f"available are {', '.join(valid)}")}
-                )
             return row
     raise refuse("kind", f"one of {', '.join(valid)}", kind)

@@ -216,6 +216,70 @@ def test_a_router_learns_which_block_holds_what_a_query_needs(rng):
     assert kept(router) > 0.85
 
 
+@pytest.mark.parametrize("name", ["adaptive", "BlockSparseAdaptive", "adaptive_standard"])
+def test_the_selector_knows_its_names(name):
+    sizes = {"embed_dim": 32, "num_heads": 4, "implementation": "xla"}
+    for factory in (dilax.create_dilated_attention, dilax.create_block_sparse_attention):
+        made = factory(name, **sizes)
+        assert isinstance(made, dilax.AdaptiveAttention)
+        assert (made.sparsity_ratio, made.block_size, made.head_dim) == (0.1, 128, 8)
+    layer = dilax.create_multihead_dilated_attention(name, 32, 4, num_kv_heads=2, layer_norm=True)
+    assert isinstance(layer.attention, dilax.AdaptiveAttention)
+    assert (layer.num_kv_heads, layer.attention.num_kv_heads) == (2, 2)
+    sizes = {"seq_len": 4096, "dtype": "bfloat16", "device_kind": "NVIDIA H100 80GB HBM3"}
+    assert dilax.explain(name, **sizes).implementation == "pallas"
+
+
+def test_a_module_with_a_router_is_attention_between_projections(rng):
+    x = jnp.asarray(rng.normal(size=(1, 40, 32)), jnp.float32)
+    layer = dilax.create_multihead_dilated_attention(
+        "adaptive", 32, 4, block_size=SIZE, sparsity_ratio=0.5, use_gradient_checkpointing=True
+    )
+
+    @nnx.jit
+    def run(layer):
+        def total(layer):
+            out, loss = layer(x, is_causal=True, return_loss=True)
+            return loss, out
+
+        q, k, v = layer._heads((x,))
+        plain = layer.out_proj(layer.attention(q, k, v, is_causal=True).reshape(x.shape))
+        return *nnx.value_and_grad(total, has_aux=True)(layer), plain
+
+    (loss, out), gradients, plain = run(layer)
+    assert float(jnp.abs(out - plain).max()) < 1e-5
+    assert float(loss) > 0
+    for path, gradient in jax.tree.leaves_with_path(gradients):  # of the router, of nothing else
+        assert bool((gradient != 0).any()) == ("attention" in jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("embed_dim", {"num_heads": 4}),
+        ("embed_dim", {"embed_dim": 30, "num_heads": 4}),
+        ("segment_lengths", {"segment_lengths": [8], "embed_dim": 32, "num_heads": 4}),
+        ("sparse_config", {"sparse_config": "local", "embed_dim": 32, "num_heads": 4}),
+        ("head_dim", {"head_dim": 8, "embed_dim": 32, "num_heads": 4}),
+        ("use_flash_attn", {"use_flash_attn": 1, "embed_dim": 32, "num_heads": 4}),
+    ],
+)
+def test_the_selector_refuses_by_name(name, options):
+    with pytest.raises(ValueError, match=rf"^{name}: wanted"):
+        dilax.create_block_sparse_attention("adaptive", **options)
+
+
+def test_presets_and_modules_refuse_what_they_say_themselves():
+    sizes = {"embed_dim": 32, "num_heads": 4}
+    with pytest.raises(ValueError, match=r"^sparsity_ratio: wanted"):
+        dilax.create_block_sparse_attention("adaptive_standard", sparsity_ratio=0.2, **sizes)
+    with pytest.raises(ValueError, match=r"^combine: wanted"):
+        dilax.create_multihead_dilated_attention("adaptive", 32, 4, combine="heads")
+    layer = dilax.MultiheadDilatedAttention(32, 4, [8], [1], rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^return_loss: wanted"):
+        layer(jnp.zeros((1, 8, 32)), return_loss=True)
+
+
 CALL = {"is_causal": True}
 
 

@@ -35,7 +35,6 @@ MODULES = {
     "standard": ("xla", False),
     "improved": (None, True),
 }
-LATER = ("adaptive BlockSparseAdaptive adaptive_standard").split()
 SPARSE = (  # tests/test_create_sparse.py
     "block_sparse block_sparse_ring BlockSparseRingDilatedAttention block_sparse_multihead "
     "BlockSparseRingMultiheadDilatedAttention BlockSparseOptimized BlockSparseTorchSparse "
@@ -68,10 +67,13 @@ ORDERED = (
 ).split()  # tests/test_order.py
 
 
+ADAPTIVE = "adaptive BlockSparseAdaptive adaptive_standard".split()  # tests/test_adaptive.py
+
+
 def test_the_table_has_every_name_once():
     names = [name for kind in KINDS for name in kind.names]
-    assert sorted(names) == sorted({*FUNCTIONS, *MODULES, *ORDERED, *SPARSE, *ON_MESH, *LATER})
-    assert len(LATER + SPARSE + ON_MESH) == 31 + 8
+    assert sorted(names) == sorted({*FUNCTIONS, *MODULES, *ORDERED, *ADAPTIVE, *SPARSE, *ON_MESH})
+    assert len(ADAPTIVE + SPARSE + ON_MESH) == 31 + 8
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -114,15 +116,6 @@ def test_modules_compute_what_the_class_computes(name, x64):
     assert_exact(layer(x), same(x))
     other = module(name, add_bias_kv=True, param_dtype=jnp.float64, rngs=nnx.Rngs(1))
     assert np.abs(other(x) - layer(x)).max() > 1e-3
-
-
-@pytest.mark.parametrize("create", FACTORIES)
-@pytest.mark.parametrize("name", LATER)
-def test_names_of_later_versions_are_known(name, create):
-    with pytest.raises(UnsupportedError, match=rf"{name}.*does not have yet.*available are auto,"):
-        create(name)
-    with pytest.raises(UnsupportedError, match=name):
-        dilax.explain(name, seq_len=8)
 
 
 @pytest.mark.parametrize("create", FACTORIES)
