@@ -148,15 +148,11 @@ TABLE = [
 ]
 
 METHODS = [
-    Placed((32,), (1,), method="all_gather", causal=True, layout="zigzag"),
-    Placed((8, 16), (1, 2), method="all_to_all", causal=True, N=8, ids=True, dropout=0.3),
-    Placed((16, 32), (2, 4), method="all_to_all", layout="zigzag", causal=True, dropout=0.3),
+    Placed((8, 16), (1, 2), (1, 2, 1), method="all_to_all", causal=True, ids=True, dropout=0.3),
     Placed((32,), (4,), method="hybrid", N=2, K=2, layout="zigzag", causal=True, dropout=0.3),
-    Placed((32,), (2,), method="hybrid", N=8, K=2, ids=True),
     Placed((16, 32), (2, 4), method=("ring", "all_gather"), dropout=0.3, K=2),
-    Placed((4, 11, 32), (1, 2, 3), (2, 2, 2), causal=True, dropout=0.3, K=2, ids=True),
+    Placed((11, 32), (2, 3), (2, 2, 2), causal=True, dropout=0.3, K=2, ids=True),
     Placed((4, 32), (1, 4), (1, 2, 2), combine="heads", causal=True, layout="zigzag"),
-    Placed((4, 11, 32), (1, 2, 3), combine="heads", K=2, dropout=0.3),
 ]
 
 
@@ -173,7 +169,7 @@ def test_table(case, x64, monkeypatch):
     check(case)
 
 
-@pytest.mark.parametrize("case", [TABLE[i] for i in (40, 70, 117)], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [TABLE[i] for i in (40, 117)], ids=lambda case: case.name)
 def test_part_of_the_table(case, x64, monkeypatch):
     assert len(TABLE) >= 150
     monkeypatch.setattr(sharded, "XLA", DENSE)
@@ -184,7 +180,7 @@ def test_the_attention_of_xla(x64, monkeypatch):
     """The real local attention in several tiles: traced starts, dropout bits, ids, unaligned."""
     for name in ("_QUERY_TILE", "_KEY_TILE", "_CAUSAL_TILE"):
         monkeypatch.setattr(tile_loop, name, 4)
-    case = Placed((5, 16), (1, 3), (1, 2, 1), causal=True, K=2, ids=True, dropout=0.3)
+    case = Placed((5,), (2,), (1, 2, 1), causal=True, K=2, ids=True, dropout=0.3, T=16)
     check(case, implementation="xla")
 
 
@@ -235,12 +231,12 @@ def received(text: str) -> int:
 
 
 MOVES = [
-    Placed((8, 16, 32), (1, 2, 4), method="ring"),
-    Placed((32,), (1,), causal=True, layout="zigzag", method="ring", K=2),
-    Placed((16, 32), (2, 4), method="all_gather", K=1),
+    Placed((16, 32), (2, 4), method="ring", K=2),
+    Placed((32,), (1,), (1, 2, 1), "zigzag", True, method="ring", K=2),
+    Placed((32,), (2,), method="all_gather", K=1),
     Placed((32,), (4,), method="all_to_all"),
     Placed((32,), (2,), method="hybrid", N=2, K=2),
-    Placed((5, 23), (1, 3), causal=True),
+    Placed((11,), (3,), causal=True),
 ]
 
 

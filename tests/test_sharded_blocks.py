@@ -71,9 +71,7 @@ def with_gradients(f):
     ("name", "devices", "causal", "ids", "rate"),
     [
         ("window", 8, True, False, 0.0),
-        ("window", 2, False, True, 0.3),
-        ("global", 4, False, False, 0.0),
-        ("random", 4, True, False, 0.3),
+        ("random", 2, False, True, 0.3),
         ("heads", 4, True, False, 0.0),
     ],
 )
