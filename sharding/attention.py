@@ -210,15 +210,19 @@ def _backward(ring: Any, arrays, own, arrived, totals: list) -> list:
     rows = list(zip(query, ids, d_out, lse, delta, strict=True))
     hops = ring.branch.hops
     dq: list[Any] = [None for _ in chunks]
-    dq, mine = ring.gradients(hops[0], rows, own, dq)
+    mine: list[Any] = [None for _ in chunks]
     for hop, after in _with_next(hops[1:]):
-        following = None
-        if after is not None:
-            own, dq = lax.optimization_barrier((own, dq))
-            following = ring.send(after, own)
+        following = None if after is None else ring.send(after, own)
         dq, back = ring.gradients(hop, rows, arrived, dq)
+        # They go home while the next hop is computed, the last ones while the rows that are here
+        # are: so those come last. And at most two hops' keys are here at once.
+        own, back = lax.optimization_barrier((own, back))
         mine = _add_back(mine, ring.give_back(hop, back), hop.rows, own)
         arrived = following
+    dq, back = ring.gradients(hops[0], rows, own, dq)
+    mine = [
+        jax.tree.map(jnp.add, x, y) if x and y else x or y for x, y in zip(mine, back, strict=True)
+    ]
     dk, dv = ([None if x is None else x[i] for x in mine] for i in range(2))
     dtype = arrays[0].dtype
     return [
