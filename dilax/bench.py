@@ -1,6 +1,7 @@
 """Times of this library's implementations on this machine, beside dense attention."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
@@ -13,7 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from dilax._types import FLOAT_DTYPES, UnsupportedError, refuse
+from dilax.block_sparse import block_sparse_attention
 from dilax.dilated import dilated_attention
+from dilax.pattern_config import SparsePatternConfig, as_pattern
+from dilax.patterns import Pattern
 from dilax.select import IMPLEMENTATIONS
 from dilax.spec import DilatedSpec
 
@@ -34,6 +38,8 @@ class BenchConfig:
         head_dim: H.
         dtype: Of queries, keys and values; float64 is timed with jax_enable_x64, set or not.
         causal: A query sees no key after it.
+        pattern: Also time block-sparse attention with this preset or type of pattern.
+        sparsity_ratio: Of a type of pattern: the share of admissible blocks kept.
         backward: Also time forward and backward together.
         repeats: Timed calls per row; their median counts.
 
@@ -54,6 +60,8 @@ class BenchConfig:
     head_dim: int = 64
     dtype: str = "float32"
     causal: bool = True
+    pattern: str | None = None
+    sparsity_ratio: float | None = None
     backward: bool = True
     repeats: int = 5
 
@@ -66,11 +74,20 @@ class BenchConfig:
                 raise refuse(name, "a positive int", getattr(self, name))
         if self.dtype not in FLOAT_DTYPES:
             raise refuse("dtype", " or ".join(FLOAT_DTYPES), self.dtype)
+        self.blocks()
         if self.head_dim % 8 or self.head_dim > 256:
             raise refuse("head_dim", "a multiple of 8 up to 256", self.head_dim)
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if kv_heads < 1 or self.num_heads % kv_heads:
             raise refuse("num_kv_heads", f"a divisor of num_heads={self.num_heads}", kv_heads)
+
+    def blocks(self) -> Pattern | None:
+        """The block pattern to time, if there is one."""
+        if self.sparsity_ratio is None:
+            return None if self.pattern is None else as_pattern("pattern", self.pattern)
+        if self.pattern is None:
+            raise refuse("sparsity_ratio", "None without a pattern", self.sparsity_ratio)
+        return SparsePatternConfig(self.pattern, self.sparsity_ratio).pattern()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +155,15 @@ def _contestants(config: BenchConfig, length: int) -> Iterator[tuple[str, Any]]:
             )
 
         yield f"dilated, {implementation}", dilated
+    if (pattern := config.blocks()) is not None:
+        for implementation in IMPLEMENTATIONS:
+            sparse = functools.partial(
+                block_sparse_attention,
+                pattern=pattern,
+                is_causal=config.causal,
+                implementation=implementation,
+            )
+            yield f"blocks, {implementation}", sparse
     logits = config.batch_size * config.num_heads * length**2
     size = logits * max(4, jnp.dtype(config.dtype).itemsize)
     if jax.default_backend() == "cpu" and size > DENSE_BYTES:

@@ -89,6 +89,7 @@ def test_every_command_has_help(name, capsys):
         (["train", "--seed", "9" * 20], "seed: wanted an int in [0, 2**32)"),
         (["train", "--param-dtype", "float64"], "param_dtype: wanted float64 only with"),
         (["bench", "--json", "/no/such/folder/a.json"], "json: wanted a file in a directory that"),
+        (["bench", "--sparsity-ratio", "0.1"], "sparsity_ratio: wanted None without a pattern"),
         (["bench", "--head-dim", "7"], "head_dim: wanted a multiple of 8 up to 256, got 7"),
         (["bench", "--num-heads", "4", "--num-kv-heads", "3"], "num_kv_heads: wanted a divisor"),
         (["bench", "--num-kv-heads", "0"], "num_kv_heads: wanted a divisor of num_heads=8, got 0"),
@@ -152,13 +153,14 @@ def test_bench_writes_its_table(tmp_path, capsys):
     path = tmp_path / "bench.json"
     sizes = ["--lengths", "24", "--num-heads", "2", "--head-dim", "8", "--repeats", "1"]
     branches = ["--segment-lengths", "8", "24", "--dilation-rates", "1", "2"]
-    status, out, _ = run(capsys, "bench", *sizes, *branches, "--json", str(path))
+    blocks = ("--pattern", "local_window", "--sparsity-ratio", "0.5")
+    status, out, _ = run(capsys, "bench", *sizes, *branches, *blocks, "--json", str(path))
     assert status == 0
     assert "tokens/s" in out
     table = json.loads(path.read_text())
     assert table["settings"]["lengths"] == [24]
     done = {(row["name"], row["work"]) for row in table["rows"] if row["seconds"]}
-    for name in ("dilated, xla", "dense, jax.nn"):
+    for name in ("dilated, xla", "blocks, xla", "dense, jax.nn"):
         assert {(name, "forward"), (name, "forward+backward")} <= done
 
 

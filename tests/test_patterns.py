@@ -21,6 +21,8 @@ from dilax.patterns import (
     Union,
 )
 
+pytestmark = pytest.mark.newest  # NumPy alone
+
 RATIOS = {
     "local": lambda ratio: LocalWindow(ratio, block_size=4),
     "dilated": lambda ratio: DilatedSparse(ratio, dilation_rates=(3, 2), block_size=4),
