@@ -72,7 +72,7 @@ class Model(nnx.Module):
         return self.query(x), self.key(x), self.content(x)
 
 
-def train_model(model: Model) -> list[float]:
+def train_model(model: Model, first: int) -> list[float]:
     """Dense attention of the questions over all tokens before them."""
     optimizer = nnx.Optimizer(
         model, optax.adam(optax.cosine_decay_schedule(3e-3, MODEL_STEPS)), wrt=nnx.Param
@@ -92,7 +92,7 @@ def train_model(model: Model) -> list[float]:
         optimizer.update(model, gradients)
         return value
 
-    return [float(step(model, optimizer, draw(1000 + i, 4))) for i in range(MODEL_STEPS)]
+    return [float(step(model, optimizer, draw(first + 1000 + i, 4))) for i in range(MODEL_STEPS)]
 
 
 @nnx.jit(static_argnames="attend")
@@ -123,7 +123,9 @@ def dense(router, q, k, v):
     return dilax.dilated_attention(q, k, v, [T], [1], is_causal=True)
 
 
-def train_router(model: Model, router: dilax.AdaptiveAttention, evaluate: Any) -> list[dict]:
+def train_router(
+    model: Model, router: dilax.AdaptiveAttention, first: int, evaluate: Any
+) -> list[dict]:
     """The router by its own loss, the model as it is; what `evaluate` finds now and then."""
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, ROUTER_STEPS)
     optimizer = nnx.Optimizer(router, optax.adam(schedule), wrt=nnx.Param)
@@ -143,7 +145,7 @@ def train_router(model: Model, router: dilax.AdaptiveAttention, evaluate: Any) -
             history.append({"step": i} | evaluate())
             print(history[-1], flush=True)
         if i < ROUTER_STEPS:
-            step(router, optimizer, *heads(draw(500_000 + i, 4)))
+            step(router, optimizer, *heads(draw(first + 500_000 + i, 4)))
     return history
 
 
@@ -170,14 +172,15 @@ def plot(record: dict) -> Figure:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the sequences")
     options = parser.parse_args()
-    begin = time.perf_counter()
-    model = Model(nnx.Rngs(0))
-    losses = train_model(model)
+    begin, first = time.perf_counter(), options.seed * 1_000_000
+    model = Model(nnx.Rngs(options.seed))
+    losses = train_model(model, first)
     model_seconds = time.perf_counter() - begin
     print(f"model: loss {losses[0]:.2f} to {losses[-1]:.4f}, {model_seconds:.0f} s", flush=True)
 
-    batches = [draw(i, 4) for i in range(16)]
+    batches = [draw(first + i, 4) for i in range(16)]
     few = batches[:4]
 
     def mean(measure, some, *arguments):
@@ -188,9 +191,10 @@ def main():
 
     router = dilax.AdaptiveAttention(N, H, num_kv_heads=K, sparsity_ratio=RATIO, block_size=BLOCK)
     before = evaluate(batches)
-    history = train_router(model, router, lambda: evaluate(few))
+    history = train_router(model, router, first, lambda: evaluate(few))
     after = evaluate(batches)
     record = {
+        "seed": options.seed,
         "tokens": T,
         "block_size": BLOCK,
         "sparsity_ratio": RATIO,

@@ -248,6 +248,7 @@ def window_blocks(order: TokenOrder, window: Sequence[int], block_size: int) -> 
 
     Two cells are within a window of odd sizes if they differ by at most half of it along every
     axis. The blocks cover the window: fewer are needed the more compact the blocks are in space.
+    `dilax.block_lists.from_mask` makes the lists of them that block-sparse attention takes.
 
     Raises:
         ValueError: the window is not one odd size per axis, or block_size is not positive.

@@ -10,6 +10,7 @@ from flax import nnx
 
 import dilax
 from dilax import TokenOrder, UnsupportedError, reference
+from dilax.block_lists import from_mask, token_mask
 from dilax.order import hilbert_order, tile_order, window_blocks
 from dilax.select import unsupported
 from tests.compare import assert_exact
@@ -145,6 +146,19 @@ def test_an_order_changes_nothing_of_dense_attention_and_its_dropout(x64):
     plain, *ordered = jax.jit(lambda *x: [attend(*x, **options) for attend in attentions])(q, k, v)
     for out in ordered:
         assert_exact(out, plain)
+
+
+def test_a_window_of_a_grid_by_block_lists_is_causal_by_positions(x64):
+    order, (q, k, v) = TokenOrder(GRID), heads(K=4)
+    lists = from_mask(window_blocks(order, (3, 3), 4), 4)
+    p = order.positions
+    out = jax.jit(
+        lambda *x: dilax.block_sparse_attention(*x, lists, is_causal=True, q_positions=p)
+    )(q[:, p], k[:, p], v[:, p])
+    mask = np.asarray(token_mask(lists, 21, 21))[0, 0] & (p[:, None] >= p)
+    logits = jnp.einsum("BTNH,BSNH->BNTS", q[:, p], k[:, p]) * 8**-0.5
+    shares = jax.nn.softmax(jnp.where(mask[None, None], logits, -jnp.inf), axis=-1)
+    assert_exact(out, jnp.einsum("BNTS,BSNH->BTNH", shares, v[:, p]))
 
 
 def test_the_future_changes_nothing_in_a_causal_order(x64):
