@@ -66,15 +66,15 @@ def sharded_block_sparse_attention(
         >>> import functools, jax, dilax
         >>> auto = jax.sharding.AxisType.Auto
         >>> mesh = jax.make_mesh((1,), ("sequence",), axis_types=(auto,))
-        >>> config = dilax.SparsePatternConfig(window_size=32, block_size=16)
+        >>> config = dilax.SparsePatternConfig(window_size=128, block_size=64)
         >>> attend = functools.partial(
         ...     sharded_block_sparse_attention, pattern=config, axis_name="sequence"
         ... )
         >>> part = jax.P(None, "sequence")
         >>> attend = jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part)
-        >>> q = jax.numpy.ones((1, 64, 4, 8))
+        >>> q = jax.numpy.ones((1, 256, 4, 8))
         >>> jax.jit(attend)(q, q, q).shape
-        (1, 64, 4, 8)
+        (1, 256, 4, 8)
     """
     check_qkv(query, key, value)
     if key.shape[1] != query.shape[1]:
