@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dilax import block_loop, dropout, tile_loop
@@ -225,10 +226,8 @@ def _attend(static: _Static, query, key, value, carry, where: _Where) -> Partial
                 rows = slice(piece.queries.first, piece.queries.first + new.lse.shape[1])
                 part = Partial(running.out[:, rows, heads], running.lse[:, rows, heads])
                 part = new if carry is None and number == 0 else merge(part, new)
-                running = Partial(
-                    running.out.at[:, rows, heads].set(part.out),
-                    running.lse.at[:, rows, heads].set(part.lse),
-                )
+                place = (piece.queries.first, first)
+                running = Partial(*(_put(x, place, y) for x, y in zip(running, part, strict=True)))
     return running
 
 
@@ -278,18 +277,36 @@ def _gradients(static: _Static, query, key, value, where: _Where, d_out, total_l
                     found = block_loop.backward(static.settings, q, k, v, groups, to, do, lse, dlt)
                 gq, gk, gv = (x.reshape(B, M, n, *x.shape[1:]) for x in found)
                 gq = scatter(gq, piece.queries, offsets, 0)
-                rows = slice(piece.queries.first, piece.queries.first + gq.shape[1])
-                dq = dq.at[:, rows, first : first + n].add(gq)
-                rows = slice(piece.keys.first, piece.keys.first + M * piece.keys.length)
+                dq = _add(dq, (piece.queries.first, first), gq)
                 low, high = first // share, (first + n - 1) // share + 1
-                for d, g in ((0, gk), (1, gv)):
-                    g = scatter(g, piece.keys, offsets, 0)
-                    g = _sum_heads(g, first - low * share, (high - low) * share, share)
-                    if d == 0:
-                        dk = dk.at[:, rows, low:high].add(g)
-                    else:
-                        dv = dv.at[:, rows, low:high].add(g)
+                gk, gv = (
+                    _sum_heads(
+                        scatter(g, piece.keys, offsets, 0),
+                        first - low * share,
+                        (high - low) * share,
+                        share,
+                    )
+                    for g in (gk, gv)
+                )
+                dk, dv = (_add(x, (piece.keys.first, low), g) for x, g in ((dk, gk), (dv, gv)))
     return dq, dk, dv
+
+
+def _put(x: jax.Array, place: tuple[int, int], new: jax.Array) -> jax.Array:
+    """x [B, T, N, ...] with `new` from a row and a head on.
+
+    Not by x.at[...].set: of a whole array on several devices that ends the compiler of jax 0.11.2.
+    """
+    if new.shape == x.shape:
+        return new
+    return lax.dynamic_update_slice(x, new, (0, *place, *[0] * (x.ndim - 3)))
+
+
+def _add(x: jax.Array, place: tuple[int, int], new: jax.Array) -> jax.Array:
+    """x [B, T, N, ...] with `new` added from a row and a head on."""
+    row, head = place
+    old = x[:, row : row + new.shape[1], head : head + new.shape[2]]
+    return _put(x, place, old + new)
 
 
 def _flat(x: jax.Array) -> jax.Array:
