@@ -37,6 +37,7 @@ class Rows:
 
 
 def rows_of(plan: schedule.Launch, v: schedule.Visit, row: Any, ids: Any) -> Rows:
+    """The warpgroup's rows from home row `row` on; ids: their segment ids, or None."""
     iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
     first = row * v.home_step + v.home_shift
     _, high = schedule.row_bounds(plan, v.length, first)
