@@ -9,9 +9,7 @@ from jax import lax
 
 from pallas_kernels import block_lists, block_schedule
 from pallas_kernels.block_forward import (
-    CONSUMERS,
     LOG2E,
-    ROWS,
     Options,
     kept,
     masked_scores,
@@ -34,6 +32,7 @@ from pallas_kernels.compat import (
     shared_tile,
     store,
 )
+from pallas_kernels.config import CONSUMERS, ROWS
 
 
 def write_tile(

@@ -10,9 +10,7 @@ from jax import lax
 from pallas_kernels import block_lists, block_schedule
 from pallas_kernels.block_backward import add_parts, write_tile
 from pallas_kernels.block_forward import (
-    CONSUMERS,
     LOG2E,
-    ROWS,
     Options,
     kept,
     masked_scores,
@@ -32,6 +30,7 @@ from pallas_kernels.compat import (
     product,
     shared_tile,
 )
+from pallas_kernels.config import CONSUMERS, ROWS
 
 
 def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> None:

@@ -12,35 +12,30 @@ from jax import lax
 from pallas_kernels import block_lists, block_schedule, schedule
 from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.compat import (
-    COLUMN,
     ROW,
     TILE,
-    accumulate,
+    Sum,
     aligned_rows,
-    filled,
     launch,
     load,
-    named_barrier,
     pl,
     plgpu,
-    product,
     shared_tile,
     store,
 )
+from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 
 LOG2E = math.log2(math.e)
-ROWS = 64
-CONSUMERS = 2
-# First of two numbered hardware barriers; Mosaic's own allocation starts from 0.
-TURN = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Static options of a kernel beside its `block_schedule.Plan`."""
+    """Static options of a kernel beside its `block_schedule.Plan`; overlap as in `Warpgroup`."""
 
     scale: float
     stages: int
+    overlap: bool
     group: int
     ids: bool
     rate: float
@@ -123,15 +118,6 @@ def kept(
     return schedule.kept(launch_, keep, opt.rate, (seed[0], seed[1]), visit, at, shape)
 
 
-def _softmax(s: jax.Array, m: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One online softmax step in base 2: (p, new row maximum, factor for what was summed)."""
-    top = jnp.maximum(m, s.max(axis=1) * scale)
-    # A row that has seen nothing yet has maximum -inf; its exponents must not become NaN.
-    safe = jnp.where(top == -jnp.inf, 0.0, top)
-    p = jnp.exp2(s * scale - lax.broadcast_in_dim(safe, s.shape, [0]))
-    return p, top, jnp.exp2(m - safe)
-
-
 def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: Any) -> None:
     """The producer's way through a block's items: `visit(t, item, carry, loop)`.
 
@@ -179,31 +165,33 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
     q_ids, k_ids = (next(it), next(it)) if opt.ids else (None, None)
     out_ref, lse_ref = next(it), next(it)
     part_out, part_lse = (next(it), next(it)) if plan.parts else (None, None)
-    q_smem, k_smem, v_smem, o_smem, id_smem, p_smem = (next(it) for _ in range(6))
+    q_smem, k_smem, v_smem, o_smem, id_smem, p_smem, sum_smem = (next(it) for _ in range(7))
     q_ready, k_ready, v_ready, q_free, k_free, v_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count, bkv, head_dim = items[cta, 0, 0], plan.away, q_smem.shape[-1]
-    shape = (ROWS, bkv)
 
     def consume() -> None:
         plgpu.set_max_registers(240, action="increase")
         starts = (starts_ref[0], starts_ref[1])
         shift = starts[0] - starts[1]
 
-        # The two warpgroups alternate: while one uses the tensor cores the other does its
-        # softmax. Turns are passed on numbered barriers, which the interpreter does not have.
-        def pass_turn() -> None:
-            if not opt.interpret:
-                named_barrier("arrive", TURN + 1 - wg, CONSUMERS * 128)
+        loop = Warpgroup(
+            number=wg,
+            consumers=CONSUMERS,
+            scale=opt.scale,
+            overlap=opt.overlap,
+            q=q_smem.at[wg],
+            k=k_smem,
+            v=v_smem,
+            ids=id_smem,
+            ready=(q_ready.at[wg], k_ready, v_ready),
+            free=(q_free.at[wg], k_free, v_free),
+            stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
+        )
 
-        def await_turn() -> None:
-            if not opt.interpret:
-                named_barrier("sync", TURN + wg, CONSUMERS * 128)
-
-        def step(j: Any, state: Any, item: Any, b: Any, n: Any, row: Any, id_rows: Any) -> Any:
-            acc, m, mass, i = state
-            slot = lax.rem(i, jnp.int32(opt.stages))
+        def tile_at(j: Any, item: Any, at: Any, id_rows: Any) -> Tile:
+            b, n, row = at
             entry, start = block_lists.decode(jnp.int32(0)), jnp.int32(0)
             if plan.masks or opt.rate:
                 # Read before the product, needed after it.
@@ -211,59 +199,42 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 where = block_schedule.list_place(plan, b, n)
                 entry = block_lists.decode(entries[(*where, item.begin + index)])
                 start = entry.block * (plan.away * plan.steps_per_entry) + inside
-            s = product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), shape, pass_turn)
-            ids = load(id_smem.at[slot], COLUMN) if opt.ids else None
-            plgpu.barrier_arrive(k_free.at[slot])
-            pl.when(j + 1 == item.steps)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-            s = masked_scores(plan, s, entry, row, start, shift, wg)
-            if opt.ids:
-                s = same_ids(s, id_rows, ids)
-            p, m, alpha = _softmax(s, m, opt.scale)
-            acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
-            mass = mass * alpha + p.sum(axis=1)
-            if opt.rate:
-                seen = kept(plan, opt, keep, seed_ref, starts, (b, n, row, start), shape)
-                p = jnp.where(seen, p, 0.0)
-            p16 = p.astype(q_smem.dtype)
-            acc, mass, m, p16 = lax.optimization_barrier((acc, mass, m, p16))
-            plgpu.barrier_wait(v_ready.at[slot])
-            await_turn()
 
-            def await_next() -> None:
-                @pl.when(j + 1 < item.steps)
-                def _() -> None:
-                    plgpu.barrier_wait(k_ready.at[lax.rem(i + 1, jnp.int32(opt.stages))])
+            def mask(s: jax.Array, ids: Any) -> jax.Array:
+                s = masked_scores(plan, s, entry, row, start, shift, wg)
+                return same_ids(s, id_rows, ids) if opt.ids else s
 
-            staging = None if p_smem is None else p_smem.at[wg]
-            acc = accumulate(acc, p16, v_smem.at[slot], staging, await_next)
-            plgpu.barrier_arrive(v_free.at[slot])
-            return acc, m, mass, i + 1
+            def drop(p: jax.Array) -> jax.Array:
+                if not opt.rate:
+                    return p
+                seen = kept(plan, opt, keep, seed_ref, starts, (b, n, row, start), p.shape)
+                return jnp.where(seen, p, 0.0)
+
+            return Tile(mask, drop)
 
         def one_item(t: Any, state: Any) -> Any:
             base, item = state
             # Read early: the next tile must not start by waiting for memory.
             following = block_schedule.item(items, cta, t + 1, count)
             b, n, tile = block_schedule.place(plan, item.code)
-            row = tile * TILE_ROWS + wg * ROWS
-            id_rows = load(q_ids.at[b, pl.ds(row, ROWS)], ROW) if opt.ids else None
+            at = (b, n, tile * TILE_ROWS + wg * ROWS)
+            id_rows = load(q_ids.at[b, pl.ds(at[2], ROWS)], ROW) if opt.ids else None
+            total = base + item.steps
 
-            @pl.when(item.steps > 0)
-            def _() -> None:
-                plgpu.barrier_wait(q_ready.at[wg])
-                plgpu.barrier_wait(k_ready.at[lax.rem(base, jnp.int32(opt.stages))])
-                pl.when(wg == 1)(await_turn)
+            def look() -> Any:
+                state = loop.first(base, total, tile_at(jnp.int32(0), item, at, id_rows))
 
-            state = (
-                filled((ROWS, head_dim), 0.0, jnp.float32, TILE),
-                filled((ROWS,), -jnp.inf, jnp.float32, ROW),
-                filled((ROWS,), 0.0, jnp.float32, ROW),
-                base,
-            )
-            body = functools.partial(step, item=item, b=b, n=n, row=row, id_rows=id_rows)
-            acc, m, mass, end = lax.fori_loop(0, item.steps, body, state)
-            pl.when((item.steps > 0) & (wg == 0))(pass_turn)
-            finish(acc, m, mass, item, (b, n, row))
-            return end, following
+                def steps(acc: Sum) -> Any:
+                    def step(j: Any, state: Any) -> Any:
+                        return loop.step(state, acc, total, tile_at(j, item, at, id_rows))
+
+                    return loop.last(lax.fori_loop(1, item.steps, step, state), acc)
+
+                return loop.with_sum(steps)
+
+            acc, m, mass = lax.cond(item.steps > 0, look, lambda: nothing_seen(head_dim))
+            finish(acc, m, mass, item, at)
+            return total, following
 
         def finish(acc: Any, m: Any, mass: Any, item: Any, at: Any) -> None:
             b, n, row = at
@@ -291,8 +262,10 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 store(part_out.at[item.part, rows], out)
                 store(part_lse.at[item.part, rows], lse)
 
+        loop.begin()
         first = block_schedule.item(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
+        loop.end()
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
@@ -372,6 +345,7 @@ def forward(
         shared_tile((CONSUMERS, ROWS, head_dim), out_dtype),
         plgpu.SMEM((stages, bkv), jnp.int32) if opt.ids else None,
         shared_tile((CONSUMERS, ROWS, bkv), dtype) if opt.interpret else None,
+        plgpu.SMEM((CONSUMERS, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=2 if opt.ids else 1),
         plgpu.Barrier(num_barriers=stages),

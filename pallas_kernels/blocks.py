@@ -249,10 +249,11 @@ def _work(call: Call, plan: Any, lists: Any, query: Any, key: Any) -> Any:
     return dataclasses.replace(plan, parts=work.owners.shape[0]), work
 
 
-def _options(call: Call, query: Any, key: Any, stages: int) -> block_forward.Options:
+def _options(call: Call, query: Any, key: Any, tiles: config.Blocks) -> block_forward.Options:
     return block_forward.Options(
         scale=call.scale * LOG2E,
-        stages=stages,
+        stages=tiles.stages,
+        overlap=tiles.overlap,
         group=query.shape[2] // key.shape[2],
         ids=call.ids,
         rate=call.rate,
@@ -283,7 +284,7 @@ def _run_forward(
     with jax.named_scope("block_forward"):
         out, lse = block_forward.forward(
             plan,
-            _options(call, query, key, tiles.stages),
+            _options(call, query, key, tiles),
             work,
             found.entries,
             arrays,
@@ -326,7 +327,7 @@ def _run_backward(
     with jax.named_scope("block_queries_gradient"):
         dq = block_backward.queries_gradient(
             plan,
-            _options(call, query, key, tiles.stages),
+            _options(call, query, key, tiles),
             work,
             found.entries,
             arrays,
@@ -343,7 +344,7 @@ def _run_backward(
     with jax.named_scope("block_keys_gradient"):
         dk, dv = block_backward_keys.keys_gradient(
             plan,
-            _options(call, query, key, tiles.stages),
+            _options(call, query, key, tiles),
             work,
             found.entries,
             arrays,

@@ -130,10 +130,11 @@ def block_forward_blocks(
 
     Example:
         >>> block_forward_blocks(128, 128, 2, ids=False)
-        Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=1)
+        Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1)
     """
     home_row, away_row = head_dim * (2 + out_bytes), 2 * 2 * head_dim + 4 * ids
-    return _first_fit(_key_tiles(head_dim, block_size), home_row, away_row)
+    blocks = _first_fit(_key_tiles(head_dim, block_size), home_row, away_row)
+    return blocks and dataclasses.replace(blocks, overlap=head_dim > 64)
 
 
 def block_queries_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | None:

@@ -12,33 +12,23 @@ from jax import lax
 
 from pallas_kernels import config, schedule
 from pallas_kernels.compat import (
-    COLUMN,
     ROW,
     TILE,
     Sum,
     aligned_rows,
-    filled,
     launch,
     load,
     load_shared,
-    named_barrier,
-    partial_sums,
-    pin,
     pl,
     plgpu,
-    product,
-    product_first,
     shared_tile,
     store,
-    total_sums,
-    with_sum,
 )
 from pallas_kernels.config import ROWS
-from pallas_kernels.scores import Rows, mask_scores, rows_of, softmax
+from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
+from pallas_kernels.scores import Rows, mask_scores, rows_of
 
 LOG2E = math.log2(math.e)
-# First of two numbered hardware barriers; Mosaic's own allocation starts from 0.
-TURN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,88 +68,36 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
     head_dim = q_smem.shape[-1]
-    dtype = q_smem.dtype
-
-    def slot_of(n: Any) -> Any:
-        return lax.rem(n, jnp.int32(opt.stages))
 
     def consume() -> None:
         plgpu.set_max_registers(config.registers(consumers)[0], action="increase")
 
-        # The warpgroups take turns to give the tensor cores work, so that while one's products
-        # run the others do their softmax. Turns are passed on numbered barriers, which the
-        # interpreter does not have.
-        def pass_turn() -> None:
-            if not opt.interpret:
-                following = lax.rem(wg + 1, jnp.int32(consumers))
-                named_barrier("arrive", TURN + following, 2 * 128)
+        loop = Warpgroup(
+            number=wg,
+            consumers=consumers,
+            scale=opt.scale,
+            overlap=opt.overlap,
+            q=q_smem.at[wg],
+            k=k_smem,
+            v=v_smem,
+            ids=id_smem,
+            ready=(q_ready.at[wg], k_ready, v_ready),
+            free=(q_free.at[wg], k_free, v_free),
+            stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
+        )
 
-        def await_turn() -> None:
-            if not opt.interpret:
-                named_barrier("sync", TURN + wg, 2 * 128)
+        def tile_at(j: Any, v: schedule.Visit, rows: Rows, at: Any) -> Tile:
+            def mask(s: jax.Array, ids: Any) -> jax.Array:
+                return mask_scores(plan, v, rows, v.first + j * bkv, s, ids)
 
-        def weigh(s: Any, m: Any, n: Any, v: schedule.Visit, j: Any, rows: Rows, at: Any) -> Any:
-            """Probabilities of the tile in slot n: (p, p for the product, maximum, factor)."""
-            start = v.first + j * bkv
-            ids = load(id_smem.at[slot_of(n)], COLUMN) if opt.ids else None
-            plgpu.barrier_arrive(k_free.at[slot_of(n)])
-            p, m, alpha = softmax(mask_scores(plan, v, rows, start, s, ids), m, opt.scale)
-            dropped = p
-            if opt.rate:
-                seed = (seed_ref[0], seed_ref[1])
-                seen = schedule.kept(plan, keep, opt.rate, seed, v, (*at, rows.row, start), p.shape)
-                dropped = jnp.where(seen, p, 0.0)
-            return p, dropped, m, alpha
+            def drop(p: jax.Array) -> jax.Array:
+                if not opt.rate:
+                    return p
+                seed, place = (seed_ref[0], seed_ref[1]), (*at, rows.row, v.first + j * bkv)
+                seen = schedule.kept(plan, keep, opt.rate, seed, v, place, p.shape)
+                return jnp.where(seen, p, 0.0)
 
-        def scores(n: Any, begin_more: Any = None) -> Any:
-            left, right = q_smem.at[wg], k_smem.at[slot_of(n)].transpose((1, 0))
-            if begin_more is None:
-                return product(left, right, (ROWS, bkv), pass_turn)
-            return product_first(left, right, (ROWS, bkv), begin_more)
-
-        def first_step(base: Any, total: Any, v: Any, rows: Rows, at: Any) -> Any:
-            plgpu.barrier_wait(q_ready.at[wg])
-            plgpu.barrier_wait(k_ready.at[slot_of(base)])
-            await_turn()
-            s = scores(base)
-            pl.when(base + 1 == total)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-            nothing = filled((ROWS,), -jnp.inf, jnp.float32, ROW)
-            p, dropped, m, _ = weigh(s, nothing, base, v, jnp.int32(0), rows, at)
-            return dropped.astype(dtype), m, partial_sums(p, opt.interpret), base + 1
-
-        def step(j: Any, state: Any, acc: Sum, total: Any, v: Any, rows: Rows, at: Any) -> Any:
-            """Weighs this tile, and adds the one before."""
-            p16, m, mass, n = state
-            plgpu.barrier_wait(k_ready.at[slot_of(n)])
-            plgpu.barrier_wait(v_ready.at[slot_of(n - 1)])
-            await_turn()
-
-            def add_last() -> None:
-                acc.add(p16, v_smem.at[slot_of(n - 1)])
-
-            def begin_more() -> None:
-                add_last()
-                pass_turn()
-
-            if opt.overlap:
-                # The softmax runs while the sum does.
-                s = scores(n, begin_more)
-            else:
-                add_last()
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(v_free.at[slot_of(n - 1)])
-                s = scores(n)
-            # The next tile's queries arrive while this one finishes.
-            pl.when(n + 1 == total)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-            p, dropped, m, alpha = weigh(s, m, n, v, j, rows, at)
-            mass = mass * alpha + partial_sums(p, opt.interpret)
-            dropped, m, mass, alpha = lax.optimization_barrier((dropped, m, mass, alpha))
-            if opt.overlap:
-                pin(mass, opt.interpret)
-            acc.scale(alpha)
-            if opt.overlap:
-                plgpu.barrier_arrive(v_free.at[slot_of(n - 1)])
-            return dropped.astype(dtype), m, mass, n + 1
+            return Tile(mask, drop)
 
         def look(base: Any, total: Any, mask: Any, where: Any, at: Any, row: Any, ids: Any) -> Any:
             """(sum, maximum, mass) of the tile; it has at least one step."""
@@ -169,39 +107,23 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 return v, rows_of(plan, v, row, ids)
 
             first = schedule.first_branch(plan, geometry, mask, *where)
-            v, rows = visit(first)
-            state = first_step(base, total, v, rows, (*at, first))
+            state = loop.first(base, total, tile_at(jnp.int32(0), *visit(first), (*at, first)))
 
             def one_branch(branch: Any, state: Any, acc: Sum) -> Any:
-                v, rows = visit(branch)
-                body = functools.partial(
-                    step, acc=acc, total=total, v=v, rows=rows, at=(*at, branch)
-                )
-                return lax.fori_loop(jnp.where(branch == first, 1, 0), v.steps, body, state)
+                seen = (*visit(branch), (*at, branch))
+
+                def step(j: Any, state: Any) -> Any:
+                    return loop.step(state, acc, total, tile_at(j, *seen))
+
+                return lax.fori_loop(jnp.where(branch == first, 1, 0), seen[0].steps, step, state)
 
             def all_branches(acc: Sum) -> Any:
                 body = functools.partial(one_branch, acc=acc)
                 if branches == 1:
-                    p16, m, mass, n = body(0, state)
-                else:
-                    p16, m, mass, n = lax.fori_loop(0, branches, body, state)
-                plgpu.barrier_wait(v_ready.at[slot_of(n - 1)])
-                await_turn()
-                acc.add(p16, v_smem.at[slot_of(n - 1)])
-                pass_turn()
-                result = acc.value()
-                plgpu.barrier_arrive(v_free.at[slot_of(n - 1)])
-                return result, m, total_sums(mass, opt.interpret)
+                    return loop.last(body(0, state), acc)
+                return loop.last(lax.fori_loop(0, branches, body, state), acc)
 
-            stand_in = None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg])
-            return with_sum(all_branches, (ROWS, head_dim), stand_in)
-
-        def nothing_seen() -> Any:
-            return (
-                filled((ROWS, head_dim), 0.0, jnp.float32, TILE),
-                filled((ROWS,), -jnp.inf, jnp.float32, ROW),
-                filled((ROWS,), 0.0, jnp.float32, ROW),
-            )
+            return loop.with_sum(all_branches)
 
         def one_item(t: Any, state: Any) -> Any:
             base, current = state
@@ -222,7 +144,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             acc, m, mass = lax.cond(
                 total > base,
                 lambda: look(base, total, mask, (residue, tile), (b, n), row, ids),
-                nothing_seen,
+                lambda: nothing_seen(head_dim),
             )
             finish(acc, m, mass, window, lse_at, old)
             return total, following
@@ -251,10 +173,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window])
             store(lse_at, jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf))
 
-        pl.when(wg == consumers - 1)(pass_turn)
+        loop.begin()
         first = schedule.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
-        pl.when(wg == 0)(await_turn)
+        loop.end()
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:

@@ -1,0 +1,181 @@
+"""The inner loop of the forward kernels: one warpgroup's online softmax over tiles of keys."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.compat import (
+    COLUMN,
+    ROW,
+    TILE,
+    Sum,
+    filled,
+    load,
+    named_barrier,
+    partial_sums,
+    pin,
+    pl,
+    plgpu,
+    product,
+    product_first,
+    total_sums,
+    with_sum,
+)
+from pallas_kernels.config import ROWS
+from pallas_kernels.scores import softmax
+
+# First of the numbered hardware barriers of the turns; Mosaic's own allocation starts from 0.
+TURN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What is special about one tile of scores.
+
+    mask: scores and ids of the keys (or None) -> scores with -inf where nothing is seen. drop:
+    probabilities -> those that dropout leaves.
+    """
+
+    mask: Callable[[jax.Array, Any], jax.Array]
+    drop: Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Warpgroup:
+    """One of the warpgroups that compute, with what it shares with the one that copies.
+
+    number, consumers: which of how many. scale: of the scores, base 2. overlap: its softmax runs
+    while its last product of probabilities and values does, at the price of registers. q: its
+    queries; k, v, ids: rings of tiles (ids may be None). ready, free: barriers of (q, k, v).
+    stand_in: shared memory for `compat.with_sum` under the interpreter, else None.
+    """
+
+    number: Any
+    consumers: int
+    scale: float
+    overlap: bool
+    q: Any
+    k: Any
+    v: Any
+    ids: Any
+    ready: tuple[Any, Any, Any]
+    free: tuple[Any, Any, Any]
+    stand_in: tuple[Any, Any] | None
+
+    @property
+    def interpret(self) -> bool:
+        """Whether the interpreter runs it."""
+        return self.stand_in is not None
+
+    def slot(self, n: Any) -> Any:
+        """Where in the rings tile n lies."""
+        return lax.rem(n, jnp.int32(self.k.shape[0]))
+
+    # The warpgroups take turns to give the tensor cores work, so that while one's products run the
+    # others do their softmax. Turns are passed on numbered barriers, which the interpreter does not
+    # have.
+    def pass_turn(self) -> None:
+        """Lets the next warpgroup use the tensor cores."""
+        if not self.interpret:
+            following = lax.rem(self.number + 1, jnp.int32(self.consumers))
+            named_barrier("arrive", TURN + following, 2 * 128)
+
+    def await_turn(self) -> None:
+        """Waits until the tensor cores are this warpgroup's."""
+        if not self.interpret:
+            named_barrier("sync", TURN + self.number, 2 * 128)
+
+    def begin(self) -> None:
+        """Before all tiles: the first turn is the first warpgroup's."""
+        pl.when(self.number == self.consumers - 1)(self.pass_turn)
+
+    def end(self) -> None:
+        """After all tiles: takes back the turn that nobody uses."""
+        pl.when(self.number == 0)(self.await_turn)
+
+    def _scores(self, n: Any, begin_more: Any = None) -> Any:
+        left, right = self.q, self.k.at[self.slot(n)].transpose((1, 0))
+        shape = (ROWS, self.k.shape[1])
+        if begin_more is None:
+            return product(left, right, shape, self.pass_turn)
+        return product_first(left, right, shape, begin_more)
+
+    def _weigh(self, s: Any, m: Any, n: Any, tile: Tile) -> Any:
+        """Probabilities of the tile in slot n: (p, p for the product, maximum, factor)."""
+        ids = None if self.ids is None else load(self.ids.at[self.slot(n)], COLUMN)
+        plgpu.barrier_arrive(self.free[1].at[self.slot(n)])
+        p, m, alpha = softmax(tile.mask(s, ids), m, self.scale)
+        return p, tile.drop(p), m, alpha
+
+    def first(self, base: Any, total: Any, tile: Tile) -> Any:
+        """The state after the first tile of base to total - 1: weighed, not yet added."""
+        plgpu.barrier_wait(self.ready[0])
+        plgpu.barrier_wait(self.ready[1].at[self.slot(base)])
+        self.await_turn()
+        s = self._scores(base)
+        pl.when(base + 1 == total)(lambda: plgpu.barrier_arrive(self.free[0]))
+        nothing = filled((ROWS,), -jnp.inf, jnp.float32, ROW)
+        p, dropped, m, _ = self._weigh(s, nothing, base, tile)
+        return dropped.astype(self.q.dtype), m, partial_sums(p, self.interpret), base + 1
+
+    def step(self, state: Any, acc: Sum, total: Any, tile: Tile) -> Any:
+        """Weighs a tile, and adds the one before."""
+        p16, m, mass, n = state
+        plgpu.barrier_wait(self.ready[1].at[self.slot(n)])
+        plgpu.barrier_wait(self.ready[2].at[self.slot(n - 1)])
+        self.await_turn()
+
+        def add_last() -> None:
+            acc.add(p16, self.v.at[self.slot(n - 1)])
+
+        def begin_more() -> None:
+            add_last()
+            self.pass_turn()
+
+        if self.overlap:
+            # The softmax runs while the sum does.
+            s = self._scores(n, begin_more)
+        else:
+            add_last()
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(self.free[2].at[self.slot(n - 1)])
+            s = self._scores(n)
+        # The next tile's queries arrive while this one finishes.
+        pl.when(n + 1 == total)(lambda: plgpu.barrier_arrive(self.free[0]))
+        p, dropped, m, alpha = self._weigh(s, m, n, tile)
+        mass = mass * alpha + partial_sums(p, self.interpret)
+        dropped, m, mass, alpha = lax.optimization_barrier((dropped, m, mass, alpha))
+        if self.overlap:
+            pin(mass, self.interpret)
+        acc.scale(alpha)
+        if self.overlap:
+            plgpu.barrier_arrive(self.free[2].at[self.slot(n - 1)])
+        return dropped.astype(self.q.dtype), m, mass, n + 1
+
+    def last(self, state: Any, acc: Sum) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(sum, maximum, mass) once the last tile is added."""
+        p16, m, mass, n = state
+        plgpu.barrier_wait(self.ready[2].at[self.slot(n - 1)])
+        self.await_turn()
+        acc.add(p16, self.v.at[self.slot(n - 1)])
+        self.pass_turn()
+        result = acc.value()
+        plgpu.barrier_arrive(self.free[2].at[self.slot(n - 1)])
+        return result, m, total_sums(mass, self.interpret)
+
+    def with_sum(self, body: Callable[[Sum], Any]) -> Any:
+        """Runs `body` with a sum that is zero."""
+        return with_sum(body, (ROWS, self.q.shape[-1]), self.stand_in)
+
+
+def nothing_seen(head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(sum, maximum, mass) over no tiles."""
+    return (
+        filled((ROWS, head_dim), 0.0, jnp.float32, TILE),
+        filled((ROWS,), -jnp.inf, jnp.float32, ROW),
+        filled((ROWS,), 0.0, jnp.float32, ROW),
+    )
