@@ -1,22 +1,25 @@
 """Measures attention of a sequence on several GPUs of one host, or on emulated CPU devices.
 
-    python benchmarks/mesh.py --out results [--devices 2] [--cases dense,longnet] [--trace DIR]
-    python benchmarks/mesh.py --out results --billion [--length 1073741824] [--head-dim 32]
+    python benchmarks/mesh.py --out results [--devices 2] [--cases dense,longnet] [--budget 500]
+    python benchmarks/mesh.py --out results --billion [--backward] [--length 1073741824]
 
 For every case and pass, in one process: the mesh; the same local work with the messages removed;
-one device alone with the whole sequence, where it fits. Rows sampled in every device's part are
-checked against an oracle in float64 before anything is timed. Writes mesh.md and mesh.json.
+a profile of the mesh, which says how long messages run while nothing is computed; at the end one
+device alone with the whole sequence, where it fits. Rows sampled in every device's part are checked
+against an oracle in float64 before anything is timed. Writes mesh.md and mesh.json, a row as soon
+as it is there; rows of other calls that are in mesh.json stay.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,202 +28,28 @@ os.environ.setdefault(
     "XLA_PYTHON_CLIENT_PREALLOCATE", "true" if "--billion" in sys.argv else "false"
 )
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.97")
-# Without these XLA sends some keys and values before it computes, not meanwhile.
+# Without the first two XLA sends some keys and values before it computes, not meanwhile.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_gpu_enable_latency_hiding_scheduler=true"
     + " --xla_gpu_experimental_parallel_collective_overlap_limit=4"
+    + f" --xla_gpu_use_memcpy_local_p2p={'--copy-engines' in sys.argv}".lower()
 )
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dilax.sharded import choose_local, plan_of
-from dilax.spec import as_spec, branches_of, within
-from sharding.attention import Setup, attend
-from sharding.mesh import local_positions
+from benchmarks.billion import billion
+from benchmarks.exposed import exposed_in
+from benchmarks.mesh_cases import CASES, Run, tiny, useful_flops, worst_error
+from dilax import UnsupportedError
 from sharding.messages import MESSAGES, SILENT
 
-AXIS = "sequence"
-LONGNET = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
-GIGAPATH = ((1024, 5792, 32768, 185363, 1048576), (1, 2, 4, 8, 16))
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One attention; length is that of the whole sequence, `per_device` that of a device's part."""
-
-    name: str
-    lists: tuple[tuple[int, ...], tuple[int, ...]] | None  # None: dense
-    per_device: int | None = None
-    length: int | None = None
-    causal: bool = False
-    layout: str = "contiguous"
-    method: str | None = None
-    heads: int = 16
-    head_dim: int = 128
-    backward: bool = True
-    alone: bool = True
-
-    def tokens(self, devices: int) -> int:
-        """T of the whole sequence."""
-        return self.length or (self.per_device or 0) * devices
-
-
-CASES = (
-    Case("dense", None, per_device=32768, method="ring"),
-    Case("dense-zigzag", None, per_device=32768, causal=True, layout="zigzag", method="ring"),
-    Case("dense-contiguous", None, per_device=32768, causal=True, method="ring"),
-    Case("longnet", LONGNET, length=1 << 20),
-    Case("gigapath", GIGAPATH, length=1 << 20),
-    Case("gigapath-ring", GIGAPATH, length=1 << 20, method="ring"),
-)
-
-
-def tiny(case: Case) -> Case:
-    """The same at a size for emulated devices."""
-    lists = None
-    if case.lists:
-        lists = tuple(max(w // 1024, 4) for w in case.lists[0]), case.lists[1]
-    small = 256 if case.length else None
-    part = 64 if case.per_device else None
-    return dataclasses.replace(
-        case, lists=lists, length=small, per_device=part, heads=4, head_dim=16
-    )
-
-
-def values(salt: int, position: Any, head: Any, dim: Any, dtype: Any, xp: Any = jnp) -> Any:
-    """Numbers in [-sqrt(3), sqrt(3)) that depend on where they are, the same on every machine."""
-    u32 = xp.uint32
-    x = position.astype(u32) * u32(0x9E3779B1) + head.astype(u32) * u32(0x85EBCA77)
-    x = x + dim.astype(u32) * u32(0xC2B2AE3D) + u32(salt * 0x27D4EB2F % 2**32)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        x = (x ^ (x >> u32(shift))) * u32(factor)
-    unit = (x >> u32(8)).astype(xp.float32) * xp.float32(2**-24)
-    return ((unit - xp.float32(0.5)) * xp.float32(12**0.5)).astype(dtype)
-
-
-def inputs(case: Case, length: int, axis: str | None, dtype: Any, count: int = 4) -> Any:
-    """query, key, value and the cotangent of out, of this device's positions."""
-    place = jnp.arange(length, dtype=jnp.int32)
-    if axis is not None:
-        place = local_positions(length, axis, case.layout)
-    head, dim = jnp.arange(case.heads), jnp.arange(case.head_dim)
-    at = place[None, :, None, None], head[None, None, :, None], dim[None, None, None]
-    return tuple(values(salt, *at, dtype) for salt in range(count))
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One case on the first `devices` devices."""
-
-    case: Case
-    length: int
-    devices: int
-    implementation: str | None
-    dtype: Any
-
-    @property
-    def mesh(self) -> jax.sharding.Mesh:
-        """The devices as one axis."""
-        kinds = (jax.sharding.AxisType.Auto,)
-        return jax.make_mesh(
-            (self.devices,), (AXIS,), axis_types=kinds, devices=jax.devices()[: self.devices]
-        )
-
-    @property
-    def branches(self) -> tuple:
-        """Those of the case, over all positions."""
-        spec = as_spec(*(self.case.lists or ((self.length,), (1,))))
-        every = branches_of(spec, self.case.heads, "lse", "interleaved")
-        return tuple(within(branch, self.length) for branch in every)
-
-    @functools.cached_property
-    def plan(self) -> Any:
-        """Who sends what."""
-        case = self.case
-        return plan_of(
-            self.branches,
-            (1, self.length, case.heads, case.heads, case.head_dim),
-            self.dtype,
-            devices=self.devices,
-            layout=case.layout,
-            is_causal=case.causal,
-            method=case.method,
-        )
-
-    def place(self, f: Callable, count: int) -> Callable:
-        """f of `count` arrays [1, T, N, H] under shard_map."""
-        part = jax.P(None, AXIS)
-        return jax.shard_map(
-            f, mesh=self.mesh, in_specs=(part,) * count, out_specs=part, check_vma=False
-        )
-
-    def arrays(self, count: int) -> tuple[jax.Array, ...]:
-        """query, key, value and the cotangent of out, made where they lie."""
-        n = self.length // self.devices
-        make = self.place(lambda: inputs(self.case, n, AXIS, self.dtype, count), 0)
-        return jax.jit(make)()
-
-    def forward(self, messages: Any) -> Callable:
-        """(query, key, value) -> out, all sharded."""
-        case, scale = self.case, self.case.head_dim**-0.5
-
-        def one(q, k, v):
-            local = choose_local(
-                self.implementation, q, k, v, self.plan, scale, (None, None), 0.0, None
-            )
-            args = AXIS, None, None, case.causal, scale, 0.0, messages
-            return attend(Setup(self.plan, local, *args), q, k, v)[0].astype(q.dtype)
-
-        return self.place(one, 3)
-
-    def both(self, messages: Any) -> Callable:
-        """(query, key, value, cotangent) -> gradients of the first three."""
-        return lambda q, k, v, do: jax.vjp(self.forward(messages), q, k, v)[1](do)
-
-
-def oracle(run: Run, position: int, head: int) -> tuple[np.ndarray, np.ndarray]:
-    """out and the gradient of the query of one row, in float64."""
-    dim, scale = np.arange(run.case.head_dim)[None], run.case.head_dim**-0.5
-    found = []
-    for w, r, first, offsets in run.branches:
-        offset = offsets[head - first]
-        if position % w % r == offset:
-            place = position // w * w + np.arange(offset, w, r)
-            end = min(position + 1 if run.case.causal else run.length, run.length)
-            found.append(place[place < end])
-    place, one = np.concatenate(found)[:, None], np.array([[head]])
-
-    def rows(salt: int, at: np.ndarray) -> np.ndarray:
-        return values(salt, at, one, dim, run.dtype, np).astype(np.float64)
-
-    q, do = (rows(salt, np.array([[position]]))[0] for salt in (0, 3))
-    k, v = rows(1, place), rows(2, place)
-    logits = k @ q * scale
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
-    out = p @ v
-    return out, (p * (v @ do - do @ out)) @ k * scale
-
-
-def worst_error(run: Run, result: jax.Array, gradient: bool, samples: int = 4) -> float:
-    """The largest relative error of rows sampled in every device's part."""
-    rng, worst = np.random.default_rng(0), 0.0
-    starts = run.plan.token_starts
-    for shard in result.addressable_shards:
-        n = shard.data.shape[1]
-        device = (shard.index[1].start or 0) // n
-        size = n // starts.shape[1]
-        for _ in range(samples):
-            row, head = int(rng.integers(n)), int(rng.integers(run.case.heads))
-            position = int(starts[device, row // size]) + row % size
-            wanted = oracle(run, position, head)[int(gradient)]
-            found = np.asarray(shard.data[0, row, head], np.float64)
-            worst = max(worst, float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)))
-    return worst
+STARTED = time.monotonic()
+PASSES = ("forward", "both")
+KEY = ("case", "pass", "devices", "T", "copy engines")
+PROFILED = 3  # calls
 
 
 def clock(f: Callable, arrays: tuple, least: float = 0.05) -> float:
@@ -240,61 +69,54 @@ def clock(f: Callable, arrays: tuple, least: float = 0.05) -> float:
     return statistics.median(samples)
 
 
-def useful_flops(run: Run) -> float:
-    """Forward FLOPs that the mathematics needs, on all devices."""
-    total = 0.0
-    for w, r, _, offsets in run.branches:
-        whole, rest = divmod(run.length, w)
-        total += 4 * run.case.head_dim * len(offsets) * (whole * w * w + rest * rest) / r**2
-    return total / (2 if run.case.causal else 1)
-
-
-def measure(run: Run, trace: str | None) -> list[dict]:
-    """The rows of one case: forward, and forward with backward."""
-    limit = 0.03 if jnp.dtype(run.dtype).itemsize == 2 else 1e-4
-    rows = []
-    for name in ("forward", "both")[: 1 + run.case.backward]:
-        row: dict[str, Any] = {"case": run.case.name, "pass": name, "devices": run.devices}
-        row |= {"T": run.length, "H": run.case.head_dim, "N": run.case.heads}
-        row["methods"] = " ".join(branch.method for branch in run.plan.branches)
-        row |= {"planned bytes": run.plan.bytes, "balance": run.plan.balance}
-        arrays = run.arrays(3 + (name == "both"))
-        f = jax.jit(getattr(run, name)(MESSAGES)).lower(*arrays).compile()
-        row["temporary MiB"] = f.memory_analysis().temp_size_in_bytes / 2**20
-        result = jax.tree.leaves(f(*arrays))[0]
-        row["error"] = worst_error(run, result, name == "both")
+def profiled(f: Callable, arrays: tuple, folder: Path) -> dict[str, float]:
+    """Milliseconds of one call by `exposed_in`, from a profile of a few."""
+    with jax.profiler.trace(str(folder)):
+        for _ in range(PROFILED):
+            result = f(*arrays)
+        jax.block_until_ready(result)
         del result
-        if not row["error"] < limit:
-            raise SystemExit(f"{run.case.name} {name}: rows differ from the oracle: {row}")
-        row["seconds"] = clock(f, arrays)
-        if trace:
-            with jax.profiler.trace(f"{trace}/{run.case.name}-{name}"):
-                jax.block_until_ready(f(*arrays))
-        silent = jax.jit(getattr(run, name)(SILENT)).lower(*arrays).compile()
-        row["silent"] = clock(silent, arrays)
-        del silent, f, arrays
-        row["ratio"] = row["silent"] / row["seconds"]
-        row["exposed ms"] = (row["seconds"] - row["silent"]) * 1e3
-        factor = 3.5 if name == "both" else 1.0
-        rate = factor * useful_flops(run) / run.devices / 1e12
-        row["TFLOP/s per device"] = rate / row["seconds"]
-        if run.case.alone and run.devices > 1:
-            row |= alone(run, name)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
+    return {f"{name} ms": x / PROFILED for name, x in exposed_in(folder).items()}
+
+
+def measure(run: Run, name: str, copy_engines: bool, traces: Path) -> dict:
+    """The row of one case and pass."""
+    row: dict[str, Any] = {"case": run.case.name, "pass": name, "devices": run.devices}
+    row |= {"T": run.length, "H": run.case.head_dim, "N": run.case.heads}
+    row |= {"copy engines": copy_engines, "local": run.chosen}
+    row["methods"] = " ".join(branch.method for branch in run.plan.branches)
+    row |= {"planned bytes": run.plan.bytes, "balance": run.plan.balance}
+    backward = name == "both"
+    arrays = run.arrays(3 + backward)
+    with ThreadPoolExecutor() as pool:
+        programs = (jax.jit(run.program(backward, m)).lower(*arrays) for m in (MESSAGES, SILENT))
+        f, silent = pool.map(lambda program: program.compile(), programs)
+    row["temporary MiB"] = f.memory_analysis().temp_size_in_bytes / 2**20
+    result = jax.tree.leaves(f(*arrays))[0]
+    row["error"] = worst_error(run, result, backward)
+    del result
+    limit = 0.03 if jnp.dtype(run.dtype).itemsize == 2 else 1e-4
+    if not row["error"] < limit:
+        raise SystemExit(f"{run.case.name} {name}: rows differ from the oracle: {row}")
+    row["seconds"] = clock(f, arrays)
+    row["silent"] = clock(silent, arrays)
+    row["ratio"] = row["silent"] / row["seconds"]
+    row |= profiled(f, arrays, traces / f"{run.case.name}-{name}")
+    rate = (3.5 if backward else 1.0) * useful_flops(run) / run.devices / 1e12
+    row["TFLOP/s per device"] = rate / row["seconds"]
+    return row
 
 
 def alone(run: Run, name: str) -> dict:
     """One device with the whole sequence."""
+    backward = name == "both"
     case = dataclasses.replace(run.case, layout="contiguous", method=None)
-    one = dataclasses.replace(run, devices=1, case=case)
+    one = dataclasses.replace(run, devices=1, case=case, implementation=run.chosen)
     try:
-        arrays = one.arrays(3 + (name == "both"))
-        seconds = clock(jax.jit(getattr(one, name)(MESSAGES)), arrays)
-    except jax.errors.JaxRuntimeError as problem:  # out of memory: the row says so
+        arrays = one.arrays(3 + backward)
+        return {"alone": clock(jax.jit(one.program(backward, MESSAGES)), arrays)}
+    except (jax.errors.JaxRuntimeError, UnsupportedError) as problem:  # the row says why
         return {"alone": None, "note": f"one device: {str(problem)[:100]}"}
-    return {"alone": seconds}
 
 
 def speed(row: dict) -> float | None:
@@ -306,71 +128,121 @@ def speed(row: dict) -> float | None:
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
-    head = ("case", "pass", "devices", "T", "ms", "without messages", "ratio", "one device")
-    head += ("share of it", "TFLOP/s per device", "exposed ms", "error", "methods")
+    head = ("case", "pass", "devices", "T", "copies by", "ms", "without messages", "ratio")
+    head += ("one device", "share of it", "TFLOP/s per device", "messages ms", "exposed ms")
+    head += ("idle ms", "error", "local", "methods")
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+
+    def shown(x: float | None, digits: int, factor: float = 1.0) -> str:
+        return "-" if x is None else f"{x * factor:.{digits}f}"
+
     for row in rows:
-        one, share = row.get("alone"), speed(row)
-        cells = [row["case"], row["pass"], row["devices"], row["T"], f"{row['seconds'] * 1e3:.2f}"]
-        cells += [f"{row['silent'] * 1e3:.2f}", f"{row['ratio']:.3f}"]
-        cells += [f"{one * 1e3:.2f}" if one else "-", f"{share:.3f}" if share else "-"]
-        cells += [f"{row['TFLOP/s per device']:.1f}", f"{row['exposed ms']:.2f}"]
-        cells += [f"{row['error']:.1e}", row["methods"]]
+        cells = [row["case"], row["pass"], row["devices"], row["T"]]
+        cells += ["engines" if row["copy engines"] else "kernels", shown(row["seconds"], 2, 1e3)]
+        cells += [shown(row["silent"], 2, 1e3), shown(row["ratio"], 3)]
+        cells += [shown(row.get("alone"), 2, 1e3), shown(speed(row), 3)]
+        cells += [shown(row["TFLOP/s per device"], 1)]
+        cells += [shown(row.get(name), 2) for name in ("messages ms", "exposed ms", "idle ms")]
+        cells += [f"{row['error']:.1e}", row["local"], row["methods"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
-def billion(length: int, head_dim: int, devices: int, implementation: str | None) -> dict:
-    """One forward pass over a very long sequence; out takes the memory of the query."""
-    rates = tuple(2**i for i in range(11))
-    lists = tuple(min(2048 * r, length) for r in rates), rates
-    case = Case("billion", lists, length=length, heads=1, head_dim=head_dim, backward=False)
-    run = Run(case, length, devices, implementation, jnp.bfloat16)
-    q, k, v = run.arrays(3)
-    f = jax.jit(run.forward(MESSAGES), donate_argnums=0).lower(q, k, v).compile()
-    start = time.perf_counter()
-    out = jax.block_until_ready(f(q, k, v))
-    row: dict[str, Any] = {"T": length, "H": head_dim, "devices": devices}
-    row["seconds"] = time.perf_counter() - start
-    row["error"] = worst_error(run, out, False)
-    stats = [device.memory_stats() or {} for device in jax.devices()[:devices]]
-    row["peak GiB"] = max(s.get("peak_bytes_in_use", 0) for s in stats) / 2**30
-    row["TFLOP/s per device"] = useful_flops(run) / devices / row["seconds"] / 1e12
-    row["methods"] = " ".join(branch.method for branch in run.plan.branches)
-    return row
+class Record:
+    """The rows on disk: those of other calls stay, the newest of equal ones counts."""
+
+    def __init__(self, out: Path, name: str, key: tuple[str, ...]):
+        self.path, self.key = out / f"{name}.json", key
+        found = json.loads(self.path.read_text()) if self.path.exists() else []
+        self.rows = {self._key(row): row for row in found}
+
+    def _key(self, row: dict) -> tuple:
+        return tuple(row.get(name) for name in self.key)
+
+    def add(self, row: dict) -> None:
+        """Print and write."""
+        print(json.dumps(row), flush=True)
+        self.rows[self._key(row)] = row
+        self.path.write_text(json.dumps(list(self.rows.values()), indent=1) + "\n")
+
+
+class Budget:
+    """Seconds since the start; a step that would not fit is skipped, and said to be."""
+
+    def __init__(self, seconds: float | None):
+        self.seconds, self.longest = seconds, 0.0
+
+    def run(self, what: str, step: Callable[[], Any]) -> Any:
+        """The step's result, None where there is no time for one as long as the longest yet."""
+        began = time.monotonic()
+        if self.seconds and began - STARTED + self.longest > self.seconds:
+            print(f"skipped, the budget is used up: {what}", flush=True)
+            return None
+        result = step()
+        self.longest = max(self.longest, time.monotonic() - began)
+        return result
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--devices", type=int, default=None, help="default: all")
+    names = ",".join(case.name for case in CASES)
+    parser.add_argument("--cases", default=names, help="case or case:pass, in this order")
+    parser.add_argument("--implementation", default=None, help="of the local attention")
+    parser.add_argument("--copy-engines", action="store_true", help="not NCCL's kernels")
+    parser.add_argument("--budget", type=float, default=None, help="seconds since the start")
+    parser.add_argument("--trace", default=None, help="folder for profiles, if they are to stay")
+    parser.add_argument("--tiny", action="store_true", help="sizes for emulated devices")
+    parser.add_argument("--billion", action="store_true")
+    parser.add_argument("--backward", action="store_true", help="with --billion")
+    parser.add_argument("--length", type=int, default=1 << 30, help="with --billion")
+    parser.add_argument("--head-dim", type=int, default=32, help="with --billion")
+    return parser.parse_args()
+
+
+def steps_of(args: argparse.Namespace, devices: int) -> list[tuple[Run, str]]:
+    """The cases and passes that were asked for."""
+    cases = {case.name: tiny(case) if args.tiny else case for case in CASES}
+    dtype = jnp.float32 if args.tiny else jnp.bfloat16
+    steps = []
+    for wanted in args.cases.split(","):
+        name, _, only = wanted.partition(":")
+        case = cases[name]
+        run = Run(case, case.tokens(devices), devices, args.implementation, dtype)
+        steps += [(run, one) for one in PASSES if only in ("", one)]
+    return steps
 
 
 def main() -> None:
     """Parse, run, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--devices", type=int, default=None, help="default: all")
-    parser.add_argument("--cases", default=",".join(case.name for case in CASES))
-    parser.add_argument("--implementation", default=None, help="of the local attention")
-    parser.add_argument("--trace", default=None, help="folder for profiles")
-    parser.add_argument("--tiny", action="store_true", help="sizes for emulated devices")
-    parser.add_argument("--billion", action="store_true")
-    parser.add_argument("--length", type=int, default=1 << 30, help="with --billion")
-    parser.add_argument("--head-dim", type=int, default=32, help="with --billion")
-    args = parser.parse_args()
+    args = parse()
     devices = args.devices or len(jax.devices())
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if args.billion:
-        row = billion(args.length, args.head_dim, devices, args.implementation)
-        print(json.dumps(row))
-        (out / "billion.json").write_text(json.dumps(row, indent=1) + "\n")
+        record = Record(out, "billion", ("pass", "T", "H", "devices"))
+        options = args.length, args.head_dim, devices, args.implementation, args.backward
+        record.add(billion(*options))
         return
-    rows: list[dict] = []
-    for case in CASES:
-        if case.name in args.cases.split(","):
-            case = tiny(case) if args.tiny else case
-            dtype = jnp.float32 if args.tiny else jnp.bfloat16
-            run = Run(case, case.tokens(devices), devices, args.implementation, dtype)
-            rows += measure(run, args.trace)
-            (out / "mesh.json").write_text(json.dumps(rows, indent=1) + "\n")
-            (out / "mesh.md").write_text(table(rows))
-    print(table(rows))
+    record, budget = Record(out, "mesh", KEY), Budget(args.budget)
+    measured = []
+    with tempfile.TemporaryDirectory() as temporary:
+        traces = Path(args.trace or temporary)
+        for run, name in steps_of(args, devices):
+            what = f"{run.case.name} {name}"
+            row = budget.run(what, lambda: measure(run, name, args.copy_engines, traces))  # noqa: B023
+            if row:
+                measured.append((run, name, row))
+                record.add(row)
+                (out / "mesh.md").write_text(table(list(record.rows.values())))
+    for run, name, row in measured if devices > 1 else ():
+        found = budget.run(f"one device: {run.case.name} {name}", lambda: alone(run, name))  # noqa: B023
+        if found:
+            record.add(row | found)
+            (out / "mesh.md").write_text(table(list(record.rows.values())))
+    print(table(list(record.rows.values())))
 
 
 if __name__ == "__main__":

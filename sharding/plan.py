@@ -306,7 +306,10 @@ def _contiguous(shared: _Shared, group: int) -> bool:
 def _local(shared, number, branch, ranks, slots, first, end) -> BranchPlan:
     rows: int = ranks.count(shared.starts)
     hops: Any = ()
-    aligned = shared.devices == 1 or shared.chunk % ranks.segment == 0
+    # Kernels want segments that the rate divides, or one segment; in ranks they take any.
+    aligned = ranks.segment >= shared.length or (
+        ranks.segment % ranks.rate == 0 and shared.chunk % ranks.segment == 0
+    )
     if not (aligned and slots.static and _one_run(slots)):
         hops = (_hop(shared, ranks, first, end, len(first), 0, rows),)
     compute, balance = _compute(shared, ranks, slots, first, end, 1)

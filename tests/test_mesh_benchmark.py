@@ -1,9 +1,13 @@
 """The benchmarks of a mesh at tiny sizes: what they check, and what they leave out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import pytest
+from jax.profiler import ProfileData
 
-from benchmarks import mesh, plans
+from benchmarks import billion, exposed, mesh, plans
 from sharding.messages import MESSAGES, SILENT
 
 
@@ -11,11 +15,34 @@ def test_rows_equal_the_oracle_and_only_without_messages_they_do_not():
     (case,) = (mesh.tiny(case) for case in mesh.CASES if case.name == "dense-zigzag")
     run = mesh.Run(case, 32, 2, "xla", jnp.float32)
     arrays = run.arrays(3)
-    out, silent = (jax.jit(run.forward(m))(*arrays) for m in (MESSAGES, SILENT))
+    out, silent = (jax.jit(run.program(False, m))(*arrays) for m in (MESSAGES, SILENT))
     assert mesh.worst_error(run, out, False) < 1e-5
     assert mesh.worst_error(run, silent, False) > 1e-2
-    programs = [jax.jit(run.forward(m)).lower(*arrays).as_text() for m in (MESSAGES, SILENT)]
+    programs = [jax.jit(run.program(False, m)).lower(*arrays).as_text() for m in (MESSAGES, SILENT)]
     assert ["collective_permute" in text for text in programs] == [True, False]
+
+
+def test_billion_in_pieces_equals_the_oracle(monkeypatch):
+    monkeypatch.setattr(billion, "RATES", (1, 4))
+    run = dataclasses.replace(billion.run_of(4 * 8192, 8, 2, "xla"), dtype=jnp.float32)
+    result = billion.program(run, backward=True)(*run.arrays(4))
+    assert mesh.worst_error(run, result[0], gradient=True) < 1e-5
+
+
+_PROFILE = """
+planes { name: "/device:GPU:0"
+  lines { name: "Stream #1(Compute)" events { metadata_id: 1 duration_ps: 4000000000 } }
+  lines { name: "Stream #2" events { metadata_id: 2 offset_ps: 3000000000 duration_ps: 3000000000 }
+    events { metadata_id: 2 offset_ps: 7000000000 duration_ps: 1000000000 } }
+  event_metadata { key: 1 value { id: 1 name: "attention" } }
+  event_metadata { key: 2 value { id: 2 name: "ncclDevKernel_SendRecv" } } }
+"""
+
+
+@pytest.mark.filterwarnings("ignore:builtin type event_stats")  # of JAX's own reader
+def test_exposed_is_the_time_of_messages_with_nothing_beside_them():
+    found = exposed.exposed_of(ProfileData.from_text_proto(_PROFILE))
+    assert found == pytest.approx({"messages": 4, "exposed": 3, "idle": 1})
 
 
 def test_a_row_of_the_table_of_plans():

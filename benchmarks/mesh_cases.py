@@ -1,0 +1,214 @@
+"""Cases of attention of a sequence on a mesh: their inputs, programs, plans and oracle."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dilax.sharded import XLA, choose_local, plan_of
+from dilax.spec import as_spec, branches_of, within
+from sharding.attention import Setup, attend
+from sharding.mesh import local_positions
+
+AXIS = "sequence"
+LONGNET = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
+GIGAPATH = ((1024, 5792, 32768, 185363, 1048576), (1, 2, 4, 8, 16))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention; length is that of the whole sequence, `per_device` that of a device's part."""
+
+    name: str
+    lists: tuple[tuple[int, ...], tuple[int, ...]] | None  # None: dense
+    per_device: int | None = None
+    length: int | None = None
+    causal: bool = False
+    layout: str = "contiguous"
+    method: str | None = None
+    heads: int = 16
+    head_dim: int = 128
+
+    def tokens(self, devices: int) -> int:
+        """T of the whole sequence."""
+        return self.length or (self.per_device or 0) * devices
+
+
+CASES = (
+    Case("longnet", LONGNET, length=1 << 20),
+    Case("gigapath", GIGAPATH, length=1 << 20),
+    Case("gigapath-ring", GIGAPATH, length=1 << 20, method="ring"),
+    Case("dense", None, per_device=32768, method="ring"),
+    Case("dense-zigzag", None, per_device=32768, causal=True, layout="zigzag", method="ring"),
+    Case("dense-contiguous", None, per_device=32768, causal=True, method="ring"),
+)
+
+
+def tiny(case: Case) -> Case:
+    """The same at a size for emulated devices."""
+    lists = None
+    if case.lists:
+        lists = tuple(max(w // 1024, 4) for w in case.lists[0]), case.lists[1]
+    small = 256 if case.length else None
+    part = 64 if case.per_device else None
+    return dataclasses.replace(
+        case, lists=lists, length=small, per_device=part, heads=4, head_dim=16
+    )
+
+
+def values(salt: int, position: Any, head: Any, dim: Any, dtype: Any, xp: Any = jnp) -> Any:
+    """Numbers in [-sqrt(3), sqrt(3)) that depend on where they are, the same on every machine."""
+    u32 = xp.uint32
+    x = position.astype(u32) * u32(0x9E3779B1) + head.astype(u32) * u32(0x85EBCA77)
+    x = x + dim.astype(u32) * u32(0xC2B2AE3D) + u32(salt * 0x27D4EB2F % 2**32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        x = (x ^ (x >> u32(shift))) * u32(factor)
+    unit = (x >> u32(8)).astype(xp.float32) * xp.float32(2**-24)
+    return ((unit - xp.float32(0.5)) * xp.float32(12**0.5)).astype(dtype)
+
+
+def inputs(case: Case, length: int, axis: str | None, dtype: Any, count: int = 4) -> Any:
+    """query, key, value and the cotangent of out, of this device's positions."""
+    place = jnp.arange(length, dtype=jnp.int32)
+    if axis is not None:
+        place = local_positions(length, axis, case.layout)
+    head, dim = jnp.arange(case.heads), jnp.arange(case.head_dim)
+    at = place[None, :, None, None], head[None, None, :, None], dim[None, None, None]
+    return tuple(values(salt, *at, dtype) for salt in range(count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One case on the first `devices` devices."""
+
+    case: Case
+    length: int
+    devices: int
+    implementation: str | None
+    dtype: Any
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices as one axis."""
+        kinds = (jax.sharding.AxisType.Auto,)
+        return jax.make_mesh(
+            (self.devices,), (AXIS,), axis_types=kinds, devices=jax.devices()[: self.devices]
+        )
+
+    @property
+    def branches(self) -> tuple:
+        """Those of the case, over all positions."""
+        spec = as_spec(*(self.case.lists or ((self.length,), (1,))))
+        every = branches_of(spec, self.case.heads, "lse", "interleaved")
+        return tuple(within(branch, self.length) for branch in every)
+
+    @functools.cached_property
+    def plan(self) -> Any:
+        """Who sends what."""
+        case = self.case
+        return plan_of(
+            self.branches,
+            (1, self.length, case.heads, case.heads, case.head_dim),
+            self.dtype,
+            devices=self.devices,
+            layout=case.layout,
+            is_causal=case.causal,
+            method=case.method,
+        )
+
+    def place(self, f: Callable, count: int) -> Callable:
+        """f of `count` arrays [1, T, N, H] under shard_map."""
+        part = jax.P(None, AXIS)
+        return jax.shard_map(
+            f, mesh=self.mesh, in_specs=(part,) * count, out_specs=part, check_vma=False
+        )
+
+    def arrays(self, count: int) -> tuple[jax.Array, ...]:
+        """query, key, value and the cotangent of out, made where they lie."""
+        n = self.length // self.devices
+        make = self.place(lambda: inputs(self.case, n, AXIS, self.dtype, count), 0)
+        return jax.jit(make)()
+
+    def attend(self, messages: Any) -> Callable:
+        """(query, key, value) -> out of this device's rows, inside the shard_map."""
+
+        def one(q, k, v):
+            args = AXIS, None, None, self.case.causal, self.case.head_dim**-0.5, 0.0, messages
+            return attend(Setup(self.plan, self._local(q), *args), q, k, v)[0].astype(q.dtype)
+
+        return one
+
+    def _local(self, x: Any) -> Any:
+        options = self.plan, self.case.head_dim**-0.5, (None, None), 0.0, None
+        return choose_local(self.implementation, x, x, x, *options)
+
+    @property
+    def chosen(self) -> str:
+        """The implementation that runs on each device."""
+        shape = (1, self.length // self.devices, self.case.heads, self.case.head_dim)
+        x = jax.ShapeDtypeStruct(shape, self.dtype)
+        return "xla" if self._local(x) is XLA else "pallas"
+
+    def gradients(self, messages: Any) -> Callable:
+        """(query, key, value, cotangent) -> gradients of the first three, inside the shard_map."""
+        return lambda q, k, v, do: jax.vjp(self.attend(messages), q, k, v)[1](do)
+
+    def program(self, backward: bool, messages: Any) -> Callable:
+        """What is timed, of whole arrays: out, or with backward the gradients."""
+        if backward:
+            return self.place(self.gradients(messages), 4)
+        return self.place(self.attend(messages), 3)
+
+
+def oracle(run: Run, position: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+    """out and the gradient of the query of one row, in float64."""
+    dim, scale = np.arange(run.case.head_dim)[None], run.case.head_dim**-0.5
+    found = []
+    for w, r, first, offsets in run.branches:
+        offset = offsets[head - first]
+        if position % w % r == offset:
+            place = position // w * w + np.arange(offset, w, r)
+            end = min(position + 1 if run.case.causal else run.length, run.length)
+            found.append(place[place < end])
+    place, one = np.concatenate(found)[:, None], np.array([[head]])
+
+    def rows(salt: int, at: np.ndarray) -> np.ndarray:
+        return values(salt, at, one, dim, run.dtype, np).astype(np.float64)
+
+    q, do = (rows(salt, np.array([[position]]))[0] for salt in (0, 3))
+    k, v = rows(1, place), rows(2, place)
+    logits = k @ q * scale
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    out = p @ v
+    return out, (p * (v @ do - do @ out)) @ k * scale
+
+
+def worst_error(run: Run, result: jax.Array, gradient: bool, samples: int = 4) -> float:
+    """The largest relative error of rows sampled in every device's part."""
+    rng, worst = np.random.default_rng(0), 0.0
+    starts = run.plan.token_starts
+    for shard in result.addressable_shards:
+        n = shard.data.shape[1]
+        device = (shard.index[1].start or 0) // n
+        size = n // starts.shape[1]
+        for _ in range(samples):
+            row, head = int(rng.integers(n)), int(rng.integers(run.case.heads))
+            position = int(starts[device, row // size]) + row % size
+            wanted = oracle(run, position, head)[int(gradient)]
+            found = np.asarray(shard.data[0, row, head], np.float64)
+            worst = max(worst, float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)))
+    return worst
+
+
+def useful_flops(run: Run) -> float:
+    """Forward FLOPs that the mathematics needs, on all devices."""
+    total = 0.0
+    for w, r, _, offsets in run.branches:
+        whole, rest = divmod(run.length, w)
+        total += 4 * run.case.head_dim * len(offsets) * (whole * w * w + rest * rest) / r**2
+    return total / (2 if run.case.causal else 1)
