@@ -1,20 +1,18 @@
 """Measures the Pallas kernels and their peers on one Hopper GPU, in one process.
 
-    python benchmarks/gpu.py --out results [--quick] [--budget SECONDS]
+    python benchmarks/gpu.py --out results [--parts bars,sweep] [--budget SECONDS] [--join DIR]
 
-Every result is checked (small sizes against a float64 oracle, large ones against a peer) before
-it is timed. Writes results/table.md, results/table.json and results/time.png.
+Every result is compared with float64, or large dense ones with a peer, before it is timed. Writes
+DIR/table.md, DIR/table.json and DIR/time.png, a row as soon as it is there. The exit status is 0
+only if no part failed or was left out. --join adds the rows of an earlier run, --lower only lowers
+every program for CUDA, on any machine.
 """
 
 import argparse
-import dataclasses
-import gc
-import json
+import functools
 import math
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,346 +22,247 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from benchmarks import gpu_checks, gpu_torch
 from benchmarks import gpu_peers as peers
+from benchmarks.gpu_lab import HEADS, Lab, Program, Shape, Step, clock, deviation, memory_mib, timed
+from benchmarks.gpu_table import OURS, Row, read_rows
 
 LONGNET = ((2048, 1), (4096, 2), (8192, 4), (16384, 8), (32768, 16))
 GIGAPATH = ((1024, 1), (5792, 2), (32768, 4), (185363, 8), (1048576, 16))
-HEADS = 16
+DETERMINISTIC = f"{OURS}, deterministic"
+REPEATS = 100
 
 
-@dataclasses.dataclass
-class Row:
-    """One measurement; times in milliseconds, rates in useful TFLOP/s."""
-
-    case: str
-    peer: str
-    forward: float | None = None
-    both: float | None = None
-    forward_rate: float | None = None
-    both_rate: float | None = None
-    error: float | None = None
-    memory_mib: float | None = None
-    note: str = ""
+def longnet(H: int, causal: bool) -> Shape:
+    """The dilated call of the bars."""
+    kind = "causal" if causal else "full"
+    return Shape(f"LongNet {kind} H={H} T=32768", LONGNET, 32768, H, causal)
 
 
-def useful_flops(lists: peers.Lists, T: int, H: int, causal: bool) -> float:
-    """Forward FLOPs that the mathematics needs, all heads."""
-    total = 0.0
-    for w, r in lists:
-        w = min(w, T)
-        whole, rest = divmod(T, w)
-        total += 4 * H * HEADS * (whole * w * w + rest * rest) / r**2
-    return total / (2 if causal else 1)
+def dense(H: int, causal: bool) -> Shape:
+    """The dense call of the bars."""
+    kind = "causal" if causal else "full"
+    return Shape(f"dense {kind} H={H} T=16384", ((16384, 1),), 16384, H, causal)
 
 
-def clock(run: Callable[[], Any], wait: Callable[[Any], Any], least: float = 0.03) -> float:
-    """Median seconds of one call over batches of back-to-back calls."""
-    wait(run())
-    start = time.perf_counter()
-    wait(run())
-    count = max(2, min(100, int(least / max(time.perf_counter() - start, 1e-5))))
-    samples = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(count):
-            result = run()
-        wait(result)
-        samples.append((time.perf_counter() - start) / count)
-    return statistics.median(samples)
+def gigapath(T: int) -> Shape:
+    """Prov-GigaPath's slide encoder."""
+    return Shape(f"GigaPath H=48 T={T}", GIGAPATH, T, 48, dtype="float16")
 
 
-def inputs(T: int, H: int, dtype: Any) -> list[jax.Array]:
-    """query, key, value and a cotangent."""
-    keys = jax.random.split(jax.random.key(T + H), 4)
-    return [jax.random.normal(key, (1, T, HEADS, H), dtype) for key in keys]
+def measured(lab: Lab, shape: Shape, who: str, *, backward: bool = True) -> Step:
+    """Times forward, and forward with backward."""
+    works = ("forward", "both") if backward else ("forward",)
+
+    def run(*executables: Any) -> None:
+        row, arrays = Row(shape.name, who), shape.inputs()
+        row.memory_mib = memory_mib(executables[0])
+        calls = [functools.partial(executable, *arrays) for executable in executables]
+        timed(row, shape, calls[0], calls[1] if backward else None, jax.block_until_ready)
+        lab.add(row)
+
+    programs = tuple(Program(shape, who, work) for work in works)
+    return Step(f"{shape.name}, {who}", programs, run)
 
 
-def relative(a: Any, b: Any) -> float:
-    """Norm of the difference over the norm of b."""
-    a, b = (np.asarray(x, np.float32) for x in (a, b))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+def checked(lab: Lab, shape: Shape, who: str) -> Step:
+    """Out and gradients against float64, beside what the XLA path errs in the same dtype."""
+    programs = (
+        Program(shape, who, "forward"),
+        Program(shape, who, "both"),
+        Program(shape, "xla", "all"),
+        Program(shape, "xla float64", "all"),
+    )
+
+    def run(forward: Any, both: Any, xla: Any, exact: Any) -> None:
+        arrays = shape.inputs()
+        right = exact(*arrays)
+        ours = deviation((forward(*arrays), *both(*arrays)), right)
+        theirs = deviation(xla(*arrays), right)
+        row = Row(shape.name, f"{who}, checked", error=max(ours))
+        row.ratio = max(a / b if b else math.inf for a, b in zip(ours, theirs, strict=True))
+        names = zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True)
+        row.note = ", ".join(f"{name} {a:.1e} (XLA {b:.1e})" for name, a, b in names)
+        lab.add(row)
+        if not row.ratio <= 2.0:  # also if it is not a number
+            lab.fail(f"{shape.name}, {who}", f"errs {row.ratio:.2f} times as much as the XLA path")
+
+    return Step(f"{shape.name}, {who}, float64", programs, run)
 
 
-def measure(
-    case: str,
-    peer: str,
-    f: Callable,
-    lists: peers.Lists,
-    T: int,
-    H: int,
-    causal: bool,
-    dtype: Any = jnp.bfloat16,
-    reference: Any = None,
-    backward: bool = True,
-) -> tuple[Row, Any]:
-    """Times forward, and forward with backward, and compares the output with a reference."""
-    row, out = Row(case, peer), None
-    q, k, v, do = inputs(T, H, dtype)
-    flops = useful_flops(lists, T, H, causal)
-    try:
-        forward = jax.jit(f).lower(q, k, v).compile()
-        stats = forward.memory_analysis()
-        row.memory_mib = (stats.temp_size_in_bytes + stats.output_size_in_bytes) / 2**20
-        out = forward(q, k, v)
-        if reference is not None:
-            row.error = relative(out, reference)
-        seconds = clock(lambda: forward(q, k, v), jax.block_until_ready)
-        row.forward, row.forward_rate = seconds * 1e3, flops / seconds / 1e12
-        if backward:
-            both = jax.jit(lambda q, k, v, do: jax.vjp(f, q, k, v)[1](do))
-            seconds = clock(lambda: both(q, k, v, do), jax.block_until_ready)
-            row.both, row.both_rate = seconds * 1e3, 3.5 * flops / seconds / 1e12
-    except Exception as problem:  # a peer may lack a case: its row says so and the run goes on
-        row.note = f"{type(problem).__name__}: {str(problem)[:120]}"
-    return row, out
+def compared(lab: Lab, shape: Shape, who: str, peer: str) -> Step:
+    """Out and gradients against those of a peer."""
+    programs = tuple(Program(shape, name, w) for name in (who, peer) for w in ("forward", "both"))
+
+    def run(forward: Any, both: Any, peer_forward: Any, peer_both: Any) -> None:
+        arrays = shape.inputs()
+        found = (forward(*arrays), *both(*arrays))
+        wrong = max(deviation(found, (peer_forward(*arrays), *peer_both(*arrays))))
+        lab.add(Row(shape.name, f"{who}, compared", error=wrong, note=f"with {peer}"))
+        if not wrong < 0.05:
+            lab.fail(f"{shape.name}, {who}", f"differs from {peer} by {wrong:.1e}")
+
+    return Step(f"{shape.name}, {who}, beside {peer}", programs, run)
 
 
-def measure_torch(case: str, peer: str, make: Callable, lists: Any, T: int, H: int) -> Row:
-    """The same for a torch function, in float16."""
-    row = Row(case, peer)
-    try:
-        import torch
-
-        arrays = [torch.randn(1, T, HEADS, H, device="cuda", dtype=torch.float16) for _ in "qkvd"]
-        q, k, v = (x.requires_grad_() for x in arrays[:3])
-        f = make(torch)
-
-        def wait(_: Any) -> None:
-            torch.cuda.synchronize()
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return f(q, k, v)
-
-        flops = useful_flops(lists, T, H, False)
-        seconds = clock(forward, wait)
-        row.forward, row.forward_rate = seconds * 1e3, flops / seconds / 1e12
-        both = clock(lambda: torch.autograd.grad(f(q, k, v), (q, k, v), arrays[3]), wait)
-        row.both, row.both_rate = both * 1e3, 3.5 * flops / both / 1e12
-    except Exception as problem:  # torch or its flash kernel may be missing
-        row.note = f"{type(problem).__name__}: {str(problem)[:120]}"
-    return row
+CALLS = [(H, causal) for H in (128, 64) for causal in (False, True)]
 
 
-def oracle_error(lists: peers.Lists, T: int, H: int, causal: bool, dtype: Any) -> float:
-    """Error of this library's output against a float64 softmax in numpy (small T)."""
-    q, k, v, _ = inputs(T, H, dtype)
-    q64, k64, v64 = (np.asarray(x, np.float64)[0] for x in (q, k, v))
-    position = np.arange(T)
-    count = np.zeros((HEADS, T, T))
-    for w, r in lists:
-        for n, offset in enumerate(peers.offsets(HEADS, r)):
-            kept = position % w % r == offset
-            same = position[:, None] // w == position[None] // w
-            count[n] += kept[:, None] & kept[None] & same
-    if causal:
-        count *= position[:, None] >= position[None]
-    logits = np.einsum("qnh,knh->nqk", q64, k64) / math.sqrt(H)
-    p = count * np.exp(logits - logits.max(-1, keepdims=True))
-    exact = np.einsum("nqk,knh->qnh", p / np.maximum(p.sum(-1, keepdims=True), 1e-300), v64)
-    return relative(jax.jit(peers.ours(lists, causal))(q, k, v)[0], exact)
+def bars(lab: Lab) -> list[Step]:
+    """LongNet and dense, H = 64 and 128, causal or not, beside dense cuDNN and other packages."""
+    steps = []
+    for H, causal in CALLS:
+        steps.append(measured(lab, dense(H, causal), "cudnn"))
+        steps.append(measured(lab, longnet(H, causal), OURS))
+        steps.append(measured(lab, dense(H, causal), OURS))
+        if peers.has_switch():
+            steps.append(measured(lab, longnet(H, causal), DETERMINISTIC))
+        steps += [measured(lab, dense(H, causal), who) for who in peers.present()]
+        steps.append(gpu_torch.dense(lab, dense(H, causal)))
+    return steps
 
 
-def bars(add: Callable[[Row], None], quick: bool, late: Callable[[], bool]) -> None:
-    """The measurements behind the bars of the project's kernel issue."""
-    for H in (128, 64):
-        for causal in (False, True):
-            kind = "causal" if causal else "full"
-            if late():
-                return
-            row, reference = measure(
-                f"dense {kind} H={H} T=16384",
-                "cudnn",
-                peers.cudnn(causal),
-                ((16384, 1),),
-                16384,
-                H,
-                causal,
-            )
-            add(row)
-            row, _ = measure(
-                f"LongNet {kind} H={H} T=32768",
-                "dilax pallas",
-                peers.ours(LONGNET, causal),
-                LONGNET,
-                32768,
-                H,
-                causal,
-            )
-            row.error = oracle_error(((256, 1), (512, 2)), 1024, H, causal, jnp.bfloat16)
-            add(row)
-            row, _ = measure(
-                f"dense {kind} H={H} T=16384",
-                "dilax pallas",
-                peers.ours(((16384, 1),), causal),
-                ((16384, 1),),
-                16384,
-                H,
-                causal,
-                reference=reference,
-            )
-            add(row)
-            for name in ("flash_attn3_jax", "tokamax"):
-                f = peers.optional(name, causal)
-                if f is not None:
-                    case = f"dense {kind} H={H} T=16384"
-                    add(measure(case, name, f, ((16384, 1),), 16384, H, causal)[0])
-            if not quick and not late():
-                add(
-                    measure(
-                        f"LongNet {kind} H={H} T=32768",
-                        "composed cudnn",
-                        peers.composed(LONGNET, causal),
-                        LONGNET,
-                        32768,
-                        H,
-                        causal,
-                    )[0]
-                )
+def errors(lab: Lab) -> list[Step]:
+    """The calls of `bars` against float64, and against cuDNN."""
+    steps = [checked(lab, longnet(H, causal), OURS) for H, causal in CALLS]
+    return steps + [compared(lab, dense(H, causal), OURS, "cudnn") for H, causal in CALLS]
 
 
-def gigapath(add: Callable[[Row], None]) -> None:
-    """Prov-GigaPath's slide encoder, float16, heads of 48."""
+def composed(lab: Lab) -> list[Step]:
+    """LongNet from gathers, cuDNN and merges."""
+    return [measured(lab, longnet(H, causal), "composed cudnn") for H, causal in CALLS]
+
+
+def determinism(lab: Lab) -> list[Step]:
+    """Repeated runs of forward and of the deterministic backward give the same bits."""
+    who = DETERMINISTIC if peers.has_switch() else OURS
+
+    def step(shape: Shape) -> Step:
+        programs = tuple(Program(shape, who, work) for work in ("forward", "both"))
+
+        def run(forward: Any, both: Any) -> None:
+            arrays, same = shape.inputs(), jax.jit(_same_bits)
+            for executable in (forward, both):
+                first = executable(*arrays)
+                equal = [same(first, executable(*arrays)) for _ in range(REPEATS)]
+                if not all(map(bool, equal)):
+                    count = REPEATS - sum(map(bool, equal))
+                    raise AssertionError(f"{count} of {REPEATS} runs differ from the first")
+            lab.add(Row(shape.name, who, note=f"{REPEATS} runs, forward and both: equal bits"))
+
+        return Step(f"{shape.name}, {REPEATS} runs", programs, run)
+
+    return [step(longnet(H, causal)) for H, causal in CALLS]
+
+
+def _same_bits(a: Any, b: Any) -> Any:
+    def bits(x: Any) -> Any:
+        return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jnp.all(jnp.stack([jnp.all(bits(x) == bits(y)) for x, y in pairs]))
+
+
+def giga(lab: Lab) -> list[Step]:
+    """GigaPath's shape beside torchscale's arithmetic and dense attention, both by torch."""
+    steps = []
     for T in (10000, 45000):
-        case = f"GigaPath H=48 T={T}"
-        add(
-            measure(
-                case,
-                "dilax pallas",
-                peers.ours(GIGAPATH, False),
-                GIGAPATH,
-                T,
-                48,
-                False,
-                jnp.float16,
-            )[0]
-        )
-        add(
-            measure_torch(
-                case,
-                "torchscale arithmetic",
-                lambda t: peers.torchscale(t, GIGAPATH),
-                GIGAPATH,
-                T,
-                48,
-            )
-        )
-        add(measure_torch(case, "dense torch SDPA", peers.torch_dense, ((T, 1),), T, 48))
-        gc.collect()
+        shape = gigapath(T)
+        steps += [measured(lab, shape, OURS), gpu_torch.torchscale(lab, shape)]
+        steps += [gpu_torch.dense(lab, shape), checked(lab, shape, OURS)]
+    return steps
 
 
-def sweep(add: Callable[[Row], None], late: Callable[[], bool]) -> None:
-    """Time and memory against T, 4k to 1M tokens, H=64."""
+def sweep(lab: Lab) -> list[Step]:
+    """Time and memory against T, 4k to 1M tokens, H = 64: LongNet's branches, and dense."""
+    ours, others = [], []
     for power in range(12, 21):
         T = 1 << power
-        if late():
-            return
         lists = tuple((w, r) for w, r in LONGNET if w <= T)
-        add(
-            measure(
-                f"sweep H=64 T={T}",
-                "dilax pallas",
-                peers.ours(lists, False),
-                lists,
-                T,
-                64,
-                False,
-                backward=False,
-            )[0]
-        )
-        if T <= 1 << 16:
-            add(
-                measure(
-                    f"sweep H=64 T={T}",
-                    "cudnn",
-                    peers.cudnn(False),
-                    ((T, 1),),
-                    T,
-                    64,
-                    False,
-                    backward=False,
-                )[0]
-            )
+        ours.append(measured(lab, Shape(f"sweep H=64 T={T}", lists, T, 64), OURS, backward=False))
+        if T <= 1 << 17:
+            shape = Shape(f"sweep H=64 T={T}", ((T, 1),), T, 64)
+            others.append(measured(lab, shape, "cudnn", backward=T <= 1 << 15))
+    return ours + others
 
 
-def markdown(rows: list[Row], head: str) -> str:
-    """The table."""
-
-    def show(x: float | None, digits: int) -> str:
-        return "" if x is None else f"{x:.{digits}f}"
-
-    lines = [
-        head,
-        "",
-        "| case | who | fwd ms | fwd+bwd ms | TFLOP/s | fwd+bwd TFLOP/s | error | MiB | note |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        error = "" if r.error is None else f"{r.error:.1e}"
-        lines.append(
-            f"| {r.case} | {r.peer} | {show(r.forward, 3)} | {show(r.both, 3)} |"
-            f" {show(r.forward_rate, 0)} | {show(r.both_rate, 0)} | {error} |"
-            f" {show(r.memory_mib, 0)} | {r.note} |"
-        )
-    return "\n".join(lines) + "\n"
+# In the order in which they run; bars before what repeats their programs.
+PARTS: dict[str, Callable[[Lab], list[Step]]] = {
+    "bars": bars,
+    "determinism": determinism,
+    "errors": errors,
+    "composed": composed,
+    "gigapath": giga,
+    "sweep": sweep,
+    "memory": lambda lab: gpu_checks.memory(lab, [longnet(64, False), longnet(128, True)]),
+    "sanitize": gpu_checks.sanitize,
+    "host": lambda lab: gpu_checks.host(lab, [longnet(128, False), longnet(128, True)]),
+}
+# Nothing is timed in these, so their processes run side by side.
+TOGETHER = ("memory", "sanitize")
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Time and memory against T, log-log."""
-    import matplotlib
+def grouped(parts: list[str]) -> list[list[str]]:
+    """The parts in the order in which they run, with those that run side by side in one list."""
+    groups: list[list[str]] = []
+    for name in parts:
+        if groups and name in TOGETHER and groups[-1][0] in TOGETHER:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    points = [r for r in rows if r.case.startswith("sweep") and r.forward is not None]
-    for peer in sorted({r.peer for r in points}):
-        mine = [r for r in points if r.peer == peer]
-        lengths = [int(r.case.rpartition("=")[2]) for r in mine]
-        left.loglog(lengths, [r.forward for r in mine], "o-", base=2, label=peer)
-        right.loglog(lengths, [r.memory_mib for r in mine], "o-", base=2, label=peer)
-    for axes, label in ((left, "forward, ms"), (right, "output and temporaries, MiB")):
-        axes.set(xlabel="tokens", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+def lower(lab: Lab, parts: list[str]) -> None:
+    """Lowers every program for CUDA, without a GPU, and says which do not."""
+    programs = [p for name in parts for step in PARTS[name](lab) for p in step.programs]
+    for program in dict.fromkeys(programs):
+        name = f"{program.shape.name}, {program.who}, {program.work}"
+        try:
+            with jax.enable_x64(program.who == "xla float64"):
+                program.traced().lower(lowering_platforms=("cuda",))
+            lab.say(f"lowered: {name}")
+        except Exception as problem:  # all of them are tried
+            lab.fail(name, problem)
+
+
+def matmul_rate() -> float:
+    """TFLOP/s of a large bf16 product, the ceiling of this card at this moment."""
+    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    product = jax.jit(lambda a: a @ a)
+    return 2 * 8192**3 / clock(lambda: product(a), jax.block_until_ready) / 1e12
 
 
 def main() -> None:
-    """Runs everything that fits the budget and writes the results after each part."""
+    """Runs the parts that are asked for, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--quick", action="store_true", help="leave the composed path out")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, by commas")
+    parser.add_argument("--budget", type=float, default=86400.0, help="seconds")
+    parser.add_argument("--join", type=Path, nargs="*", default=[], help="folders of earlier runs")
+    parser.add_argument("--lower", action="store_true", help="only lower the programs")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-
-    def late() -> bool:
-        return time.monotonic() - begun > options.budget
-
-    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    product = jax.jit(lambda a: a @ a)
-    rate = 2 * 8192**3 / clock(lambda: product(a), jax.block_until_ready) / 1e12
-    device = jax.local_devices()[0].device_kind
-    head = f"{device}, jax {jax.__version__}, bf16 matmul {rate:.0f} TFLOP/s"
-    print(head, flush=True)
-    rows: list[Row] = []
-
-    def add(row: Row) -> None:
-        rows.append(row)
-        print(markdown([row], "").splitlines()[-1], f"{time.monotonic() - begun:.0f}s", flush=True)
-        (options.out / "table.md").write_text(markdown(rows, head))
-        data = {"head": head, "rows": [dataclasses.asdict(r) for r in rows]}
-        (options.out / "table.json").write_text(json.dumps(data, indent=1))
-
-    bars(add, options.quick, late)
-    if not late():
-        gigapath(add)
-    sweep(add, late)
-    plot(rows, options.out / "time.png")
+    wanted = [name for name in options.parts.split(",") if name]
+    if unknown := [name for name in wanted if name not in PARTS]:
+        parser.error(f"--parts: wanted some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    parts = [name for name in PARTS if name in wanted]
+    rows = [row for folder in options.join for row in read_rows(folder / "table.json")]
+    head = f"{jax.local_devices()[0].device_kind}, jax {jax.__version__}, B = 1, N = {HEADS}"
+    lab = Lab(options.out, options.budget, head, rows)
+    if options.lower:
+        lower(lab, parts)
+    else:
+        if parts:
+            lab.head += f", bf16 matmul {matmul_rate():.0f} TFLOP/s"
+        lab.say(lab.head)
+        for group in grouped(parts):
+            try:
+                steps = [step for name in group for step in PARTS[name](lab)]
+                lab.part(", ".join(group), steps)
+            except Exception as problem:  # the other parts go on, and the status says so
+                lab.fail(", ".join(group), problem)
+    lab.end()
 
 
 if __name__ == "__main__":

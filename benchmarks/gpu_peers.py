@@ -1,6 +1,7 @@
 """The attentions that `gpu.py` measures side by side: each takes JAX arrays [1, T, N, H]."""
 
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +9,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dilax import xla_attention
+from dilax.spec import Branch
 from pallas_kernels import flash
 
 Lists = tuple[tuple[int, int], ...]
+# A dense peer that may be missing, and the package it is in.
+OPTIONAL = ("flash_attn3_jax", "tokamax")
+
+
+def attention(who: str, shape: Any) -> Callable:
+    """The function of query, key and value of a contestant; shape: a `gpu_lab.Shape`."""
+    lists, causal = shape.lists, shape.causal
+    match who:
+        case "dilax pallas":
+            return ours(lists, causal)
+        case "dilax pallas, deterministic":
+            return ours(lists, causal, deterministic=True)
+        case "cudnn":
+            return cudnn(causal)
+        case "composed cudnn":
+            return composed(lists, causal)
+        case "xla":
+            return xla(lists, causal, shape.dtype)
+        case "xla float64":
+            return xla(lists, causal, "float64")
+    return optional(who, causal)
 
 
 def offsets(heads: int, rate: int) -> tuple[int, ...]:
@@ -18,12 +42,28 @@ def offsets(heads: int, rate: int) -> tuple[int, ...]:
     return tuple(n % rate for n in range(heads))
 
 
-def ours(lists: Lists, causal: bool) -> Callable:
+def ours(lists: Lists, causal: bool, **options: Any) -> Callable:
     """This library's kernels on a list of (segment length, rate)."""
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         branches = tuple((w, r, 0, offsets(q.shape[2], r)) for w, r in lists)
-        return flash.attend(q, k, v, branches=branches, is_causal=causal)[0]
+        return flash.attend(q, k, v, branches=branches, is_causal=causal, **options)[0]
+
+    return attend
+
+
+def has_switch() -> bool:
+    """Whether the kernels' backward pass has a deterministic form beside its default."""
+    return "deterministic" in inspect.signature(flash.attend).parameters
+
+
+def xla(lists: Lists, causal: bool, dtype: str) -> Callable:
+    """The same in jax.numpy, computed in `dtype`, which is also that of out."""
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        branches = tuple(Branch(w, r, 0, offsets(q.shape[2], r)) for w, r in lists)
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        return xla_attention.attend(q, k, v, branches=branches, is_causal=causal).out.astype(dtype)
 
     return attend
 
@@ -68,10 +108,13 @@ def composed(lists: Lists, causal: bool) -> Callable:
     return attend
 
 
-def optional(name: str, causal: bool) -> Callable | None:
-    """A dense peer from another package, or None where it is not installed."""
-    if importlib.util.find_spec(name) is None:
-        return None
+def present() -> tuple[str, ...]:
+    """The dense peers of other packages that are installed."""
+    return tuple(name for name in OPTIONAL if importlib.util.find_spec(name) is not None)
+
+
+def optional(name: str, causal: bool) -> Callable:
+    """A dense peer from another package."""
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         # Imported when measured: one that lacks something itself then says so in its own row.
@@ -83,13 +126,14 @@ def optional(name: str, causal: bool) -> Callable | None:
     return attend
 
 
-def torch_dense(torch: Any) -> Callable:
+def torch_dense(torch: Any, causal: bool) -> Callable:
     """PyTorch's dense flash attention on torch tensors [1, T, N, H]."""
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            run = torch.nn.functional.scaled_dot_product_attention
+            return run(q, k, v, is_causal=causal).transpose(1, 2)
 
     return attend
 
@@ -110,9 +154,14 @@ def torchscale(torch: Any, lists: Lists) -> Callable:
             x = torch.diagonal(x, dim1=2, dim2=3)  # segments, rows, width, H, r
             return x.permute(0, 4, 2, 1, 3).reshape(segments, r * width, rows, H)
 
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            *(gather(x) for x in (q, k, v)), 0.0, False, False, scale=1 / math.sqrt(H)
-        )
+        q, k, v = (gather(x) for x in (q, k, v))
+        scale = 1 / math.sqrt(H)
+        if q.is_cuda:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            out, lse, *_ = flash(q, k, v, 0.0, False, False, scale=scale)
+        else:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out, lse = flash(q, k, v, 0.0, False, scale=scale)
 
         def scatter(x: Any, fill: float) -> Any:
             x = x.reshape(segments, r, width, rows, -1).permute(0, 3, 2, 4, 1)

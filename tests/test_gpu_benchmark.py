@@ -1,0 +1,92 @@
+"""The GPU benchmark at its edges: tables and bars of given rows, budgets, failures, tiny sizes."""
+
+import dataclasses
+import json
+
+import jax
+
+from benchmarks import gpu, gpu_checks, gpu_lab, gpu_table
+from benchmarks.gpu_table import OURS, Row
+
+TINY = gpu_lab.Shape("tiny", ((16, 1), (32, 2)), 64, 16, True, "float32")
+
+
+def rows(slower=1.0):
+    found = [
+        Row("dense full H=128 T=16384", "cudnn", 3.4, 13.6, 640.0, 560.0),
+        Row("dense full H=128 T=16384", OURS, 3.4, 13.8, 640.0, 558.0),
+        Row("LongNet full H=128 T=32768", OURS, 1.0, 4.0, 639.0 / slower, 559.0 / slower),
+        Row("LongNet full H=128 T=32768", f"{OURS}, checked", error=1e-3, ratio=1.5 * slower),
+        Row("GigaPath H=48 T=10000", OURS, 0.4 * slower, 1.0 * slower),
+        Row("GigaPath H=48 T=10000", "torchscale arithmetic", 4.0, 9.7),
+        Row("LongNet full H=64 T=32768, both", f"{OURS}, peak", memory_mib=99 * slower),
+        Row("LongNet full H=128 T=32768", f"{OURS}, first call", first_s=4.0 * slower),
+        Row("sweep H=64 T=4096", OURS, 0.1, memory_mib=4.0),
+        Row("sweep H=64 T=8192", OURS, 0.2, 0.6, memory_mib=8.0),
+    ]
+    found[6].bound_mib = 100.0
+    return found
+
+
+def test_bars_hold_or_are_missed():
+    held = {name: holds for name, _, _, holds in gpu_table.verdicts(rows())}
+    missed = {name: holds for name, _, _, holds in gpu_table.verdicts(rows(2.0))}
+    assert len(held) == 9
+    assert all(held.values()), held
+    unlike = [name for name in held if missed[name]]
+    # Dense rows are the same in both.
+    assert unlike == [name for name in held if name.startswith("dense")], missed
+
+
+def test_rows_are_written_as_they_come_and_failures_make_the_status(tmp_path, capsys, monkeypatch):
+    left = []
+    monkeypatch.setattr(gpu_lab.os, "_exit", left.append)
+    lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
+
+    def fail():
+        raise RuntimeError("no such thing")
+
+    steps = [
+        gpu_lab.Step(f"row {i}", (), lambda row=row: lab.add(row)) for i, row in enumerate(rows())
+    ]
+    lab.part("bars", [*steps[:1], gpu_lab.Step("broken", (), fail), *steps[1:]])
+    lab.budget = 0.0
+    lab.part("late", steps[:1])
+    lab.end()
+    assert left == [1]
+    table = (tmp_path / "table.md").read_text()
+    assert "failed: broken: RuntimeError: no such thing" in table
+    assert "left out, the budget is spent: row 0" in table
+    assert gpu_table.read_rows(tmp_path / "table.json") == rows()
+    assert (tmp_path / "time.png").stat().st_size > 1000
+    assert "holds" in table
+    assert "FAILED broken" in capsys.readouterr().out
+
+
+def test_programs_err_as_little_as_the_xla_path(tmp_path):
+    lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
+    lab.part("check", [gpu.checked(lab, TINY, "xla"), gpu.measured(lab, TINY, "xla")])
+    checked, timed = lab.rows
+    assert lab.failed == []
+    assert checked.ratio == 1.0
+    assert 0 < (checked.error or 0) < 1e-5
+    assert (timed.forward or 0) > 0
+    assert (timed.both or 0) > 0
+
+
+def test_repeats_compare_bits():
+    x = jax.numpy.asarray([1.0, -0.0], "bfloat16")
+    assert gpu._same_bits((x,), (x,))
+    assert not gpu._same_bits((x,), (abs(x),))
+
+
+def test_bounds_count_every_array():
+    shape = gpu_lab.Shape("a call", (), 1024, 64)
+    elements = 1024 * gpu_lab.HEADS * 64
+    limits = gpu_checks.bounds(shape)
+    assert limits["forward"] == (8 * elements + 4 * 1024 * gpu_lab.HEADS) / 2**20 + 64
+    assert limits["both"] == limits["forward"] + 20 * elements / 2**20
+
+
+def test_shapes_travel_as_json():
+    assert gpu_checks.shape_of(json.dumps(dataclasses.asdict(TINY))) == TINY
