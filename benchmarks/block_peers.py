@@ -1,17 +1,26 @@
-"""The block-sparse patterns that `gpu_blocks.py` measures, and the attentions that it compares."""
+"""The block-sparse patterns that `gpu_blocks.py` measures, and the attentions it compares."""
 
 import dataclasses
 import functools
-import math
+import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import blocks
 
+OURS = "dilax"
+XLA = "dilax, XLA"
+DENSE = "cuDNN dense"
+WINDOW = "cuDNN window"
+FLASH = "FlashAttention-3"
+FLEX = "FlexAttention"
 WHOLE = (None, None)
 
 
@@ -48,6 +57,15 @@ class Pattern:
         if self.is_causal:
             seen &= away >= 0
         return np.repeat(seen, heads // n, axis=1)
+
+
+def library(name: str) -> Any:
+    """A module of dilax; where flax is missing, without what the package itself imports."""
+    if importlib.util.find_spec("flax") is None and "dilax" not in sys.modules:
+        package = types.ModuleType("dilax")
+        package.__path__ = [str(Path(__file__).resolve().parent.parent / "dilax")]
+        sys.modules["dilax"] = package
+    return importlib.import_module(f"dilax.{name}")
 
 
 def from_mask(mask: np.ndarray, **options: Any) -> Pattern:
@@ -96,6 +114,19 @@ def ours(pattern: Pattern, order: str = "longest_first") -> Callable:
     def attend(q: Any, k: Any, v: Any) -> Any:
         causal = pattern.is_causal
         return blocks.attend(q, k, v, blocks=pattern, is_causal=causal, order=order)[0]
+
+    return attend
+
+
+def xla(pattern: Pattern) -> Callable:
+    """This library's XLA path."""
+    lists = library("block_lists").BlockLists(
+        pattern.columns, pattern.counts, pattern.bands, pattern.band_index, pattern.block_size
+    )
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        found = library("xla_attention").attend(q, k, v, blocks=lists, is_causal=pattern.is_causal)
+        return found.out.astype(q.dtype)
 
     return attend
 
@@ -165,19 +196,3 @@ def _visible(causal: bool, width: int | None) -> Callable:
         return (q >= k) & (q - k < width) if width is not None else q >= k
 
     return visible
-
-
-def pooled_top_k(fraction: float, size: int = 128) -> Callable:
-    """Selection without parameters: the key blocks whose mean key fits the mean query best."""
-
-    def select(q: Any, k: Any) -> tuple[Any, Any]:
-        B, T, N, H = q.shape
-        mean = [x.reshape(B, T // size, size, N, H).astype(jnp.float32).mean(2) for x in (q, k)]
-        scores = jnp.einsum("binh,bjnh->bnij", *mean) / math.sqrt(H)
-        rows = T // size
-        scores += jnp.where(jnp.eye(rows, dtype=bool), jnp.inf, 0.0)
-        count = max(1, round(fraction * rows))
-        columns = jnp.sort(jax.lax.top_k(scores, count)[1], axis=-1)
-        return columns, jnp.full(columns.shape[:-1], count, jnp.int32)
-
-    return select

@@ -1,0 +1,173 @@
+"""Small cases of the block-sparse kernels, every result against a float64 softmax."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import block_peers as peers
+from pallas_kernels import block_schedule, blocks
+
+dropout = peers.library("dropout")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Check:
+    """A small case: sizes, pattern, options."""
+
+    name: str
+    pattern: peers.Pattern
+    T: int
+    S: int
+    H: int
+    N: int = 2
+    K: int = 2
+    B: int = 1
+    ids: bool = False
+    rate: float = 0.0
+    starts: tuple[int, int] = (0, 0)
+    carry: bool = False
+    traced: bool = False
+    split: int | None = None
+
+
+def checks(smoke: bool) -> list[Check]:
+    """The cases; with smoke only tiny ones."""
+    if smoke:
+        return [
+            Check("window", peers.window(256, 100), 256, 256, 16, 1, 1),
+            Check("split", peers.global_local(3, 1, 0), 384, 384, 16, 1, 1, traced=True, split=1),
+        ]
+    random, window, far = peers.random_blocks, peers.window, peers.global_local(64, 1, 1)
+    halves, coarse = window(1100, 300, 64), random(4, 0.5, True, block_size=256)
+    return [
+        Check("random 128", random(16, 0.3), 2048, 2048, 128, 16, 16),
+        Check("random 64 per head gqa", random(12, 0.4, True, 8), 1500, 1500, 64, 8, 2),
+        Check("window 128", window(2048, 300), 2048, 2048, 128, 8, 4),
+        Check("global rows", far, 8192, 8192, 128, 1, 1),
+        Check("global rows traced", far, 8192, 8192, 64, 1, 1, traced=True, split=8),
+        Check("block 64 window", halves, 1100, 1100, 64),
+        Check("block 64 random", random(9, 0.4, block_size=64), 530, 530, 128),
+        Check("block 256 traced", coarse, 1000, 1000, 96, 2, 2, 2, traced=True),
+        Check("ids ragged", random(6, 0.6), 700, 768, 128, ids=True),
+        Check("dropout", random(6, 0.6, True), 700, 700, 64, 4, 2, rate=0.2),
+        Check("carry starts", random(5, 0.6, True), 600, 640, 64, starts=(200, 130), carry=True),
+        Check("head 192", random(5, 0.6), 600, 600, 192),
+        Check("head 16", window(700, 200), 700, 700, 16),
+    ]
+
+
+def oracle(c: Check, arrays: dict[str, np.ndarray], ids: Any, seed: Any) -> dict[str, np.ndarray]:
+    """out, lse and gradients by a dense masked softmax in float64."""
+    q, k, v, do, dlse = (arrays[x].swapaxes(1, 2) for x in ("q", "k", "v", "do", "dlse"))
+    group = c.N // c.K
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    seen = np.broadcast_to(c.pattern.visible(c.N, c.T, c.S, c.starts), (c.B, c.N, c.T, c.S))
+    if ids is not None:
+        same = (ids[0][:, :, None] == ids[1][:, None]) & (ids[0] != 0)[:, :, None]
+        seen = seen & same[:, None]
+    scale = 1 / math.sqrt(c.H)
+    logits = np.where(seen, q @ k.swapaxes(2, 3) * scale, -np.inf)
+    if c.carry:
+        old_lse = arrays["old_lse"].swapaxes(1, 2)
+        logits = np.concatenate([logits, old_lse[..., None]], -1)
+    top = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - np.where(top > -np.inf, top, 0.0))
+    mass = weights.sum(-1, keepdims=True)
+    p = weights / np.where(mass > 0, mass, 1.0)
+    with np.errstate(divide="ignore"):
+        lse = np.where(mass > 0, np.log(mass) + top, -np.inf)[..., 0]
+    old = 0.0
+    if c.carry:
+        old, p = p[..., -1:] * arrays["old_out"].swapaxes(1, 2), p[..., :-1]
+    drop: Any = 1.0
+    if c.rate:
+        example, head, row = np.ogrid[: c.B, : c.N, : c.T]
+        rows = dropout.row_bits(seed, example, head, row + c.starts[0])
+        columns = dropout.column_bits(seed, np.arange(c.S) + c.starts[1], 0)
+        drop = np.asarray(dropout.keep(rows, columns, c.rate)) / (1 - c.rate)
+    out = (p * drop) @ v + old
+    dp = (do @ v.swapaxes(2, 3)) * drop
+    delta = (do * out).sum(-1) - np.where(lse > -np.inf, dlse, 0.0)
+    ds = p * (dp - delta[..., None])
+    dk, dv = ds.swapaxes(2, 3) @ q * scale, (p * drop).swapaxes(2, 3) @ do
+    dk, dv = (x.reshape(c.B, c.K, group, c.S, c.H).sum(2) for x in (dk, dv))
+    found = {"out": out, "lse": lse, "dq": ds @ k * scale, "dk": dk, "dv": dv}
+    return {name: x.swapaxes(1, 2) for name, x in found.items()}
+
+
+def prepare_check(c: Check) -> tuple[Any, tuple, Callable]:
+    """A lowered call, its arguments, and a function for the exact results."""
+    rng = np.random.default_rng(7)
+
+    def draw(*shape: int) -> np.ndarray:
+        return np.asarray(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), np.float64)
+
+    a = {"q": draw(c.B, c.T, c.N, c.H), "k": draw(c.B, c.S, c.K, c.H)}
+    a |= {"v": draw(*a["k"].shape), "do": draw(*a["q"].shape), "dlse": draw(c.B, c.T, c.N)}
+    a |= {"old_out": draw(*a["q"].shape), "old_lse": draw(c.B, c.T, c.N) + 4}
+    a["old_lse"][:, ::3] = -np.inf
+    options: dict[str, Any] = {"is_causal": c.pattern.is_causal}
+    ids, seed = None, jnp.asarray([11, 22], jnp.uint32)
+    if c.ids:
+        ids = tuple(np.sort(rng.integers(0, 4, (c.B, n)), axis=1) for n in (c.T, c.S))
+        options |= {"q_segment_ids": jnp.asarray(ids[0], jnp.int32)}
+        options |= {"kv_segment_ids": jnp.asarray(ids[1], jnp.int32)}
+    if c.rate:
+        options |= {"dropout_rate": c.rate, "dropout_seed": seed, "keep": dropout}
+    if c.carry:
+        options["carry"] = tuple(jnp.asarray(a[x], jnp.float32) for x in ("old_out", "old_lse"))
+    lists = (c.pattern.columns, c.pattern.counts, c.pattern.band_index)
+
+    def run(q: Any, k: Any, v: Any, lists: Any, starts: Any) -> dict[str, Any]:
+        names = ("columns", "counts", "band_index")
+        pattern = dataclasses.replace(c.pattern, **dict(zip(names, lists, strict=True)))
+        pattern = pattern if c.traced else c.pattern
+        (out, lse), pull = jax.vjp(
+            lambda *x: blocks.attend(
+                *x, blocks=pattern, q_start=starts[0], k_start=starts[1], **options
+            ),
+            q,
+            k,
+            v,
+        )
+        d_lse = jnp.where(lse > -jnp.inf, jnp.asarray(a["dlse"], jnp.float32), 0.0)
+        dq, dk, dv = pull((jnp.asarray(a["do"], out.dtype), d_lse))
+        return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+    before = block_schedule.SHORTEST_TRACED_SPLIT
+    block_schedule.SHORTEST_TRACED_SPLIT = c.split or before
+    arrays = [jnp.asarray(a[x], jnp.bfloat16) for x in "qkv"]
+    arguments = (*arrays, lists, tuple(map(jnp.int32, c.starts)))
+    try:
+        lowered = jax.jit(run).lower(*arguments)
+    finally:
+        block_schedule.SHORTEST_TRACED_SPLIT = before
+    return lowered, arguments, functools.partial(oracle, c, a, ids, seed)
+
+
+def run_check(compiled: Any, arguments: tuple, exact: Callable, repeats: int) -> dict[str, float]:
+    """Largest error of each result over its largest value; raises where bits move."""
+    first = jax.tree.map(np.asarray, compiled(*arguments))
+    for _ in range(repeats):
+        # NaN in the memory that comes next: what a kernel forgets to write would show.
+        jnp.full((1 << 24,), jnp.nan, jnp.float32).block_until_ready()
+        for name, x in compiled(*arguments).items():
+            if not np.array_equal(first[name], np.asarray(x), equal_nan=True):
+                raise AssertionError(f"{name} differs from run to run")
+    return {name: largest(first[name], x) for name, x in exact().items()}
+
+
+def largest(actual: Any, exact: np.ndarray) -> float:
+    """Largest deviation over the largest value; infinite where a NaN is or infinities differ."""
+    actual = np.asarray(actual, np.float64)
+    finite = np.isfinite(exact)
+    if not np.array_equal(np.isfinite(actual), finite) or np.isnan(actual).any():
+        return float("inf")
+    size = np.abs(exact[finite]).max(initial=0.0) or 1.0
+    return float(np.abs(actual[finite] - exact[finite]).max(initial=0.0) / size)
