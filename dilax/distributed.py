@@ -151,8 +151,6 @@ class Placement:
             if jax.process_count() > 1:
                 raise refuse("mesh", "one such as data=2 with several processes", None)
             return cls(None)
-        if jax.__version_info__ < (0, 12):  # its XLA crashes where it compiles the attention
-            raise refuse("mesh", "None with a jax before 0.12", f"{mesh} with {jax.__version__}")
         sizes = parse_mesh(mesh)
         count, available = sizes["data"] * sizes["sequence"], jax.device_count()
         if count > available or (jax.process_count() > 1 and count != available):

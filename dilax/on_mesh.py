@@ -21,7 +21,6 @@ _ABSENT_WITH_A_PATTERN = {
     "head_offset": "interleaved",
     "average_branches": None,
     "pad_mode": "mask",
-    "layout": "contiguous",
     "method": None,
     "bias_k": None,
     "bias_v": None,

@@ -7,14 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from dilax import dropout
-from dilax._types import UnsupportedError, refuse, shown
+from dilax._types import UnsupportedError, refuse, shown, stats_dtype
 from dilax.block_lists import BlockLists
 from dilax.block_sparse import lists_of
-from dilax.checks import check_bool, check_dropout, check_qkv, check_scale, segment_ids_of
+from dilax.checks import (
+    check_bool,
+    check_choice,
+    check_dropout,
+    check_qkv,
+    check_scale,
+    segment_ids_of,
+)
 from dilax.select import check_implementation
-from dilax.sharded import XLA, axis_size_of, check_ring_size
+from dilax.sharded import LAYOUTS, XLA, axis_size_of, check_ring_size
 from sharding.attention import Setup, attend
-from sharding.blocks import BlockPlan, make_block_plan
+from sharding.block_plan import BlockPlan, RowBytes, make_block_plan
 
 
 def sharded_block_sparse_attention(
@@ -24,6 +31,7 @@ def sharded_block_sparse_attention(
     pattern: Any,
     *,
     axis_name: Any,
+    layout: str = "contiguous",
     ring_size: int | None = None,
     head_axis: Any = None,
     batch_axis: Any = None,
@@ -40,15 +48,16 @@ def sharded_block_sparse_attention(
 ) -> Any:
     """`dilax.block_sparse_attention` of a sequence on a mesh axis, inside a shard_map over it.
 
-    Devices hold consecutive parts. A device gets keys and values only from those whose blocks some
-    row of it visits, straight from there, and of those the run of blocks that is wanted by any.
+    A device gets keys and values only from those whose blocks some row of it visits, straight from
+    there, and of those the runs of blocks that are wanted by any. Blocks of queries that visit many
+    devices, global ones, go to the keys instead, where that is less to send.
 
     Args:
-        query: [B, T, N, H]; key, value: [B, T, K, H]: this device's part, a whole number of blocks.
+        query: [B, T, N, H]; key, value: [B, T, K, H]: this device's part in `layout`, whole blocks.
         pattern: as in `dilax.block_sparse_attention`, over the whole sequence and known when
             tracing; one for all heads if there is a head_axis.
-        axis_name, ring_size, head_axis, batch_axis and the masks: as in
-            `dilax.sharded_dilated_attention`.
+        axis_name, layout, ring_size, head_axis, batch_axis and the masks: as in
+            `dilax.sharded_dilated_attention`; pattern and blocks count positions in any layout.
         is_causal, scale, dropout_rate, dropout_key, deterministic: as in `dilax.dilated_attention`.
         implementation: "xla" or None.
         return_lse: return (out, lse), lse [B, T, N].
@@ -81,6 +90,7 @@ def sharded_block_sparse_attention(
         raise refuse("key", f"the {query.shape[1]} rows of the query on every device", key)
     for name, x in (("is_causal", is_causal), ("return_lse", return_lse)):
         check_bool(name, x)
+    check_choice("layout", layout, LAYOUTS)
     check_scale(scale)
     check_implementation(implementation)
     if implementation == "pallas":
@@ -101,6 +111,7 @@ def sharded_block_sparse_attention(
         query,
         key,
         devices=devices,
+        layout=layout,
         is_causal=is_causal,
         packed=ids[0] is not None,
         one_for_all=head_axis is not None,
@@ -128,6 +139,7 @@ def block_plan_of(
     key: Any,
     *,
     devices: int,
+    layout: str = "contiguous",
     is_causal: bool = False,
     packed: bool = False,
     one_for_all: bool = False,
@@ -140,7 +152,13 @@ def block_plan_of(
         raise refuse("pattern", "a pattern that is known when tracing, on a mesh", pattern)
     if one_for_all and lists.columns.shape[1] > 1:
         raise refuse("pattern", "one pattern for all heads with a head_axis", pattern)
-    bytes_of_row = B * (2 * K * H * jnp.dtype(query.dtype).itemsize + 4 * packed)
+    itemsize, stats = (jnp.dtype(x).itemsize for x in (query.dtype, stats_dtype(query.dtype)))
+    ids = 4 * packed
+    row_bytes = RowBytes(
+        keys=B * (2 * K * H * itemsize + ids),
+        queries=B * (N * (H * itemsize + (H + 1) * stats) + ids),
+        ids=packed,
+    )
     plan = make_block_plan(
         np.asarray(lists.columns),
         np.asarray(lists.counts),
@@ -149,8 +167,8 @@ def block_plan_of(
         devices=devices,
         block_size=lists.block_size,
         is_causal=is_causal,
-        row_bytes=bytes_of_row,
-        arrays=2 + packed,
+        row_bytes=row_bytes,
+        layout=layout,
     )
 
     def make(columns, counts, bands) -> BlockLists:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.blocks import BlockPlan, BlockRing
+from sharding.block_plan import BlockPlan
+from sharding.blocks import BlockRing, Travellers
 from sharding.local import Here, Local, empty, options, zeros
 from sharding.mesh import AxisName, vary_like
 from sharding.messages import MESSAGES, Messages
@@ -67,6 +68,7 @@ def _attend(setup: Setup, query, key, value, masks):
     keys = [ring.keys(key, value) for ring in rings]
     # All first messages leave before anything is computed.
     arrived = [_first(ring, k) for ring, k in zip(rings, keys, strict=True)]
+    moved = [(one, one.attend(query, keys[0])) for one in _travellers(setup, rings)]
     total = _in_place(setup, here, query, key, value)
     chunks = setup.plan.token_starts.shape[1]
     running: list[Any] = [None] * chunks if total is None else _split(total, chunks)
@@ -75,6 +77,8 @@ def _attend(setup: Setup, query, key, value, masks):
             running = _forward(ring, query, own, first, running)
     cut = [query] if chunks == 1 else jnp.split(query, chunks, axis=1)
     parts = [empty(q) if x is None else x for x, q in zip(running, cut, strict=True)]
+    for one, back in moved:
+        parts = one.merge(parts, back)
     return tuple(jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in zip(*parts, strict=True))
 
 
@@ -91,6 +95,12 @@ def _rings(setup: Setup, masks) -> tuple[list[Any], Here]:
         return [BlockRing(*first, *args[1:])], here
     moving = [branch for branch in setup.plan.branches if not branch.in_place]
     return [Ring(setup.local, setup.plan, branch, *args) for branch in moving], here
+
+
+def _travellers(setup: Setup, rings: list[Any]) -> list[Travellers]:
+    """Blocks of queries that move: none, or those of the one plan."""
+    moves = setup.plan.moves if isinstance(setup.plan, BlockPlan) else None
+    return [] if moves is None else [Travellers(rings[0], moves)]
 
 
 def _first(ring: Any, keys) -> Any:
@@ -171,6 +181,8 @@ def _attend_bwd(setup: Setup, residuals, cotangents):
     for ring, own, first in zip(rings, keys, arrived, strict=True):
         with jax.named_scope(f"{ring.name}_backward"):
             totals = _backward(ring, (query, d_out, lse, delta), own, first, totals)
+    for one in _travellers(setup, rings):
+        totals = one.gradients((query, d_out, lse, delta), keys[0], totals)
     gradients = (jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in totals)
     dq, dk, dv = (g.astype(x.dtype) for g, x in zip(gradients, (query, key, value), strict=True))
     return dq, dk, dv, None

@@ -1,8 +1,4 @@
-"""Block lists of a sequence on a mesh: hops and rows that nobody wants are not sent.
-
-Lists are static arrays over the whole sequence, in `contiguous` layout; each device's part of them
-for each hop is made here, on the host.
-"""
+"""A plan of block lists on one device: the ring of its keys, and the journeys of its queries."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,141 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
+from sharding.block_plan import BlockCall, BlockHop, BlockPlan, QueryMoves
 from sharding.local import Here, Local
 from sharding.mesh import AxisName
 from sharding.messages import Messages
 from sharding.ring import Keys
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BlockHop:
-    """Keys and values from the device `shift` places before, and what each device sees of them.
-
-    pairs: (source, destination). rows: per chunk (there is one) the tokens that are sent.
-    columns [P, b, n, rows, capacity], counts [P, b, n, rows], bands like columns or None: the lists
-    of every device, columns counted from the first block sent.
-    """
-
-    shift: int
-    pairs: tuple[tuple[int, int], ...]
-    rows: tuple[tuple[int, int], ...]
-    columns: np.ndarray
-    counts: np.ndarray
-    bands: np.ndarray | None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BlockPlan:
-    """Who sends which blocks of keys to whom, and what that costs, as `sharding.plan.Plan`."""
-
-    devices: int
-    length: int
-    block_size: int
-    layout: str
-    token_starts: np.ndarray
-    hops: tuple[BlockHop, ...]
-    bytes: int
-    messages: int
-    balance: float
-
-
-def make_block_plan(
-    columns: np.ndarray,
-    counts: np.ndarray,
-    bands: np.ndarray | None,
-    *,
-    length: int,
-    devices: int,
-    block_size: int,
-    is_causal: bool,
-    row_bytes: int,
-    arrays: int = 2,
-) -> BlockPlan:
-    """A plan for lists columns [b, n, rows, capacity], counts [b, n, rows] and their band numbers.
-
-    row_bytes: of the keys, values and ids of one token. arrays: how many of these there are.
-
-    Raises:
-        ValueError: the devices' parts are not whole blocks; the message says what would be.
-
-    Example:
-        >>> columns, counts = np.zeros((1, 1, 8, 1), np.int32), np.ones((1, 1, 8), np.int32)
-        >>> plan = make_block_plan(columns, counts, None, length=64, devices=4, block_size=8,
-        ...                        is_causal=False, row_bytes=2)
-        >>> [(hop.shift, hop.pairs, hop.rows) for hop in plan.hops][1]
-        (1, ((0, 1),), ((0, 8),))
-    """
-    if length % (devices * block_size):
-        step = devices * block_size
-        raise ValueError(
-            f"sequence of {length} tokens on {devices} devices: wanted a multiple of {step} with"
-            f" blocks of {block_size}; pad it to {-(-length // step) * step} and mask the padding"
-            " with segment ids 0"
-        )
-    size = length // devices // block_size
-    valid = np.arange(columns.shape[-1]) < counts[..., None]
-    if is_causal:  # blocks after the query's see nothing
-        valid &= columns <= np.arange(columns.shape[2])[:, None]
-    found = (_hop(columns, valid, bands, devices, size, shift) for shift in range(devices))
-    hops = [hop for hop in found if hop is not None]
-    if not hops or hops[0].shift:  # what is here comes first, even if nobody wants it
-        hops.insert(0, _nothing(columns, devices, size, bands))
-    hops = [
-        dataclasses.replace(h, rows=((h.rows[0][0] * block_size, h.rows[0][1] * block_size),))
-        for h in hops
-    ]
-    moved = sum(hop.rows[0][1] - hop.rows[0][0] for hop in hops[1:]) * row_bytes
-    work = valid.sum((0, 1, 3)).reshape(devices, -1).sum(1)
-    return BlockPlan(
-        devices,
-        length,
-        block_size,
-        "contiguous",
-        np.arange(devices)[:, None] * (length // devices),
-        tuple(hops),
-        moved,
-        arrays * (len(hops) - 1),
-        float(work.max() / max(work.mean(), 1e-9)),
-    )
-
-
-def _hop(columns, valid, bands, devices: int, size: int, shift: int) -> BlockHop | None:
-    b, n, _, capacity = columns.shape
-
-    def split(x: np.ndarray) -> np.ndarray:
-        return np.moveaxis(x.reshape(b, n, devices, size, capacity), 2, 0)
-
-    device = np.arange(devices)
-    source = (device - shift) % devices
-    local = split(columns) - (source * size).reshape(-1, 1, 1, 1, 1)
-    here = split(valid) & (local >= 0) & (local < size)
-    wants = here.any((1, 2, 3, 4))
-    if not wants.any():
-        return None
-    low, high = int(local[here].min()), int(local[here].max()) + 1
-    if shift == 0:
-        low, high = 0, size
-    counts = here.sum(-1).astype(np.int32)
-    most = max(1, int(counts.max()))
-    order = np.argsort(~here, axis=-1, kind="stable")[..., :most]
-    kept = np.arange(most) < counts[..., None]
-
-    def pick(x: np.ndarray) -> np.ndarray:
-        return np.where(kept, np.take_along_axis(x, order, -1), 0).astype(np.int32)
-
-    pairs = tuple((int(source[d]), int(d)) for d in device if wants[d]) if shift else ()
-    numbers = None if bands is None else pick(split(bands))
-    return BlockHop(shift, pairs, ((low, high),), pick(local - low), counts, numbers)
-
-
-def _nothing(columns, devices: int, size: int, bands) -> BlockHop:
-    shape = (devices, *columns.shape[:2], size, 1)
-    zero = np.zeros(shape, np.int32)
-    return BlockHop(
-        0, (), ((0, size),), zero, np.zeros(shape[:-1], np.int32), None if bands is None else zero
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,24 +47,38 @@ class BlockRing:
         """For profiles."""
         return f"blocks_{self.plan.block_size}"
 
+    def _chunk(self, x: jax.Array, chunk: int) -> jax.Array:
+        size = x.shape[1] // self.plan.token_starts.shape[1]
+        return x[:, chunk * size : (chunk + 1) * size]
+
     def queries(self, x: jax.Array, chunk: int) -> jax.Array:
-        """[B, n, ...] as [1, B, n, ...]."""
-        return x[None]
+        """[B, n, ...] as [1, B, c, ...], of one chunk."""
+        return self._chunk(x, chunk)[None]
 
     def query_ids(self, chunk: int) -> jax.Array | None:
-        """Segment ids [1, B, n]."""
-        return None if self.here.q_ids is None else self.here.q_ids[None]
+        """Segment ids [1, B, c]."""
+        return None if self.here.q_ids is None else self.queries(self.here.q_ids, chunk)
 
     def keys(self, key: jax.Array, value: jax.Array) -> tuple[Keys, ...]:
-        """This device's keys, values and ids."""
-        ids = None if self.here.kv_ids is None else self.here.kv_ids[None]
-        return (Keys(key[None], value[None], ids),)
+        """This device's keys, values and ids, per chunk."""
+        arrays = Keys(key, value, self.here.kv_ids)
+        return tuple(
+            jax.tree.map(lambda x, i=i: self.queries(x, i), arrays)
+            for i in range(self.plan.token_starts.shape[1])
+        )
 
-    def send(self, hop: BlockHop, keys: tuple[Keys, ...]) -> tuple[Keys, ...]:
-        """The rows that a hop brings."""
-        low, high = hop.rows[0]
-        return jax.tree.map(
-            lambda x: self.messages.permute(x[:, :, low:high], self.axis_name, hop.pairs), keys
+    def send(self, hop: BlockHop, keys: tuple[Keys, ...]) -> tuple[Keys | None, ...]:
+        """The rows that a hop brings, per chunk."""
+        return tuple(
+            None
+            if rows is None
+            else jax.tree.map(
+                lambda x, rows=rows: self.messages.permute(
+                    x[:, :, rows[0] : rows[1]], self.axis_name, hop.pairs
+                ),
+                chunk,
+            )
+            for rows, chunk in zip(hop.rows, keys, strict=True)
         )
 
     def give_back(self, hop: BlockHop, gradients: Any) -> Any:
@@ -204,56 +86,196 @@ class BlockRing:
         pairs = [(destination, source) for source, destination in hop.pairs]
         return jax.tree.map(lambda x: self.messages.permute(x, self.axis_name, pairs), gradients)
 
-    def _options(self, hop: BlockHop, q: jax.Array, ids: Any, keys: Keys) -> dict:
-        me, n = self.here.device, q.shape[2]
-        q_start = jnp.asarray(me * n, jnp.int32)
-        source = (me - hop.shift) % self.plan.devices
-        k_start = jnp.asarray(source * n + hop.rows[0][0], jnp.int32)
-        lists = (hop.columns, hop.counts, hop.bands)
+    def options(self, lists: tuple, starts: tuple, q: jax.Array, q_ids: Any, keys: Keys) -> dict:
+        """The local attention's, for arrays without the leading axis and their first positions."""
         options = {
-            "blocks": self.make(*(None if x is None else jnp.asarray(x)[me] for x in lists)),
+            "blocks": self.make(*lists),
             "is_causal": self.is_causal,
             "scale": self.scale,
-            "q_start": q_start,
-            "k_start": k_start,
+            "q_start": starts[0],
+            "k_start": starts[1],
             "dropout_rate": self.rate,
-            "dropout_bits": self._bits(q_start, k_start, q, keys),
+            "dropout_bits": self._bits(starts, q, keys),
         }
-        if ids is not None and keys.ids is not None:
-            options |= {"q_segment_ids": ids[0], "kv_segment_ids": keys.ids[0]}
+        if q_ids is not None and keys.ids is not None:
+            options |= {"q_segment_ids": q_ids, "kv_segment_ids": keys.ids}
         return options
 
-    def _bits(self, q_start: Any, k_start: Any, q: jax.Array, keys: Keys) -> Any:
+    def _bits(self, starts: tuple, q: jax.Array, keys: Keys) -> Any:
         if self.here.seed is None:
             return None
-        _, B, n, N, _ = q.shape
+        q_start, k_start = starts
+        B, n, N, _ = q.shape
         batch = (self.here.batch_index * B + jnp.arange(B)).reshape(B, 1, 1)
         head = (self.here.head_index * N + jnp.arange(N)).reshape(1, 1, N)
         row = (q_start + jnp.arange(n, dtype=jnp.int32)).reshape(1, n, 1)
-        column = k_start + jnp.arange(keys.key.shape[2], dtype=jnp.int32)
+        column = k_start + jnp.arange(keys.key.shape[1], dtype=jnp.int32)
         columns = self.local.column_bits(self.here.seed, column.reshape(1, 1, -1, 1), 0)
         return self.local.row_bits(self.here.seed, batch, head, row), columns
 
+    def _arguments(self, hop: BlockHop, call: BlockCall, q, ids, arrived) -> tuple[tuple, dict]:
+        me, starts = self.here.device, jnp.asarray(self.plan.token_starts, jnp.int32)
+        keys = jax.tree.map(lambda x: x[0], arrived[call.key])
+        rows = hop.rows[call.key]
+        assert rows is not None  # somebody visits them
+        first = starts[(me - hop.shift) % self.plan.devices, call.key] + rows[0]
+        q_ids = None if ids is None else ids[0]
+        lists = at_device(call, me)
+        options = self.options(lists, (starts[me, call.query], first), q[0], q_ids, keys)
+        return (q[0], keys.key, keys.value), options
+
     def attend(self, hop: BlockHop, queries, ids, arrived, state: list) -> list:
-        """`state`, continued over the keys that a hop brought."""
-        (q,), (keys,), (old,) = queries, arrived, state
-        carry = None if old is None else tuple(x[0] for x in old)
-        options = self._options(hop, q, ids[0], keys)
-        new = self.local.forward(q[0], keys.key[0], keys.value[0], carry=carry, **options)
-        return [tuple(x[None] for x in new)]
+        """`state` (per chunk None or (out, lse)), continued over the keys that a hop brought."""
+        state = list(state)
+        for call in hop.calls:
+            arguments = self._arguments(hop, call, queries[call.query], ids[call.query], arrived)
+            arrays, options = arguments
+            old = state[call.query]
+            carry = None if old is None else tuple(x[0] for x in old)
+            new = self.local.forward(*arrays, carry=carry, **options)
+            state[call.query] = tuple(x[None] for x in new)
+        return state
 
     def gradients(self, hop: BlockHop, rows, arrived, dq: list) -> tuple[list, list]:
-        """dq, continued, and the gradients of what a hop brought."""
-        ((q, ids, *others),), (keys,) = rows, arrived
-        options = self._options(hop, q, ids, keys)
-        arrays = (q[0], keys.key[0], keys.value[0], *(x[0] for x in others))
-        gq, gk, gv = (x[None] for x in self.local.backward(*arrays, **options))
-        return [gq if dq[0] is None else dq[0] + gq], [(gk, gv)]
+        """dq, continued, and per chunk the gradients (dk, dv) of what a hop brought."""
+        dq, back = list(dq), {}
+        for call in hop.calls:
+            q, ids, *others = rows[call.query]
+            arrays, options = self._arguments(hop, call, q, ids, arrived)
+            gq, *new = self.local.backward(*arrays, *(x[0] for x in others), **options)
+            dq[call.query] = _sum(dq[call.query], gq[None])
+            before = back.get(call.key, (None, None))
+            back[call.key] = tuple(_sum(x, y[None]) for x, y in zip(before, new, strict=True))
+        return dq, [back.get(chunk) for chunk in range(len(arrived))]
 
     def add_queries(self, total: list, dq: list, dtype: Any) -> list:
-        """Gradients of the queries with those of the lists added."""
-        return [total[0] + dq[0][0]]
+        """Gradients of the queries, per chunk, with those of the lists added."""
+        return [x if y is None else x + y[0] for x, y in zip(total, dq, strict=True)]
 
     def add_keys(self, total: list, dk: list, dtype: Any) -> list:
         """Gradients of the keys, or of the values, with those of the lists added."""
-        return [total[0] + dk[0][0]]
+        return self.add_queries(total, dk, dtype)
+
+
+def at_device(call: BlockCall, device: Any) -> tuple:
+    """The lists of a call on one device."""
+    lists = call.columns, call.counts, call.bands
+    return tuple(None if x is None else jnp.asarray(x)[device] for x in lists)
+
+
+def _sum(total: jax.Array | None, new: jax.Array) -> jax.Array:
+    return new if total is None else total + new
+
+
+@dataclasses.dataclass(frozen=True)
+class Travellers:
+    """The blocks of queries of a plan that move, on this device.
+
+    Items are blocks that arrived: for every shift, each of the m blocks of the device there.
+    """
+
+    ring: BlockRing
+    moves: QueryMoves
+
+    def send(self, x: jax.Array) -> jax.Array:
+        """Items [shifts m, B, block, ...] of rows [B, n, ...]."""
+        size = self.ring.plan.block_size
+        blocks = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+        mine = jnp.asarray(self.moves.blocks)[self.ring.here.device]
+        rows = jnp.moveaxis(jnp.take(blocks, mine, axis=1), 1, 0)
+        sent = (
+            self.ring.messages.permute(rows, self.ring.axis_name, pairs)
+            for pairs in self.moves.pairs
+        )
+        return jnp.concatenate(list(sent))
+
+    def _home(self, items: jax.Array, absent: float) -> list[jax.Array]:
+        """Per shift, what came of this device's blocks [m, ...]; absent where nothing did."""
+        used = jnp.asarray(self.moves.used)[self.ring.here.device]
+        found = []
+        for i, pairs in enumerate(self.moves.pairs):
+            back = [(destination, source) for source, destination in pairs]
+            rows = jnp.split(items, len(self.moves.pairs))[i]
+            rows = self.ring.messages.permute(rows, self.ring.axis_name, back)
+            there = used[i].reshape(-1, *(1,) * (rows.ndim - 1))
+            found.append(jnp.where(there, rows, absent))
+        return found
+
+    def _items(self) -> tuple[jax.Array, tuple]:
+        """First positions of the items, and their lists for every call."""
+        ring, me = self.ring, self.ring.here.device
+        owners = (me - jnp.asarray(self.moves.shifts)) % ring.plan.devices
+        starts = jnp.asarray(self.moves.starts, jnp.int32)[owners].reshape(-1)
+        return starts, tuple(at_device(call, me) for call in self.moves.calls)
+
+    def _calls(self, start: Any, lists: tuple, q: jax.Array, ids: Any, own: tuple[Keys, ...]):
+        """(arrays, options, key chunk) of the calls of one item."""
+        first = jnp.asarray(self.ring.plan.token_starts, jnp.int32)[self.ring.here.device]
+        for call, one in zip(self.moves.calls, lists, strict=True):
+            keys = jax.tree.map(lambda x: x[0], own[call.key])
+            options = self.ring.options(one, (start, first[call.key]), q, ids, keys)
+            yield (q, keys.key, keys.value), options, call.key
+
+    def attend(self, query: jax.Array, own: tuple[Keys, ...]) -> list[tuple]:
+        """Per shift (out, lse) [m, B, block, ...] of this device's blocks that move."""
+        ids = None if self.ring.here.q_ids is None else self.send(self.ring.here.q_ids)
+
+        def one(item: Any) -> Any:
+            start, lists, q, ids = item
+            state = None
+            for arrays, options, _ in self._calls(start, lists, q, ids, own):
+                state = self.ring.local.forward(*arrays, carry=state, **options)
+            return tuple(state or ())
+
+        out, lse = lax.map(one, (*self._items(), self.send(query), ids))
+        return list(zip(self._home(out, 0.0), self._home(lse, -jnp.inf), strict=True))
+
+    def merge(self, running: list, parts: list[tuple]) -> list:
+        """The running (out, lse) of each chunk with what came back added."""
+
+        def one(i: Any, whole: tuple) -> tuple:
+            found = (tuple(x[i] for x in part) for part in parts)
+            new = self.ring.local.merge(tuple(self._at(x, i) for x in whole), *found)
+            return tuple(self._with(x, y, i) for x, y in zip(whole, new, strict=True))
+
+        whole = tuple(jnp.concatenate(x, 1) for x in zip(*running, strict=True))
+        whole = lax.fori_loop(0, self.moves.blocks.shape[1], one, whole)
+        return list(zip(*(jnp.split(x, len(running), axis=1) for x in whole), strict=True))
+
+    def gradients(self, rows: tuple, own: tuple[Keys, ...], totals: list) -> list:
+        """Totals [dq, dk, dv], each per chunk, with those of the blocks that move added.
+
+        rows: (query, d_out, lse, delta) of this device.
+        """
+        ids = None if self.ring.here.q_ids is None else self.send(self.ring.here.q_ids)
+
+        def one(sums: Any, item: Any) -> Any:
+            start, lists, ids, q, *others = item
+            dq, sums = None, [list(x) for x in sums]
+            for arrays, options, chunk in self._calls(start, lists, q, ids, own):
+                gq, *new = self.ring.local.backward(*arrays, *others, **options)
+                dq = _sum(dq, gq)
+                for i, g in enumerate(new):
+                    sums[i][chunk] = sums[i][chunk] + g
+            return sums, dq
+
+        items = (*self._items(), ids, *map(self.send, rows))
+        (dk, dv), dq = lax.scan(one, [list(x) for x in totals[1:]], items)
+        parts = self._home(dq, 0.0)
+
+        def add(i: Any, total: jax.Array) -> jax.Array:
+            return self._with(total, sum((part[i] for part in parts), self._at(total, i)), i)
+
+        total = jnp.concatenate(totals[0], 1)
+        total = lax.fori_loop(0, self.moves.blocks.shape[1], add, total)
+        return [jnp.split(total, len(totals[0]), axis=1), dk, dv]
+
+    def _first(self, i: Any) -> Any:
+        return jnp.asarray(self.moves.blocks)[self.ring.here.device, i] * self.ring.plan.block_size
+
+    def _at(self, x: jax.Array, i: Any) -> jax.Array:
+        """Rows [B, block, ...] of the i-th block that moves."""
+        return lax.dynamic_slice_in_dim(x, self._first(i), self.ring.plan.block_size, 1)
+
+    def _with(self, x: jax.Array, rows: jax.Array, i: Any) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(x, rows, self._first(i), 1)

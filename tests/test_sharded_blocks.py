@@ -11,18 +11,27 @@ import pytest
 import dilax
 from dilax import sharded_blocks
 from dilax.block_lists import from_mask
+from sharding import block_plan
+from sharding.mesh import from_layout, to_layout
 from tests.compare import error
 
 T, BLOCK = 64, 4
 
 
+@pytest.fixture(autouse=True)
+def every_gap(monkeypatch):
+    """Blocks that nobody wants do not travel, however small they are."""
+    monkeypatch.setattr(block_plan, "GAP_BYTES", 0)
+
+
 def pattern_of(name):
-    """Lists of 16 blocks: exact windows by a band, block 0 for all and seeing all, random ones."""
+    """Lists of blocks: exact windows by a band, block 0 for all and seeing all, random ones."""
+    n = 32 if name == "global" else T // BLOCK
     rng = np.random.default_rng(0)
     if name == "heads":  # one for each kv head
         return from_mask(rng.random((1, 2, 16, 16)) < 0.3, BLOCK)
     tokens, reach = {"window": (9, 3)}.get(name, (7, 2))
-    distance = np.arange(16)[:, None] - np.arange(16)
+    distance = np.arange(n)[:, None] - np.arange(n)
     band, mask = (abs(distance) <= reach).astype(int), abs(distance) <= reach
     if name != "window":
         mask[0], mask[:, 0], band[0], band[:, 0] = True, True, 0, 0
@@ -68,15 +77,17 @@ def with_gradients(f):
 
 
 @pytest.mark.parametrize(
-    ("name", "devices", "causal", "ids", "rate"),
+    ("name", "devices", "causal", "layout", "ids", "rate"),
     [
-        ("window", 8, True, False, 0.0),
-        ("random", 2, False, True, 0.3),
-        ("heads", 4, True, False, 0.0),
+        ("window", 8, True, "contiguous", False, 0.0),
+        ("global", 2, False, "zigzag", True, 0.3),  # the queries of block 0 move
+        ("heads", 4, True, "contiguous", False, 0.0),
+        ("random", 4, True, "contiguous", False, 0.0),
     ],
 )
-def test_equals_one_device(name, devices, causal, ids, rate, x64):
+def test_equals_one_device(name, devices, causal, layout, ids, rate, x64):
     rng = np.random.default_rng(1)
+    T = 128 if name == "global" else 64
     q, do = rng.normal(size=(2, 2, T, 4, 8))
     k, v = rng.normal(size=(2, 2, T, 2, 8))
     arrays = (q, k, v, do, rng.normal(size=(2, T, 4)))
@@ -91,24 +102,37 @@ def test_equals_one_device(name, devices, causal, ids, rate, x64):
         return dilax.block_sparse_attention(q, k, v, pattern_of(name), **masks, **options)
 
     wanted = with_gradients(one)(*arrays)
-    found = with_gradients(placed(name, devices, **options))(*arrays)
+    there = [to_layout(x, devices, layout) for x in arrays]
+    found = with_gradients(placed(name, devices, layout=layout, **options))(*there)
+    found = [from_layout(x, devices, layout) for x in found]
     assert max(error(a, b) for a, b in zip(found, wanted, strict=True)) <= 1e-12
 
 
 @pytest.mark.parametrize(
-    ("name", "causal", "rows"),
-    # Of 8 tokens a device: the window reaches 9 back, two blocks of 4 and one of the device before;
-    # the global block travels from device 0 to each other one, alone where no window wants more.
+    ("name", "causal", "rows", "moves"),
+    # Of 8 tokens a device the window reaches 9 back, two blocks of 4 and one of the device before.
+    # Of 16 tokens the keys of block 0 travel from device 0 to each other one, and the two blocks
+    # before a device's. Not causal, the queries of block 0 travel to each other device, and what
+    # they saw comes back in float32.
     [
-        ("window", True, [(1, 0, 8), (2, 4, 8)]),
-        ("global", True, [(1, 0, 8)] + [(i, 0, 4) for i in range(2, 8)]),
+        ("window", True, [(1, 0, 8), (2, 4, 8)], 0),
+        ("global", True, [(1, 0, 4), (1, 8, 16)] + [(i, 0, 4) for i in range(2, 8)], 0),
+        (
+            "global",
+            False,
+            [(1, 0, 4), (1, 8, 16)] + [(i, 0, 4) for i in range(2, 7)] + [(7, 0, 8)],
+            7,
+        ),
     ],
 )
-def test_only_wanted_blocks_travel(name, causal, rows):
+def test_only_wanted_blocks_travel(name, causal, rows, moves):
+    T = 128 if name == "global" else 64
     x = jax.ShapeDtypeStruct((1, T // 8, 2, 8), jnp.float32)
     plan, _ = sharded_blocks.block_plan_of(pattern_of(name), x, x, devices=8, is_causal=causal)
     assert [(hop.shift, *hop.rows[0]) for hop in plan.hops[1:]] == rows
-    assert plan.bytes == sum(high - low for _, low, high in rows) * 2 * 2 * 8 * 4
+    keys = sum(high - low for _, low, high in rows) * 2 * 2 * 8 * 4
+    assert plan.bytes == keys + moves * BLOCK * 2 * (8 + 8 + 1) * 4
+    assert plan.messages == 2 * len(rows) + 3 * moves
     x = jnp.ones((1, T, 2, 8))
     text = jax.jit(placed(name, 8, is_causal=causal)).lower(x, x, x).compile().as_text() or ""
     assert "all-gather" not in text
