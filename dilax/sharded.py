@@ -26,14 +26,20 @@ from dilax.union import bias_key, check_extra_keys, constant_key, zero_keys
 
 sibling("sharding")  # says which file it is that comes before ours, if there is one
 from sharding import attention as sharded  # noqa: E402
+from sharding.cost import Link as Link  # noqa: E402
+from sharding.cost import Sizes  # noqa: E402
 from sharding.local import Local, primitive_branch  # noqa: E402
 from sharding.mesh import LAYOUTS, axis_size, local_positions  # noqa: E402
 from sharding.mesh import from_layout as from_layout  # noqa: E402
 from sharding.mesh import positions as layout_positions  # noqa: E402, F401
 from sharding.mesh import to_layout as to_layout  # noqa: E402
-from sharding.plan import METHODS, Plan, Sizes, make_plan  # noqa: E402
-from sharding.plan import Link as Link  # noqa: E402
+from sharding.plan import METHODS, Plan, make_plan  # noqa: E402
 from sharding.rows import UNBOUNDED  # noqa: E402
+
+# Why no kernel drops anything there.
+DROPOUT_ON_A_MESH = (
+    "dropout on a mesh: its kernels count examples, heads and rows from 0, not in the whole"
+)
 
 
 def _merge(*parts: Any) -> Partial:
@@ -325,7 +331,7 @@ def choose_local(
 def _local_reasons(name, query, key, value, plan: Plan, scale, ids, rate, seed) -> tuple[str, ...]:
     N, reasons = query.shape[2], []
     if rate:
-        reasons.append("dropout on a mesh: its kernels count examples and heads from 0")
+        reasons.append(DROPOUT_ON_A_MESH)
     options: dict[str, Any] = dict(
         is_causal=plan.causal,
         scale=scale,

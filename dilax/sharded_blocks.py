@@ -1,5 +1,6 @@
 """Block-sparse attention of a sequence on a mesh axis, inside a shard_map: the same answer."""
 
+import functools
 from typing import Any
 
 import jax
@@ -18,10 +19,11 @@ from dilax.checks import (
     check_scale,
     segment_ids_of,
 )
-from dilax.select import check_implementation
-from dilax.sharded import LAYOUTS, XLA, axis_size_of, check_ring_size
+from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
+from dilax.sharded import DROPOUT_ON_A_MESH, LAYOUTS, XLA, axis_size_of, check_ring_size
 from sharding.attention import Setup, attend
 from sharding.block_plan import BlockPlan, RowBytes, make_block_plan
+from sharding.local import Local
 
 
 def sharded_block_sparse_attention(
@@ -59,7 +61,7 @@ def sharded_block_sparse_attention(
         axis_name, layout, ring_size, head_axis, batch_axis and the masks: as in
             `dilax.sharded_dilated_attention`; pattern and blocks count positions in any layout.
         is_causal, scale, dropout_rate, dropout_key, deterministic: as in `dilax.dilated_attention`.
-        implementation: "xla" or None.
+        implementation: of the attention on one device, as in `dilax.sharded_dilated_attention`.
         return_lse: return (out, lse), lse [B, T, N].
 
     Returns:
@@ -93,9 +95,6 @@ def sharded_block_sparse_attention(
     check_choice("layout", layout, LAYOUTS)
     check_scale(scale)
     check_implementation(implementation)
-    if implementation == "pallas":
-        why = "its kernels take no block lists of a mesh"
-        raise UnsupportedError(f"query {shown(query)} on a mesh", {"pallas": (why,)})
     drops = check_dropout(dropout_rate, dropout_key, deterministic)
     devices = axis_size_of("axis_name", axis_name)
     check_ring_size(ring_size, devices)
@@ -119,7 +118,7 @@ def sharded_block_sparse_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     setup = Setup(
         plan,
-        XLA,
+        choose_block_local(implementation, query, key, value, plan, make, ids, factor, rate),
         axis_name,
         head_axis,
         batch_axis,
@@ -131,6 +130,76 @@ def sharded_block_sparse_attention(
     out, lse = attend(setup, query, key, value, *ids, seed)
     out = out.astype(query.dtype)
     return (out, lse) if return_lse else out
+
+
+def choose_block_local(
+    implementation, query, key, value, plan: BlockPlan, make, ids, scale, rate
+) -> Local:
+    """The attention that runs on each device: the named one, or the first that takes the calls."""
+    reasons = {}
+    for name in IMPLEMENTATIONS if implementation is None else (implementation,):
+        if name == "xla":
+            return XLA
+        reasons[name] = block_reasons(name, query, key, value, plan, make, ids[0], scale, rate)
+        if not reasons[name]:
+            return _pallas()
+    raise UnsupportedError(f"query {shown(query)}, key {shown(key)} on a mesh", reasons)
+
+
+def block_reasons(
+    name, query, key, value, plan: BlockPlan, make, ids, scale, rate, device_kind=None
+) -> tuple[str, ...]:
+    """Why an implementation cannot take the calls of a plan; empty if it can."""
+    if rate:
+        return (DROPOUT_ON_A_MESH,)
+
+    def rows(x: Any, count: int) -> Any:
+        return jax.ShapeDtypeStruct((x.shape[0], count, *x.shape[2:]), x.dtype)
+
+    chunk = plan.length // plan.devices // plan.token_starts.shape[1]
+    calls = [
+        (chunk, *(hop.rows[call.key] or (0, 0)), call, 1) for hop in plan.hops for call in hop.calls
+    ]
+    if plan.moves is not None:
+        calls += [(plan.block_size, 0, chunk, call, 2) for call in plan.moves.calls]
+    reasons = []
+    for count, low, high, call, leading in calls:
+        q, k, v = rows(query, count), rows(key, high - low), rows(value, high - low)
+        shapes = (
+            x if x is None else jax.ShapeDtypeStruct(x.shape[leading:], x.dtype)
+            for x in (call.columns, call.counts, call.bands)
+        )
+        masks = (None, None) if ids is None else (rows(ids, count), rows(ids, high - low))
+        reasons += unsupported(
+            name,
+            q,
+            k,
+            v,
+            blocks=make(*shapes),
+            is_causal=bool(plan.causal),
+            scale=scale,
+            q_segment_ids=masks[0],
+            kv_segment_ids=masks[1],
+            q_start=plan.length - count,
+            k_start=plan.length - (high - low),
+            out_dtype=jnp.float32,
+            device_kind=device_kind,
+        )
+    return tuple(dict.fromkeys(reasons))
+
+
+@functools.cache
+def _pallas() -> Local:
+    kernels = sibling("pallas_kernels.blocks")
+    assert kernels is not None  # `unsupported` looked
+
+    def forward(query, key, value, *, dropout_bits, dropout_rate, carry, **options):
+        return kernels.attend(query, key, value, carry=carry, out_dtype=jnp.float32, **options)
+
+    def backward(*arrays, dropout_bits, dropout_rate, **options):
+        return kernels.attend_backward(*arrays, **options)
+
+    return Local(forward, backward, XLA.merge, XLA.row_bits, XLA.column_bits)
 
 
 def block_plan_of(

@@ -26,7 +26,7 @@ from pallas_kernels.compat import interpreting
 from pallas_kernels.flash import _device_kind
 from pallas_kernels.support import padded_head, result_dtype
 
-__all__ = ["attend", "unsupported"]
+__all__ = ["attend", "attend_backward", "unsupported"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +155,50 @@ def attend(
     if carry is not None:
         out, lse = _continue(out, lse, *carry)
     return out.astype(final), lse
+
+
+def attend_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    *,
+    blocks: Any,
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_start: int | jax.Array = 0,
+    k_start: int | jax.Array = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value through these keys alone, given the totals over all keys.
+
+    lse `[B, T, N]` is the total log-sum-exp and delta `[B, T, N]` is sum(d_out * out) - d_lse of
+    the total out. Returns float32, in which those of several calls can be added up. Other arguments
+    as `attend`, as checked.
+    """
+    described, lists = _describe(blocks)
+    call = Call(
+        blocks=described,
+        causal=bool(is_causal),
+        scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+        rate=0.0,
+        keep=None,
+        out_dtype=jnp.dtype(jnp.float32),
+        ids=q_segment_ids is not None,
+        order="longest_first",
+        device_kind=_device_kind(),
+        interpret=interpreting(),
+    )
+    seed = jnp.zeros((2,), jnp.uint32)
+    starts = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
+    kv_segment_ids = q_segment_ids if kv_segment_ids is None else kv_segment_ids
+    ids = (q_segment_ids, kv_segment_ids) if call.ids else None
+    with _numbers():
+        found = _run_backward(call, query, key, value, d_out, lse, delta, lists, ids, starts, seed)
+    return tuple(x.astype(jnp.float32) for x in found)
 
 
 def _describe(blocks: Any) -> tuple[Blocks, Any]:

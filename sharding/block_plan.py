@@ -71,6 +71,7 @@ class BlockPlan:
     length: int
     block_size: int
     layout: str
+    causal: bool
     token_starts: np.ndarray
     hops: tuple[BlockHop, ...]
     moves: QueryMoves | None
@@ -140,6 +141,7 @@ def make_block_plan(
         length,
         block_size,
         layout,
+        is_causal,
         starts,
         tuple(hops),
         moves,

@@ -18,69 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from sharding.cost import NVLINK, Cost, Link, Sizes, compute_of, pairs_before
 from sharding.heads import Branch, Slots, slots_of
+from sharding.hops import Hop, View, gathered_calls, group_size, need_of
 from sharding.mesh import chunk_length, chunk_starts, chunks_of
-from sharding.rows import UNBOUNDED, Ranks
+from sharding.rows import Ranks
 
 METHODS = ("local", "ring", "all_to_all", "all_gather", "hybrid")
-TILE = 128  # rows that a kernel works on at once, even if fewer exist
-
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """What a message and a product cost. Defaults: NVLink as measured by ppermute, one H100.
-
-    bandwidth: bytes per second that a device receives. latency: seconds per message.
-    flops: products and sums per second of the attention.
-    memory: bytes that gathered keys and values may take.
-    """
-
-    bandwidth: float = 340e9
-    latency: float = 15e-6
-    flops: float = 550e12
-    memory: float = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The sizes of one device's call; heads are those on one device of the heads' axis."""
-
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    itemsize: int
-    stats_itemsize: int = 4
-    ids: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One use of the local attention: rows of a query chunk against rows of a key chunk.
-
-    starts: ranks of the first query and key, or None: known only on the device.
-    """
-
-    query: int
-    key: int
-    q_rows: tuple[int, int]
-    k_rows: tuple[int, int]
-    starts: tuple[int, int] | None
-    segment: int
-    causal: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Hop:
-    """Keys and values from the device `shift` places before in the group, and what to do with them.
-
-    pairs: (source, destination) on the sequence axis. rows: per key chunk, the range that is sent.
-    """
-
-    shift: int
-    pairs: tuple[tuple[int, int], ...]
-    rows: tuple[tuple[int, int] | None, ...]
-    calls: tuple[Call, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,7 +107,7 @@ def make_plan(
     is_causal: bool = False,
     head_parts: int = 1,
     method: str | tuple[str | None, ...] | None = None,
-    link: Link = Link(),
+    link: Link = NVLINK,
 ) -> Plan:
     """A plan for branches over a sequence of `length` positions on `devices` devices.
 
@@ -210,6 +154,13 @@ class _Shared:
     def chunk(self) -> int:
         return self.length // self.devices // chunks_of(self.layout)
 
+    def compute(self, ranks: Ranks, slots: Slots, first, end, spread: int) -> tuple[float, float]:
+        """Expected seconds of the busiest device, and its work over the mean."""
+        total = ranks.floor(self.length - 1) + 1
+        before = (pairs_before(x, ranks, total, self.causal) for x in (first, end))
+        work = -np.subtract(*before).sum(1)
+        return compute_of(work, end - first, slots, spread, self.sizes, self.link)
+
 
 def _branch_plan(shared: _Shared, number: int, branch: Branch, wanted: str | None) -> BranchPlan:
     if wanted is not None and wanted not in METHODS:
@@ -224,10 +175,10 @@ def _branch_plan(shared: _Shared, number: int, branch: Branch, wanted: str | Non
     )
     first = ranks.floor(shared.starts)
     end = ranks.floor(shared.starts + shared.chunk - 1) + 1
-    need = _need(first, end, ranks.length, shared.causal)
+    need = need_of(first, end, ranks.length, shared.causal)
     if not (need & ~np.eye(shared.devices, dtype=bool)).any():
         return _local(shared, number, branch, ranks, slots, first, end)
-    group = _group_size(need)
+    group = group_size(need)
     candidates, reasons = {}, {}
     for name, spread in _spreads(shared, ranks, slots, group, reasons):
         plan = _moving(shared, number, branch, name, spread, group, ranks, slots)
@@ -248,35 +199,6 @@ def _branch_plan(shared: _Shared, number: int, branch: Branch, wanted: str | Non
     every = [plan for plans in candidates.values() for plan in plans]
     fits = [p for p in every if p.method != "all_gather" or p.bytes <= shared.link.memory]
     return min(fits or every, key=lambda plan: (plan.compute + plan.exposed, plan.bytes))
-
-
-def _need(first: np.ndarray, end: np.ndarray, length: int, causal: bool) -> np.ndarray:
-    """bool [P, P]: whether a device's queries (rows) see keys of another (columns)."""
-    need = np.zeros((len(first), len(first)), bool)
-    for i in range(first.shape[1]):
-        for j in range(first.shape[1]):
-            need |= _sees(
-                first[:, i, None],
-                end[:, i, None],
-                first[None, :, j],
-                end[None, :, j],
-                length,
-                causal,
-            )
-    return need
-
-
-def _sees(q: Any, q_end: Any, k: Any, k_end: Any, length: int, causal: bool) -> np.ndarray:
-    """Whether ranks [q, q_end) see any of [k, k_end)."""
-    same = np.minimum(q_end - 1, k_end - 1) // length >= np.maximum(q, k) // length
-    return same & (k < q_end) if causal else same
-
-
-def _group_size(need: np.ndarray) -> int:
-    """The smallest g such that devices see only those of their own g neighbours."""
-    P = len(need)
-    where = np.nonzero(need)
-    return next(g for g in range(1, P + 1) if P % g == 0 and (where[0] // g == where[1] // g).all())
 
 
 def _spreads(shared: _Shared, ranks: Ranks, slots: Slots, group: int, reasons: dict):
@@ -311,8 +233,9 @@ def _local(shared, number, branch, ranks, slots, first, end) -> BranchPlan:
         ranks.segment % ranks.rate == 0 and shared.chunk % ranks.segment == 0
     )
     if not (aligned and slots.static and _one_run(slots)):
-        hops = (_hop(shared, ranks, first, end, len(first), 0, rows),)
-    compute, balance = _compute(shared, ranks, slots, first, end, 1)
+        view = View(first, end, ranks.length, shared.causal, len(first), rows)
+        hops = tuple(view.hops(0))
+    compute, balance = shared.compute(ranks, slots, first, end, 1)
     return BranchPlan(
         number,
         branch,
@@ -346,20 +269,17 @@ def _moving(shared, number, branch, name, spread, group, ranks, slots) -> Branch
     first = ranks.floor(tokens)
     count = rows * spread
     end = first + count if ranks.exact else ranks.floor(tokens + shared.chunk - 1) + 1
-    compute, balance = _compute(shared, ranks, slots, first, end, spread)
+    compute, balance = shared.compute(ranks, slots, first, end, spread)
     masked = shared.sizes.ids or not ranks.exact or bool((slots.offsets < 0).any())
-    cost = _Cost(shared.sizes, slots, masked)
+    cost = Cost(shared.sizes, slots, masked)
     moved, messages, exposed = 0, 0, 0.0
+    view = View(first, end, ranks.length, shared.causal, group // spread, count, spread)
     if name == "all_gather":
-        hops = (Hop(0, (), (None,) * C, _gathered_calls(shared, ranks, first, end, group)),)
+        hops = (Hop(0, (), (None,) * C, gathered_calls(view)),)
         moved, messages = (group - 1) * C * rows * cost.keys(1), C * cost.key_messages
         exposed = moved / link.bandwidth + messages * link.latency
     else:
-        found = (
-            _hop(shared, ranks, first, end, group // spread, shift, count, spread)
-            for shift in range(group // spread)
-        )
-        hops = tuple(hop for hop in found if hop)
+        hops = tuple(hop for shift in range(group // spread) for hop in view.hops(shift))
         for hop in hops[1:]:
             sent = [b - a for a, b in filter(None, hop.rows)]
             moved += sum(sent) * cost.keys(spread)
@@ -390,135 +310,3 @@ def _moving(shared, number, branch, name, spread, group, ranks, slots) -> Branch
         exposed,
         shared.sizes.ids,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cost:
-    """Bytes that one rank of one chunk costs on the wire."""
-
-    sizes: Sizes
-    slots: Slots
-    masked: bool
-
-    @property
-    def key_messages(self) -> int:
-        return 2 + self.masked
-
-    def _ids(self) -> int:
-        return 4 * self.sizes.batch * len(self.slots.queries) * self.masked
-
-    def keys(self, spread: int) -> int:
-        """Keys and values, dealt out among `spread` devices."""
-        one = self.slots.rows * self.sizes.batch * 2 * self.sizes.head_dim * self.sizes.itemsize
-        return one // spread + self._ids() // (1 if self.slots.uniform else spread)
-
-    def dealt(self, spread: int) -> int:
-        """All-to-all of queries, keys and values, and of out and lse back."""
-        queries = self.slots.queries.size * self.sizes.batch
-        there = 2 * self.sizes.head_dim * self.sizes.itemsize
-        there = queries * (there + self.sizes.stats_itemsize) + self.keys(1) - self._ids()
-        ids = 2 * self._ids() * (spread if self.slots.uniform else 1)
-        return (there + ids) * (spread - 1) // spread
-
-
-def _hop(shared, ranks, first, end, group: int, shift: int, count: int, spread: int = 1):
-    """One hop of the (virtual) ring, None if nobody sees what it would bring."""
-    V, C = first.shape
-    dst = np.arange(V)
-    src = dst // group * group + (dst % group - shift) % group
-    args = ranks.length, shared.causal
-    calls, rows = [], [None] * C
-    needed = np.zeros(V, bool)
-    for j in range(C):
-        for i in range(C):
-            q, q_end, k, k_end = first[dst, i], end[dst, i], first[src, j], end[src, j]
-            sees = _sees(q, q_end, k, k_end, *args)
-            if not sees.any():
-                continue
-            needed |= sees
-            call = _call(i, j, (q, q_end, k, k_end), sees, ranks.length, shared.causal, count)
-            calls.append(call)
-            old = rows[j] or call.k_rows
-            rows[j] = (min(old[0], call.k_rows[0]), max(old[1], call.k_rows[1]))
-    if not calls:
-        return None
-    pairs = [
-        (s * spread + i, d * spread + i)
-        for s, d in zip(src[needed].tolist(), dst[needed].tolist(), strict=True)
-        for i in range(spread)
-    ]
-    return Hop(shift, tuple(pairs) if shift else (), tuple(rows), tuple(calls))
-
-
-def _call(i, j, bounds, sees, length: int, causal: bool, count: int) -> Call:
-    """The call for one pair of chunks, restricted to the rows that some device needs."""
-    q, q_end, k, k_end = bounds
-    low = np.maximum(q // length, k // length)
-    high = np.minimum((q_end - 1) // length, (k_end - 1) // length)
-    one = ((q // length == (q_end - 1) // length) & (k // length == (k_end - 1) // length))[sees]
-    k_rows = _range(low * length - k, (high + 1) * length - k, sees, count)
-    q_rows = _range(low * length - q, (high + 1) * length - q, sees, count)
-    excluded = sees | (causal & (k >= q_end))  # by causality alone, or not at all
-    segment = UNBOUNDED if one.all() and excluded.all() else length
-    behind, phase = q - k, q % length
-    starts = None
-    if sees.all():
-        whole = not causal or (k_end - 1 <= q).all()
-        if segment == UNBOUNDED and whole:
-            return Call(i, j, q_rows, k_rows, (0, 0), segment, False)
-        if (behind == behind[0]).all() and (segment == UNBOUNDED or (phase == phase[0]).all()):
-            base = min(q[0], k[0]) // length * length
-            starts = (int(q[0] - base), int(k[0] - base))
-    return Call(i, j, q_rows, k_rows, starts, segment, causal)
-
-
-def _range(low: np.ndarray, high: np.ndarray, sees: np.ndarray, count: int) -> tuple[int, int]:
-    a, b = np.clip(low[sees], 0, count).min(), np.clip(high[sees], 0, count).max()
-    return int(a), int(b)
-
-
-def _gathered_calls(shared, ranks, first, end, group: int) -> tuple[Call, ...]:
-    """Every query chunk against every chunk number of the whole group."""
-    C, rows = first.shape[1], ranks.count(shared.starts)
-    k_first = np.repeat(first.reshape(-1, group, C).min(1), group, 0)
-    calls = []
-    for j in range(C):
-        for i in range(C):
-            k, k_end = k_first[:, j], k_first[:, j] + group * rows
-            sees = _sees(first[:, i], end[:, i], k, k_end, ranks.length, shared.causal)
-            if sees.any():
-                segment = UNBOUNDED
-                if (k // ranks.length != (k_end - 1) // ranks.length).any():
-                    segment = ranks.length
-                if (first[:, i] // ranks.length != (end[:, i] - 1) // ranks.length).any():
-                    segment = ranks.length
-                if not sees.all():
-                    segment = ranks.length
-                static = (0, 0) if segment == UNBOUNDED and not shared.causal else None
-                ranges = (0, rows), (0, group * rows)
-                calls.append(Call(i, j, *ranges, static, segment, shared.causal))
-    return tuple(calls)
-
-
-def _compute(shared, ranks, slots, first, end, spread: int) -> tuple[float, float]:
-    """Expected seconds of the busiest device, and its work over the mean."""
-    total = ranks.floor(shared.length - 1) + 1
-    work = (
-        _pairs(end, ranks.length, total, shared.causal)
-        - _pairs(first, ranks.length, total, shared.causal)
-    ).sum(1)
-    sizes, rows = shared.sizes, np.maximum(end - first, 1)
-    filled = (np.maximum(rows, TILE) / rows).mean()
-    heads = slots.queries.size / spread * sizes.batch
-    seconds = 4.0 * work.max() * heads * sizes.head_dim * filled / shared.link.flops
-    return float(seconds), float(work.max() / max(work.mean(), 1e-9))
-
-
-def _pairs(x: np.ndarray, length: int, total: int, causal: bool) -> np.ndarray:
-    """Visible pairs of all queries before rank x."""
-    x = x.astype(float)
-    whole, rest = np.floor(x / length), x % length
-    if causal:
-        return whole * length * (length + 1) / 2 + rest * (rest + 1) / 2
-    last = total - whole * length
-    return whole * length * length + rest * np.minimum(length, last)

@@ -15,10 +15,11 @@ import numpy as np
 from jax import lax
 
 from sharding.heads import Neighbours
+from sharding.hops import Call, Hop
 from sharding.local import Here, Local, empty
 from sharding.mesh import AxisName, aligned_groups
 from sharding.messages import Messages
-from sharding.plan import BranchPlan, Call, Hop, Plan
+from sharding.plan import BranchPlan, Plan
 from sharding.rows import add, put, take
 
 

@@ -197,12 +197,6 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, name, config):
         train(dataclasses.replace(config, mesh=mesh))
 
 
-def test_a_mesh_wants_a_jax_that_can(config, monkeypatch):
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    with pytest.raises(ValueError, match=r"^mesh: wanted None with a jax before 0\.12"):
-        train(dataclasses.replace(config, mesh="data=2"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [

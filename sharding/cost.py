@@ -1,0 +1,95 @@
+"""What a plan costs: bytes on the wire, expected seconds of messages and of attention."""
+
+import dataclasses
+
+import numpy as np
+
+from sharding.heads import Slots
+from sharding.rows import Ranks
+
+TILE = 128  # rows that a kernel works on at once, even if fewer exist
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What a message and a product cost. Defaults: NVLink as measured by ppermute, one H100.
+
+    bandwidth: bytes per second that a device receives. latency: seconds per message.
+    flops: products and sums per second of the attention.
+    memory: bytes that gathered keys and values may take.
+    """
+
+    bandwidth: float = 340e9
+    latency: float = 15e-6
+    flops: float = 550e12
+    memory: float = 2**30
+
+
+NVLINK = Link()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of one device's call; heads are those on one device of the heads' axis."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int
+    stats_itemsize: int = 4
+    ids: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Bytes that one rank of one chunk costs on the wire."""
+
+    sizes: Sizes
+    slots: Slots
+    masked: bool
+
+    @property
+    def key_messages(self) -> int:
+        return 2 + self.masked
+
+    def _ids(self) -> int:
+        return 4 * self.sizes.batch * len(self.slots.queries) * self.masked
+
+    def keys(self, spread: int) -> int:
+        """Keys and values, dealt out among `spread` devices."""
+        one = self.slots.rows * self.sizes.batch * 2 * self.sizes.head_dim * self.sizes.itemsize
+        return one // spread + self._ids() // (1 if self.slots.uniform else spread)
+
+    def dealt(self, spread: int) -> int:
+        """All-to-all of queries, keys and values, and of out and lse back."""
+        queries = self.slots.queries.size * self.sizes.batch
+        there = 2 * self.sizes.head_dim * self.sizes.itemsize
+        there = queries * (there + self.sizes.stats_itemsize) + self.keys(1) - self._ids()
+        ids = 2 * self._ids() * (spread if self.slots.uniform else 1)
+        return (there + ids) * (spread - 1) // spread
+
+
+def compute_of(
+    work: np.ndarray, rows: np.ndarray, slots: Slots, spread: int, sizes: Sizes, link: Link
+) -> tuple[float, float]:
+    """Expected seconds of the busiest device, and its work over the mean.
+
+    work [V]: visible pairs of each (virtual) device and head; rows: of its chunks.
+    """
+    rows = np.maximum(rows, 1)
+    filled = (np.maximum(rows, TILE) / rows).mean()
+    heads = slots.queries.size / spread * sizes.batch
+    seconds = 4.0 * work.max() * heads * sizes.head_dim * filled / link.flops
+    return float(seconds), float(work.max() / max(work.mean(), 1e-9))
+
+
+def pairs_before(x: np.ndarray, ranks: Ranks, total: int, causal: bool) -> np.ndarray:
+    """Visible pairs of all queries before rank x, of `total` ranks."""
+    length = ranks.length
+    x = x.astype(float)
+    whole, rest = np.floor(x / length), x % length
+    if causal:
+        return whole * length * (length + 1) / 2 + rest * (rest + 1) / 2
+    last = total - whole * length
+    return whole * length * length + rest * np.minimum(length, last)
