@@ -39,9 +39,10 @@ class Check:
 def checks(smoke: bool) -> list[Check]:
     """The cases; with smoke only tiny ones."""
     if smoke:
+        small = peers.global_local(5, 1, 0, block_size=64)
         return [
             Check("window", peers.window(256, 100), 256, 256, 16, 1, 1),
-            Check("split", peers.global_local(3, 1, 0), 384, 384, 16, 1, 1, traced=True, split=1),
+            Check("split", small, 310, 320, 16, 1, 1, ids=True, traced=True, split=1),
         ]
     random, window, far = peers.random_blocks, peers.window, peers.global_local(64, 1, 1)
     halves, coarse = window(1100, 300, 64), random(4, 0.5, True, block_size=256)

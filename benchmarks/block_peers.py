@@ -100,12 +100,12 @@ def window(T: int, width: int, block_size: int = 128) -> Pattern:
     return dataclasses.replace(pattern, bands=(WHOLE, (width - 1, 0)), band_index=index)
 
 
-def global_local(rows: int, globals_: int, near: int) -> Pattern:
+def global_local(rows: int, globals_: int, near: int, **options: Any) -> Pattern:
     """Some first blocks see and are seen by all; the others see `near` blocks on each side."""
     row = np.arange(rows)
     mask = np.abs(row[:, None] - row) <= near
     mask[:globals_] = mask[:, :globals_] = True
-    return from_mask(mask[None, None])
+    return from_mask(mask[None, None], **options)
 
 
 def ours(pattern: Pattern, order: str = "longest_first") -> Callable:

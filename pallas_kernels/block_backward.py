@@ -11,6 +11,7 @@ from pallas_kernels import block_lists, block_schedule
 from pallas_kernels.block_forward import (
     LOG2E,
     Options,
+    away_rows,
     kept,
     masked_scores,
     same_ids,
@@ -75,7 +76,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count, bkv, head_dim = items[cta, 0, 0], plan.away, q_smem.shape[-1]
-    shape = (ROWS, bkv)
+    shape, of_lane = (ROWS, bkv), functools.partial(block_schedule.of_lane, plan)
 
     def consume() -> None:
         plgpu.set_max_registers(240, action="increase")
@@ -100,23 +101,27 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                     # Read before the products, needed after them.
                     index, inside = block_schedule.entry_of(plan, j)
                     where = block_schedule.list_place(plan, b, n)
-                    entry = block_lists.decode(entries[(*where, item.begin + index)])
+                    at = item.begin + index
+                    packed = block_schedule.load_entry(plan, entries, where, at, wg)
+                    entry = block_lists.decode(packed)
                     start = entry.block * (plan.away * plan.steps_per_entry) + inside
                 plgpu.barrier_wait(k_ready.at[slot])
                 plgpu.barrier_wait(v_ready.at[slot])
 
+                keys, values = (of_lane(x, wg).at[slot] for x in (k_smem, v_smem))
+
                 def scores(s_acc: Any, dp_acc: Any) -> Any:
-                    plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
-                    plgpu.wgmma(dp_acc, do_smem.at[wg], v_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(s_acc, q_smem.at[wg], keys.transpose((1, 0)))
+                    plgpu.wgmma(dp_acc, do_smem.at[wg], values.transpose((1, 0)))
                     plgpu.wgmma_wait(1)
                     return s_acc[...], dp_acc[...]
 
                 acc = plgpu.ACC(shape, jnp.float32)
                 s, dp = pl.run_scoped(scores, acc, acc)
-                ids = load(id_smem.at[slot], COLUMN) if opt.ids else None
+                ids = load(of_lane(id_smem, wg).at[slot], COLUMN) if opt.ids else None
                 plgpu.barrier_arrive(v_free.at[slot])
                 pl.when(j + 1 == item.steps)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-                s = masked_scores(plan, s, entry, row, start, shift, wg)
+                s = masked_scores(plan, s, entry, row, start, shift)
                 if opt.ids:
                     s = same_ids(s, id_rows, ids)
                 p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [0]))
@@ -125,7 +130,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                     dp = jnp.where(seen, dp * (1.0 / (1.0 - opt.rate)), 0.0)
                 ds = p * (dp - lax.broadcast_in_dim(delta, shape, [0]))
                 staging = None if ds_smem is None else ds_smem.at[wg]
-                dq = accumulate(dq, ds.astype(q_smem.dtype), k_smem.at[slot], staging)
+                dq = accumulate(dq, ds.astype(q_smem.dtype), keys, staging)
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dq, i + 1
 
@@ -155,20 +160,21 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                     plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[i], q_ready.at[i])
                     plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[i], q_ready.at[i])
 
-            def step(j: Any, packed: Any, i: Any) -> Any:
-                slot = lax.rem(i, jnp.int32(opt.stages))
-                _, inside = block_schedule.entry_of(plan, j)
-                block = block_lists.decode(packed).block
-                start = block * (plan.away * plan.steps_per_entry) + inside
-                rows, reused = aligned_rows(start, bkv), i >= opt.stages
-                at, ready = (b, rows, kv_head), k_ready.at[slot]
+            def step(j: Any, packed: tuple[Any, ...], i: Any) -> Any:
+                slot, reused = lax.rem(i, jnp.int32(opt.stages)), i >= opt.stages
+                rows = away_rows(plan, packed, j)
                 pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], ready)
-                if opt.ids:
-                    plgpu.copy_gmem_to_smem(k_ids.at[b, rows], id_smem.at[slot], ready)
+                for lane, at in enumerate(rows):
+                    to, ready = of_lane(k_smem, lane).at[slot], k_ready.at[slot]
+                    plgpu.copy_gmem_to_smem(k_ref.at[b, at, kv_head], to, ready)
+                    if opt.ids:
+                        to = of_lane(id_smem, lane).at[slot]
+                        plgpu.copy_gmem_to_smem(k_ids.at[b, at], to, ready)
                 pl.when(j == 0)(load_home)
                 pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[slot], v_ready.at[slot])
+                for lane, at in enumerate(rows):
+                    to, ready = of_lane(v_smem, lane).at[slot], v_ready.at[slot]
+                    plgpu.copy_gmem_to_smem(v_ref.at[b, at, kv_head], to, ready)
                 return i + 1
 
             return loop(step, fill), used + jnp.where(item.steps > 0, 1, 0)
@@ -198,24 +204,24 @@ def queries_gradient(
     lse (base 2, +inf where a row sees nothing) and delta: float32 `[B, N, rows]`, rows whole tiles.
     """
     query, key, value, do = arrays
-    head_dim, dtype, bkv, stages = query.shape[-1], query.dtype, plan.away, opt.stages
+    head_dim, dtype, lanes, stages = query.shape[-1], query.dtype, plan.lanes, opt.stages
     operands = [jnp.asarray(work.items), jnp.asarray(entries), starts, seed]
     operands += [query, do, lse, delta, key, value, *(ids or ())]
     types = [jax.ShapeDtypeStruct(query.shape, dtype)]
     if plan.parts:
         types += [jax.ShapeDtypeStruct((plan.parts, TILE_ROWS, head_dim), jnp.float32)]
-    home, away = (CONSUMERS, ROWS, head_dim), (stages, bkv, head_dim)
+    home, away = (CONSUMERS, ROWS, head_dim), block_schedule.ring(plan, stages, head_dim)
     scratch = [
         shared_tile(home, dtype),
         shared_tile(home, dtype),
         shared_tile(away, dtype),
         shared_tile(away, dtype),
         shared_tile(home, dtype),
-        plgpu.SMEM((stages, bkv), jnp.int32) if opt.ids else None,
-        shared_tile((CONSUMERS, ROWS, bkv), dtype) if opt.interpret else None,
+        plgpu.SMEM(block_schedule.ring(plan, stages), jnp.int32) if opt.ids else None,
+        shared_tile((CONSUMERS, ROWS, plan.away), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=2 if opt.ids else 1),
-        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (2 if opt.ids else 1)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes),
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),

@@ -12,6 +12,7 @@ from pallas_kernels.block_backward import add_parts, write_tile
 from pallas_kernels.block_forward import (
     LOG2E,
     Options,
+    away_rows,
     kept,
     masked_scores,
     same_ids,
@@ -47,6 +48,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count, bq, head_dim = items[cta, 0, 0], plan.away, k_smem.shape[-1]
     shape, dtype = (ROWS, bq), k_smem.dtype
+    of_lane = functools.partial(block_schedule.of_lane, plan)
 
     def consume() -> None:
         plgpu.set_max_registers(240, action="increase")
@@ -69,13 +71,16 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                     # Read before the products, needed after them.
                     index, inside = block_schedule.entry_of(plan, j)
                     where = block_schedule.list_place(plan, b, kv_head)
-                    entry = block_lists.decode(entries[(*where, item.begin + index)])
+                    at = item.begin + index
+                    packed = block_schedule.load_entry(plan, entries, where, at, wg)
+                    entry = block_lists.decode(packed)
                     start = entry.block * (plan.away * plan.steps_per_entry) + inside
                 plgpu.barrier_wait(q_ready.at[slot])
-                s = product(k_smem.at[wg], q_smem.at[slot].transpose((1, 0)), shape, lambda: None)
-                lse = load(lse_smem.at[slot], COLUMN)
-                ids = load(id_smem.at[slot], COLUMN) if opt.ids else None
-                s = masked_scores(plan, s, entry, row, start, shift, wg)
+                queries = of_lane(q_smem, wg).at[slot]
+                s = product(k_smem.at[wg], queries.transpose((1, 0)), shape, lambda: None)
+                lse = load(of_lane(lse_smem, wg).at[slot], COLUMN)
+                ids = load(of_lane(id_smem, wg).at[slot], COLUMN) if opt.ids else None
+                s = masked_scores(plan, s, entry, row, start, shift)
                 if opt.ids:
                     s = same_ids(s, id_rows, ids)
                 p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [1]))
@@ -89,19 +94,20 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 plgpu.barrier_wait(do_ready.at[slot])
 
                 def weigh(dp_acc: Any) -> Any:
-                    add_product(dv_acc, weight, do_smem.at[slot], staging)
-                    plgpu.wgmma(dp_acc, v_smem.at[wg], do_smem.at[slot].transpose((1, 0)))
+                    do = of_lane(do_smem, wg).at[slot]
+                    add_product(dv_acc, weight, do, staging)
+                    plgpu.wgmma(dp_acc, v_smem.at[wg], do.transpose((1, 0)))
                     return dp_acc[...]
 
                 dp = pl.run_scoped(weigh, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(do_free.at[slot])
                 pl.when(j + 1 == item.steps)(lambda: plgpu.barrier_arrive(k_free.at[wg]))
                 # Loaded only now: a column vector takes as many registers as half a score tile.
-                delta = load(delta_smem.at[slot], COLUMN)
+                delta = load(of_lane(delta_smem, wg).at[slot], COLUMN)
                 if opt.rate:
                     dp = jnp.where(seen, dp * (1.0 / (1.0 - opt.rate)), 0.0)
                 ds = (p * (dp - lax.broadcast_in_dim(delta, shape, [1]))).astype(dtype)
-                add_product(dk_acc, ds, q_smem.at[slot], staging)
+                add_product(dk_acc, ds, queries, staging)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(q_free.at[slot])
                 return i + 1
@@ -137,23 +143,27 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                     plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[i], k_ready.at[i])
                     plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[i], k_ready.at[i])
 
-            def step(j: Any, packed: Any, i: Any) -> Any:
-                slot = lax.rem(i, jnp.int32(opt.stages))
-                _, inside = block_schedule.entry_of(plan, j)
-                entry = block_lists.decode(packed)
-                start = entry.block * (plan.away * plan.steps_per_entry) + inside
-                head = kv_head * opt.group + (entry.member if opt.group > 1 else 0)
-                rows, reused = aligned_rows(start, bq), i >= opt.stages
+            def head_of(packed: Any) -> Any:
+                member = block_lists.decode(packed).member if opt.group > 1 else 0
+                return kv_head * opt.group + member
+
+            def step(j: Any, packed: tuple[Any, ...], i: Any) -> Any:
+                slot, reused = lax.rem(i, jnp.int32(opt.stages)), i >= opt.stages
+                places = list(zip(away_rows(plan, packed, j), map(head_of, packed), strict=True))
                 pl.when(j == 0)(load_home)
                 pl.when(reused)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-                ready, at, vector = q_ready.at[slot], (b, rows, head), (b, head, rows)
-                plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[slot], ready)
-                plgpu.copy_gmem_to_smem(lse_ref.at[vector], lse_smem.at[slot], ready)
-                plgpu.copy_gmem_to_smem(delta_ref.at[vector], delta_smem.at[slot], ready)
-                if opt.ids:
-                    plgpu.copy_gmem_to_smem(q_ids.at[b, rows], id_smem.at[slot], ready)
+                for lane, (rows, head) in enumerate(places):
+                    vector = (b, head, rows)
+                    copies = [(q_ref.at[b, rows, head], q_smem)]
+                    copies += [(lse_ref.at[vector], lse_smem), (delta_ref.at[vector], delta_smem)]
+                    copies += [(q_ids.at[b, rows], id_smem)] if opt.ids else []
+                    for source, to in copies:
+                        to = of_lane(to, lane).at[slot]
+                        plgpu.copy_gmem_to_smem(source, to, q_ready.at[slot])
                 pl.when(reused)(lambda: plgpu.barrier_wait(do_free.at[slot]))
-                plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[slot], do_ready.at[slot])
+                for lane, (rows, head) in enumerate(places):
+                    to, ready = of_lane(do_smem, lane).at[slot], do_ready.at[slot]
+                    plgpu.copy_gmem_to_smem(do_ref.at[b, rows, head], to, ready)
                 return i + 1
 
             return loop(step, fill), used + jnp.where(item.steps > 0, 1, 0)
@@ -189,8 +199,9 @@ def keys_gradient(
     types = [jax.ShapeDtypeStruct(key.shape, dtype)] * 2
     if plan.parts:
         types += [jax.ShapeDtypeStruct((plan.parts, TILE_ROWS, head_dim), jnp.float32)] * 2
-    home, away = (CONSUMERS, ROWS, head_dim), (stages, bq, head_dim)
-    vectors = plgpu.SMEM((stages, bq), jnp.float32)
+    home, lanes = (CONSUMERS, ROWS, head_dim), plan.lanes
+    away = block_schedule.ring(plan, stages, head_dim)
+    vectors = plgpu.SMEM(away[:-1], jnp.float32)
     scratch = [
         shared_tile(home, dtype),
         shared_tile(home, dtype),
@@ -199,11 +210,11 @@ def keys_gradient(
         vectors,
         vectors,
         shared_tile(home, dtype),
-        plgpu.SMEM((stages, bq), jnp.int32) if opt.ids else None,
+        plgpu.SMEM(away[:-1], jnp.int32) if opt.ids else None,
         shared_tile((CONSUMERS, ROWS, bq), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=4 if opt.ids else 3),
-        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (4 if opt.ids else 3)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes),
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
@@ -216,6 +227,7 @@ def keys_gradient(
         ctas=work.items.shape[0],
         threads=CONSUMERS + 1,
         name="block_keys_gradient",
+        reductions=False,
     )
     if plan.parts:
         dk, dv = (add_parts(plan, work, x, y) for x, y in zip((dk, dv), parts, strict=True))

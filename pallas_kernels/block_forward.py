@@ -49,7 +49,6 @@ def masked_scores(
     row: Any,
     start: Any,
     shift: Any,
-    wg: Any,
 ) -> jax.Array:
     """Scores `[home, away]` with -inf where the place of a pair hides it, if anything is hidden.
 
@@ -63,16 +62,14 @@ def masked_scores(
     edge = start + columns - 1 > end
     if plan.banded:
         edge |= start < low + row + rows - 1
-    hidden: Any = False
-    if plan.halves:
-        hidden = (entry.half != 0) & (entry.half != wg + 1)
-        edge |= hidden
+    if plan.lanes > 1:
+        edge |= entry.empty != 0
 
     def masked() -> jax.Array:
         away = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE) + start
         seen = away < plan.away_rows
-        if plan.halves:
-            seen = away < jnp.where(hidden, 0, plan.away_rows)
+        if plan.lanes > 1:
+            seen = away < jnp.where(entry.empty != 0, 0, plan.away_rows)
         if plan.banded:
             home = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROW) + row
             seen &= away >= lax.broadcast_in_dim(home + low, s.shape, [0])
@@ -128,9 +125,9 @@ def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: A
 
     def first_entry(item: block_schedule.Item) -> Any:
         batch, head, _ = block_schedule.place(plan, item.code)
-        last = entries.shape[-1] - 1
-        at = jnp.minimum(item.begin, last)
-        return entries[(*block_schedule.list_place(plan, batch, head), at)]
+        at = jnp.minimum(item.begin, entries.shape[-1] // plan.lanes - 1)
+        where = block_schedule.list_place(plan, batch, head)
+        return block_schedule.load_entries(plan, entries, where, at)
 
     def one(t: Any, state: Any) -> Any:
         carry, item, following, current = state
@@ -141,12 +138,13 @@ def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: A
         last = item.begin + lax.div(item.steps - 1, jnp.int32(plan.steps_per_entry))
 
         def loop(step: Any, fill: Any) -> Any:
-            """Runs `step(j, entry, fill)` for the steps of the item; the new fill."""
+            """Runs `step(j, entries, fill)` for the steps of the item; the new fill."""
 
             def body(j: Any, state: Any) -> Any:
                 fill, entry = state
                 index, _ = block_schedule.entry_of(plan, j + 1)
-                ahead = entries[(*where, jnp.minimum(item.begin + index, last))]
+                at = jnp.minimum(item.begin + index, last)
+                ahead = block_schedule.load_entries(plan, entries, where, at)
                 return step(j, entry, fill), ahead
 
             return lax.fori_loop(0, item.steps, body, (fill, current))[0]
@@ -159,6 +157,14 @@ def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: A
     lax.fori_loop(0, count, one, (zero, start, second, first_entry(start)))
 
 
+def away_rows(plan: block_schedule.Plan, packed: tuple[Any, ...], j: Any) -> list[Any]:
+    """The away rows of step j of an item, for each lane."""
+    _, inside = block_schedule.entry_of(plan, j)
+    size = plan.away * plan.steps_per_entry
+    starts = [block_lists.decode(entry).block * size + inside for entry in packed]
+    return [aligned_rows(start, plan.away) for start in starts]
+
+
 def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> None:
     it = iter(refs)
     items, entries, starts_ref, seed_ref, q_ref, k_ref, v_ref = (next(it) for _ in range(7))
@@ -169,7 +175,8 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
     q_ready, k_ready, v_ready, q_free, k_free, v_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-    count, bkv, head_dim = items[cta, 0, 0], plan.away, q_smem.shape[-1]
+    count, head_dim = items[cta, 0, 0], q_smem.shape[-1]
+    of_lane = functools.partial(block_schedule.of_lane, plan)
 
     def consume() -> None:
         plgpu.set_max_registers(240, action="increase")
@@ -182,9 +189,9 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             scale=opt.scale,
             overlap=opt.overlap,
             q=q_smem.at[wg],
-            k=k_smem,
-            v=v_smem,
-            ids=id_smem,
+            k=of_lane(k_smem, wg),
+            v=of_lane(v_smem, wg),
+            ids=of_lane(id_smem, wg) if opt.ids else None,
             ready=(q_ready.at[wg], k_ready, v_ready),
             free=(q_free.at[wg], k_free, v_free),
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
@@ -197,11 +204,13 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 # Read before the product, needed after it.
                 index, inside = block_schedule.entry_of(plan, j)
                 where = block_schedule.list_place(plan, b, n)
-                entry = block_lists.decode(entries[(*where, item.begin + index)])
+                at_entry = item.begin + index
+                packed = block_schedule.load_entry(plan, entries, where, at_entry, wg)
+                entry = block_lists.decode(packed)
                 start = entry.block * (plan.away * plan.steps_per_entry) + inside
 
             def mask(s: jax.Array, ids: Any) -> jax.Array:
-                s = masked_scores(plan, s, entry, row, start, shift, wg)
+                s = masked_scores(plan, s, entry, row, start, shift)
                 return same_ids(s, id_rows, ids) if opt.ids else s
 
             def drop(p: jax.Array) -> jax.Array:
@@ -282,20 +291,21 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                     rows = aligned_rows(tile * TILE_ROWS + i * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[i], q_ready.at[i])
 
-            def step(j: Any, packed: Any, i: Any) -> Any:
-                slot = lax.rem(i, jnp.int32(opt.stages))
-                _, inside = block_schedule.entry_of(plan, j)
-                block = block_lists.decode(packed).block
-                start = block * (plan.away * plan.steps_per_entry) + inside
-                rows, reused = aligned_rows(start, bkv), i >= opt.stages
+            def step(j: Any, packed: tuple[Any, ...], i: Any) -> Any:
+                slot, reused = lax.rem(i, jnp.int32(opt.stages)), i >= opt.stages
+                rows = away_rows(plan, packed, j)
                 pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                window, ready = (b, rows, kv_head), k_ready.at[slot]
-                plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], ready)
-                if opt.ids:
-                    plgpu.copy_gmem_to_smem(k_ids.at[b, rows], id_smem.at[slot], ready)
+                for lane, at in enumerate(rows):
+                    to, ready = of_lane(k_smem, lane).at[slot], k_ready.at[slot]
+                    plgpu.copy_gmem_to_smem(k_ref.at[b, at, kv_head], to, ready)
+                    if opt.ids:
+                        to = of_lane(id_smem, lane).at[slot]
+                        plgpu.copy_gmem_to_smem(k_ids.at[b, at], to, ready)
                 pl.when(j == 0)(load_queries)
                 pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[window], v_smem.at[slot], v_ready.at[slot])
+                for lane, at in enumerate(rows):
+                    to, ready = of_lane(v_smem, lane).at[slot], v_ready.at[slot]
+                    plgpu.copy_gmem_to_smem(v_ref.at[b, at, kv_head], to, ready)
                 return i + 1
 
             return loop(step, fill), queries + jnp.where(item.steps > 0, 1, 0)
@@ -326,7 +336,7 @@ def forward(
     """
     query, key, value = arrays
     B, _, N, head_dim = query.shape
-    dtype, bkv, stages = query.dtype, plan.away, opt.stages
+    dtype, stages, lanes = query.dtype, opt.stages, plan.lanes
     operands = [jnp.asarray(work.items), jnp.asarray(entries), starts, seed, query, key, value]
     operands += ids or ()
     types = [
@@ -340,15 +350,15 @@ def forward(
         ]
     scratch = [
         shared_tile((CONSUMERS, ROWS, head_dim), dtype),
-        shared_tile((stages, bkv, head_dim), dtype),
-        shared_tile((stages, bkv, head_dim), dtype),
+        shared_tile(block_schedule.ring(plan, stages, head_dim), dtype),
+        shared_tile(block_schedule.ring(plan, stages, head_dim), dtype),
         shared_tile((CONSUMERS, ROWS, head_dim), out_dtype),
-        plgpu.SMEM((stages, bkv), jnp.int32) if opt.ids else None,
-        shared_tile((CONSUMERS, ROWS, bkv), dtype) if opt.interpret else None,
+        plgpu.SMEM(block_schedule.ring(plan, stages), jnp.int32) if opt.ids else None,
+        shared_tile((CONSUMERS, ROWS, plan.away), dtype) if opt.interpret else None,
         plgpu.SMEM((CONSUMERS, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=2 if opt.ids else 1),
-        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (2 if opt.ids else 1)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes),
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),

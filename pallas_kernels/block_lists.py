@@ -1,10 +1,10 @@
 """Block lists as the kernels read them: flat entries, and where each tile of 128 rows begins.
 
 Lists come as an object with `columns`, `counts`, `bands`, `band_index` and `block_size` (see
-`dilax.block_lists`). A tile of 128 rows, two warpgroups of 64, follows one list. Its entries name
-blocks of the other side ("away"); with blocks of 64 a list joins those of two rows, and an entry
-says which of the two it is for. Everything here works alike on NumPy arrays, when the lists are
-known at trace time, and on traced ones; sorts keep it at O(entries log entries) in time.
+`dilax.block_lists`). A tile of 128 rows is two warpgroups of 64, which follow one list; with blocks
+of 64 each has its own, side by side. Entries name blocks of the other side ("away"). Everything
+here works alike on NumPy arrays, when the lists are known at trace time, and on traced ones; sorts
+keep it at O(entries log entries) in time.
 """
 
 from typing import Any, NamedTuple
@@ -15,17 +15,18 @@ import numpy as np
 from jax import lax
 
 TILE_ROWS = 128
-# Bits of an entry: block, query head in its group, band, warpgroup (0: both, else one number + 1).
+# Bits of an entry: block, query head in its group, band, and whether it is none at all.
 BLOCK_BITS, MEMBER_BITS, BAND_BITS = 18, 6, 5
 MEMBER_SHIFT = BLOCK_BITS
 BAND_SHIFT = MEMBER_SHIFT + MEMBER_BITS
-HALF_SHIFT = BAND_SHIFT + BAND_BITS
+EMPTY_SHIFT = BAND_SHIFT + BAND_BITS
+EMPTY = 1 << EMPTY_SHIFT
 
 
 class Lists(NamedTuple):
     """entries int32 `[b, n, E]`; begin and counts int32 `[b, n, tiles]` say what a tile has.
 
-    longest: no tile has more entries.
+    With blocks of 64 entries are pairs, `[b, n, 2 E]`. longest: no tile has more entries.
     """
 
     entries: Any
@@ -40,7 +41,7 @@ class Entry(NamedTuple):
     block: Any
     member: Any
     band: Any
-    half: Any
+    empty: Any
 
 
 def decode(entry: Any) -> Entry:
@@ -53,7 +54,7 @@ def decode(entry: Any) -> Entry:
         field(0, BLOCK_BITS),
         field(MEMBER_SHIFT, MEMBER_BITS),
         field(BAND_SHIFT, BAND_BITS),
-        field(HALF_SHIFT, 2),
+        field(EMPTY_SHIFT, 1),
     )
 
 
@@ -85,47 +86,10 @@ def _front(entries: Any, valid: Any) -> Any:
     return _gather(entries, _module(entries).argsort(~valid, axis=-1, stable=True))
 
 
-def _join(entries: Any, valid: Any, home: Any = None) -> tuple[Any, Any]:
-    """Neighbours that differ only in their half become one for both; the second is not valid."""
-    xp = _module(entries)
-    bare = entries & ((1 << HALF_SHIFT) - 1)
-
-    def following(x: Any) -> Any:
-        return xp.roll(x, -1, -1)
-
-    same = (following(bare) == bare) & valid & following(valid)
-    same &= xp.arange(valid.shape[-1]) < valid.shape[-1] - 1
-    if home is not None:
-        same &= following(home) == home
-    return xp.where(same, bare, entries), valid & ~xp.roll(same, 1, -1)
-
-
-def _pairs(entries: Any, valid: Any) -> tuple[Any, Any]:
-    """Joins the lists of rows 2i and 2i + 1."""
-    xp = _module(entries)
-    b, n, rows, capacity = entries.shape
-    if rows % 2:
-        widths = ((0, 0), (0, 0), (0, 1), (0, 0))
-        entries, valid = xp.pad(entries, widths), xp.pad(valid, widths)
-    half = xp.arange(entries.shape[2]) % 2 + 1
-    entries = entries | (half.astype(xp.int32) << HALF_SHIFT)[:, None]
-    shape = (b, n, (rows + 1) // 2, 2 * capacity)
-    entries, valid = entries.reshape(shape), valid.reshape(shape)
-    # By block, then band; the sort is stable, so the first row's entry comes first.
-    block, band = entries & ((1 << BLOCK_BITS) - 1), entries >> BAND_SHIFT & ((1 << BAND_BITS) - 1)
-    key = xp.where(valid, block << BAND_BITS | band, np.iinfo(np.int32).max)
-    order = xp.argsort(key, axis=-1, stable=True)
-    return _join(_gather(entries, order), _gather(valid, order))
-
-
 def for_queries(blocks: Any, tiles: int) -> Lists:
     """Lists whose home tiles are 128 queries and whose entries are key blocks."""
     entries, valid = _packed(blocks)
     xp = _module(entries)
-    ratio = blocks.block_size // TILE_ROWS
-    if ratio == 0:
-        entries, valid = _pairs(entries, valid)
-        ratio = 1
     b, n, rows, capacity = entries.shape
     counts = valid.sum(-1).astype(xp.int32)
     if xp is np:
@@ -133,9 +97,32 @@ def for_queries(blocks: Any, tiles: int) -> Lists:
     else:
         flat = _front(entries, valid).reshape(b, n, rows * capacity)
         begin = xp.broadcast_to(xp.arange(rows, dtype=xp.int32) * capacity, counts.shape)
-    row = np.minimum(np.arange(tiles) // ratio, rows - 1)
+    if blocks.block_size < TILE_ROWS:
+        return _side_by_side(flat, begin, counts, capacity)
+    row = np.minimum(np.arange(tiles) // (blocks.block_size // TILE_ROWS), rows - 1)
     longest = int(counts.max()) if xp is np else capacity
     return Lists(flat, begin[..., row], counts[..., row], longest)
+
+
+def _side_by_side(flat: Any, begin: Any, counts: Any, capacity: int) -> Lists:
+    """The lists of rows 2i and 2i + 1 as pairs of entries, the shorter one filled up."""
+    xp = _module(flat)
+    if counts.shape[-1] % 2:
+        begin, counts = (xp.pad(x, ((0, 0), (0, 0), (0, 1))) for x in (begin, counts))
+    longer = xp.maximum(counts[..., ::2], counts[..., 1::2])
+    ends = xp.cumsum(longer, -1, dtype=xp.int32)
+    first = ends - longer
+    size = max(1, int(ends[..., -1].max())) if xp is np else flat.shape[-1]
+    # Place p belongs to the tile before whose end it lies.
+    tile = xp.minimum(_search(ends, size + 1)[..., 1:], longer.shape[-1] - 1)
+    rank = xp.arange(size, dtype=xp.int32) - _gather(first, tile)
+    lanes = []
+    for lane in range(2):
+        source = _gather(begin[..., lane::2], tile) + rank
+        found = _gather(flat, xp.minimum(source, flat.shape[-1] - 1))
+        lanes.append(xp.where(rank < _gather(counts[..., lane::2], tile), found, EMPTY))
+    entries = xp.stack(lanes, -1).reshape(*flat.shape[:2], 2 * size).astype(xp.int32)
+    return Lists(entries, first, longer, int(longer.max()) if xp is np else capacity)
 
 
 def _flatten(entries: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> tuple[Any, Any]:
@@ -167,26 +154,19 @@ def for_keys(blocks: Any, tiles: int, heads: int, kv_heads: int) -> Lists:
     column = entries & ((1 << BLOCK_BITS) - 1)
     fields = (entries - column) | xp.arange(rows, dtype=xp.int32)[:, None]
     fields = fields | (xp.arange(group, dtype=xp.int32) << MEMBER_SHIFT)[:, None, None]
-    halves = blocks.block_size < TILE_ROWS
-    if halves:
-        fields = fields | ((column % 2 + 1) << HALF_SHIFT)
-        column = column // 2
     ratio = max(1, blocks.block_size // TILE_ROWS)
-    homes = -(-tiles // ratio)
+    homes = tiles * 2 if blocks.block_size < TILE_ROWS else -(-tiles // ratio)
     flat = (*shape[:2], group * rows * capacity)
     home, fields = xp.where(valid, column, homes).reshape(flat), fields.reshape(flat)
     # Entries are in the order of heads and rows, which a stable sort by home keeps.
     order = xp.argsort(home, axis=-1, stable=True)
     home, fields = _gather(home, order), _gather(fields, order)
-    if halves:
-        fields, kept = _join(fields, home < homes, home)
-        home = xp.where(kept, home, homes)
-        order = xp.argsort(home, axis=-1, stable=True)
-        home, fields = _gather(home, order), _gather(fields, order)
     edges = _search(home, homes + 1)
     begin, counts = edges[..., :-1], edges[..., 1:] - edges[..., :-1]
     if xp is np:
         fields = fields[..., : max(1, int(edges[..., -1].max()))]
+    if blocks.block_size < TILE_ROWS:
+        return _side_by_side(fields, begin, counts, group * rows)
     row = np.arange(tiles) // ratio
     longest = int(counts.max()) if xp is np else fields.shape[-1]
     return Lists(fields, begin[..., row], counts[..., row], longest)

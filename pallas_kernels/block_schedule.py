@@ -31,8 +31,8 @@ class Plan:
 
     tiles, heads: home tiles of 128 rows, and heads of the home side. away: rows of a step.
     steps_per_entry: steps that one entry takes. home_rows, away_rows: true lengths. bands: (left,
-    right) in tokens, causality included. transposed: home rows are keys. numbers: of the branch
-    (for dropout).
+    right) in tokens, causality included. lanes: lists that a tile follows, 1 or one for each
+    warpgroup. transposed: home rows are keys. numbers: of the branch (for dropout).
     """
 
     batch: int
@@ -43,7 +43,7 @@ class Plan:
     home_rows: int
     away_rows: int
     bands: tuple[tuple[int, int], ...]
-    halves: bool
+    lanes: int
     transposed: bool
     list_batch: int
     list_heads: int
@@ -62,7 +62,7 @@ class Plan:
         Queries past the end need no mask: their gradients are 0.
         """
         ragged = not self.transposed and self.away_rows % self.away != 0
-        return self.banded or self.halves or ragged
+        return self.banded or self.lanes > 1 or ragged
 
 
 class Work(NamedTuple):
@@ -169,7 +169,7 @@ def _key(plan: Plan, lists: Lists, code: Any, begin: Any, entries: Any, order: s
     tile, head = code % plan.tiles, code // plan.tiles
     flat = xp.broadcast_to(lists.entries, (plan.batch, *lists.entries.shape[1:]))
     b, n = head // plan.heads, head % plan.heads // (plan.heads // lists.entries.shape[1])
-    middle = xp.minimum(begin + entries // 2, flat.shape[-1] - 1)
+    middle = xp.minimum((begin + entries // 2) * plan.lanes, flat.shape[-1] - 1)
     return _hilbert(xp, tile, flat[b, n, middle] & ((1 << BLOCK_BITS) - 1))
 
 
@@ -264,6 +264,27 @@ def entry_of(plan: Plan, j: Any) -> tuple[Any, Any]:
         return j, 0
     per = jnp.int32(plan.steps_per_entry)
     return lax.div(j, per), lax.rem(j, per) * plan.away
+
+
+def load_entries(plan: Plan, entries: Any, where: tuple[Any, Any], at: Any) -> tuple[Any, ...]:
+    """The packed entries at a place of a list, one for each lane."""
+    return tuple(load_entry(plan, entries, where, at, lane) for lane in range(plan.lanes))
+
+
+def load_entry(plan: Plan, entries: Any, where: tuple[Any, Any], at: Any, lane: Any) -> Any:
+    """The packed entry of one lane (any number where there is one list)."""
+    return entries[(*where, at if plan.lanes == 1 else at * plan.lanes + lane)]
+
+
+def ring(plan: Plan, stages: int, *columns: int) -> tuple[int, ...]:
+    """The shape of away tiles in shared memory."""
+    shape = (stages, plan.away, *columns)
+    return shape if plan.lanes == 1 else (plan.lanes, *shape)
+
+
+def of_lane(plan: Plan, ring: Any, lane: Any) -> Any:
+    """The away tiles of one lane (any number where there is one list)."""
+    return ring if plan.lanes == 1 else ring.at[lane]
 
 
 def limits(plan: Plan, band: Any, shift: Any) -> tuple[Any, Any]:

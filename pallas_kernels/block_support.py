@@ -82,10 +82,10 @@ def unsupported(
     tiles = (
         config.block_forward_blocks(head, size, out.itemsize, ids),
         config.block_queries_blocks(head, size, ids),
-        config.block_keys_blocks(head, ids),
+        config.block_keys_blocks(head, size, ids),
     )
     if None in tiles:
-        what = f"{out.name} output{' and segment ids' if ids else ''}"
+        what = f"blocks of {size}, {out.name} output{' and segment ids' if ids else ''}"
         reasons.append(f"head size {head_dim} with {what}: tiles exceed shared memory")
     return tuple(reasons)
 

@@ -273,7 +273,7 @@ def _plan(call: Call, blocks: Any, query: Any, key: Any, away: int, transposed: 
         home_rows=home_rows,
         away_rows=away_rows,
         bands=block_schedule.bands(blocks, call.causal),
-        halves=blocks.block_size < TILE_ROWS,
+        lanes=config.lanes(blocks.block_size),
         transposed=transposed,
         list_batch=b,
         list_heads=min(n, kv_heads) if transposed else n,
@@ -381,7 +381,7 @@ def _run_backward(
             **shared,
         )
 
-    tiles = config.block_keys_blocks(arrays[0].shape[-1], call.ids)
+    tiles = config.block_keys_blocks(arrays[0].shape[-1], blocks.block_size, call.ids)
     plan = _plan(call, blocks, query, key, tiles.away, True)
     found = block_lists.for_keys(blocks, plan.tiles, query.shape[2], key.shape[2])
     plan, work = _work(call, plan, found, arrays[0], arrays[1])

@@ -5,6 +5,7 @@ import them from here only. What differs between the real GPU and the interprete
 take a matrix operand from registers) is also decided here, so that kernel bodies stay the same.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -160,11 +161,13 @@ def launch(
     threads: int,
     name: str,
     inplace: Sequence[jax.Array] = (),
+    reductions: bool = True,
 ) -> list[jax.Array]:
     """Runs a persistent kernel of `ctas` blocks of `threads` warpgroups.
 
     body: called with the references of operands, inplace arrays, outputs and scratch, in order.
     inplace: arrays that the kernel updates; their new values come first in the result.
+    reductions: whether shared memory is set aside for sums and maxima of registers.
     Returns the new inplace arrays followed by the outputs.
     """
     mesh = plgpu.Mesh(
@@ -178,7 +181,9 @@ def launch(
         with_scratch,
         out_type=tuple(out_types),
         mesh=mesh,
-        compiler_params=PARAMETERS,
+        compiler_params=dataclasses.replace(
+            PARAMETERS, reduction_scratch_bytes=2048 if reductions else 0
+        ),
         name=name,
     )
     refs = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in inplace]

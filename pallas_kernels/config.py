@@ -4,7 +4,9 @@ import dataclasses
 
 from pallas_kernels import schedule
 
-SHARED_BYTES = 232448 - 3072  # of one Hopper multiprocessor, less barriers and reductions
+# Of one Hopper multiprocessor, less barriers and reductions.
+REDUCTION_BYTES = 2048
+SHARED_BYTES = 232448 - 1024 - REDUCTION_BYTES
 ROWS = 64
 CONSUMERS = 2
 # Of the largest table that says where tiles look: part of the program, read by all blocks.
@@ -59,9 +61,11 @@ def registers(consumers: int) -> tuple[int, int]:
     return (240, 24) if consumers == 2 else (160, 32)
 
 
-def _first_fit(options: tuple[tuple[int, ...], ...], home_row: int, away_row: int) -> Blocks | None:
+def _first_fit(
+    options: tuple[tuple[int, ...], ...], home_row: int, away_row: int, room: int = SHARED_BYTES
+) -> Blocks | None:
     for away, stages, consumers in ((*option, CONSUMERS)[:3] for option in options):
-        if consumers * ROWS * home_row + away * stages * away_row <= SHARED_BYTES:
+        if consumers * ROWS * home_row + away * stages * away_row <= room:
             return Blocks(away, stages, consumers)
     return None
 
@@ -123,6 +127,16 @@ def keys_blocks(head_dim: int, ids: bool, out_bytes: int = 2) -> Blocks | None:
     return None
 
 
+def lanes(block_size: int) -> int:
+    """Lists that a tile of 128 rows over block lists follows: with small blocks two, of 64 rows.
+
+    Example:
+        >>> lanes(64), lanes(256)
+        (2, 1)
+    """
+    return CONSUMERS if block_size < CONSUMERS * ROWS else 1
+
+
 def block_forward_blocks(
     head_dim: int, block_size: int, out_bytes: int, ids: bool
 ) -> Blocks | None:
@@ -132,7 +146,8 @@ def block_forward_blocks(
         >>> block_forward_blocks(128, 128, 2, ids=False)
         Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1)
     """
-    home_row, away_row = head_dim * (2 + out_bytes), 2 * 2 * head_dim + 4 * ids
+    home_row = head_dim * (2 + out_bytes)
+    away_row = (2 * 2 * head_dim + 4 * ids) * lanes(block_size)
     blocks = _first_fit(_key_tiles(head_dim, block_size), home_row, away_row)
     return blocks and dataclasses.replace(blocks, overlap=head_dim > 64)
 
@@ -142,28 +157,33 @@ def block_queries_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | 
 
     Example:
         >>> block_queries_blocks(128, 64, ids=False)
-        Blocks(away=64, stages=3, consumers=2, overlap=False, stagings=1)
+        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
     """
-    home_row, away_row = head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids
-    return _first_fit(_key_tiles(head_dim, block_size), home_row, away_row)
+    away_row = (2 * 2 * head_dim + 4 * ids) * lanes(block_size)
+    return _first_fit(_key_tiles(head_dim, block_size), head_dim * 2 * 3, away_row)
 
 
 def _key_tiles(head_dim: int, block_size: int) -> tuple[tuple[int, int], ...]:
     small = ((64, 3), (64, 2), (64, 1))
-    if head_dim > 128 or block_size < 128:
+    if block_size < 128:
         return ((64, 4), *small) if head_dim <= 64 else small
+    if head_dim > 128:
+        return small
     # Smaller tiles only where whole ones do not fit twice.
     return ((128, 3), (128, 2), *small) if head_dim <= 96 else ((128, 2), *small)
 
 
-def block_keys_blocks(head_dim: int, ids: bool) -> Blocks | None:
+def block_keys_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | None:
     """Away (query) tile of the keys' and values' gradient over block lists, or None if none fits.
 
     Example:
-        >>> block_keys_blocks(128, ids=False)
+        >>> block_keys_blocks(128, 128, ids=False)
         Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
     """
-    return _first_fit(((64, 2), (64, 1)), head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids)
+    away_row = (2 * 2 * head_dim + 8 + 4 * ids) * lanes(block_size)
+    return _first_fit(
+        ((64, 2), (64, 1)), head_dim * 2 * 3, away_row, SHARED_BYTES + REDUCTION_BYTES
+    )
 
 
 def partition(launch: schedule.Launch) -> tuple[tuple[int, ...], ...]:

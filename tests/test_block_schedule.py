@@ -37,13 +37,15 @@ def pattern(mask, block_size, static=True):
 def visits(lists, group, rows, columns, unit, transposed):
     """How often a tile meets 64 away rows: `[b, n, member, query, key]` in units of 64 rows."""
     b, n, tiles = lists.counts.shape
+    lanes = 2 if unit == 1 else 1
     found = np.zeros((b, n, group, rows * unit + 2, columns * unit + 2), int)
     for place in np.ndindex(b, n, tiles):
         begin, count = int(lists.begin[place]), int(lists.counts[place])
-        for packed in np.asarray(lists.entries)[place[:2]][begin : begin + count]:
-            entry = jax.tree.map(int, block_lists.decode(jnp.int32(packed)))
+        entries = np.asarray(lists.entries)[place[:2]].reshape(-1, lanes)
+        for pair in entries[begin : begin + count]:
             for half in range(2):
-                if entry.half not in (0, half + 1):
+                entry = jax.tree.map(int, block_lists.decode(jnp.int32(pair[half % lanes])))
+                if entry.empty:
                     continue
                 home, away = 2 * place[2] + half, entry.block * unit + np.arange(unit)
                 where = (away, home) if transposed else (home, away)
@@ -85,7 +87,7 @@ def test_long_rows_are_split_and_every_entry_is_worked_on_once(order, static, mo
         home_rows=5120,
         away_rows=5120,
         bands=UNBOUNDED,
-        halves=False,
+        lanes=1,
         transposed=False,
         list_batch=1,
         list_heads=1,
