@@ -37,9 +37,10 @@ def rng() -> np.random.Generator:
 
 
 def pytest_collection_modifyitems(config, items):
-    """The table of placements is long: it runs when -m names it."""
-    if "mesh_table" in (config.option.markexpr or ""):
-        return
-    table = [item for item in items if item.get_closest_marker("mesh_table")]
-    config.hook.pytest_deselected(items=table)
-    items[:] = [item for item in items if item not in table]
+    """What needs a GPU, and the long table of placements, run when -m names them."""
+    for marker in ("gpu", "mesh_table"):
+        if marker in (config.option.markexpr or ""):
+            continue
+        unasked = {item for item in items if item.get_closest_marker(marker)}
+        config.hook.pytest_deselected(items=list(unasked))
+        items[:] = [item for item in items if item not in unasked]

@@ -1,4 +1,8 @@
-"""The kernels on a Hopper GPU. `make test-gpu` counts a skip here as a failure."""
+"""The kernels on a Hopper GPU: run by `-m gpu` only, and then a machine without one is a failure.
+
+Compiling takes nearly all the time: `pytest -m gpu -n 8 -v` takes a quarter of that of one process,
+and says which cases passed as they do.
+"""
 
 import jax
 import pytest
@@ -21,7 +25,7 @@ CASES = [
     KernelCase("three 128", **LONG, H=128, B=2),
     KernelCase("three causal 128", **LONG, H=128, causal=True),
     KernelCase("fp16", **LONG, H=48, dtype="float16"),
-    KernelCase("long list", (2048, 4096, 8192), (1, 2, 4), T=8192, N=4, H=128),
+    KernelCase("long lists", (256, 512, 1024), (1, 2, 4), T=8192, N=8),
     KernelCase("gqa", **LONG, K=2),
     KernelCase("mqa causal", **LONG, K=1, causal=True),
     KernelCase("ragged", (128, 256), (1, 2), T=331, H=64),
@@ -57,7 +61,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _hopper():
     if jax.default_backend() != "gpu" or not config.is_hopper(jax.local_devices()[0].device_kind):
-        pytest.skip("no Hopper GPU")
+        pytest.fail("no Hopper GPU")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

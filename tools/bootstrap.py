@@ -300,7 +300,7 @@ def test_gpu():
     folder = folder or environment(".venv-gpu", ["--editable", ".[cuda,train]", "--group", "test"])
     with tempfile.TemporaryDirectory() as scratch:
         report = os.path.join(scratch, "report.xml")
-        status = run(folder, "pytest", "-m", "gpu", "--junit-xml", report)
+        status = run(folder, "pytest", "-v", "-n", "8", "-m", "gpu", "--junit-xml", report)
         if status:
             return status
         suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
