@@ -21,10 +21,8 @@ from dilax.attention_fn import (
 from dilax.checks import check_array, check_bool, check_index, segment_ids_of
 from dilax.on_mesh import AttentionSharding
 from dilax.order import TokenOrder
+from dilax.projections import XAVIER_NORMAL, ZEROS, columns_of, linear_makers
 from dilax.spec import Combine, HeadOffset
-
-_zeros = nnx.initializers.zeros_init()
-_xavier_normal = nnx.initializers.variance_scaling(1.0, "fan_avg", "normal")
 
 
 class MultiheadDilatedAttention(nnx.Module):
@@ -118,9 +116,9 @@ class MultiheadDilatedAttention(nnx.Module):
         sharding: AttentionSharding | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        kernel_init: Callable = _xavier_normal,
+        kernel_init: Callable = XAVIER_NORMAL,
         out_kernel_init: Callable | None = None,
-        bias_init: Callable = _zeros,
+        bias_init: Callable = ZEROS,
         out_bias_init: Callable | None = None,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         out_kernel_metadata: Mapping[str, Any] | None = None,
@@ -165,31 +163,21 @@ class MultiheadDilatedAttention(nnx.Module):
             check_bool("deterministic", deterministic)
         self.deterministic = deterministic
         _check_streams(rngs, "params", *(("dropout",) if dropout > 0 else ()))
-        for name, x, optional, wanted in (
-            ("kernel_init", kernel_init, False, "an initializer"),
-            ("bias_init", bias_init, False, "an initializer"),
-            ("out_kernel_init", out_kernel_init, True, "an initializer"),
-            ("out_bias_init", out_bias_init, True, "an initializer"),
-            ("kernel_metadata", kernel_metadata, False, "a mapping from strings"),
-            ("bias_metadata", bias_metadata, False, "a mapping from strings"),
-            ("out_kernel_metadata", out_kernel_metadata, True, "a mapping from strings"),
-            ("out_bias_metadata", out_bias_metadata, True, "a mapping from strings"),
-        ):
-            good = callable(x) if name.endswith("init") else _is_metadata(x)
-            if not good and not (optional and x is None):
-                raise refuse(name, f"{'None or ' if optional else ''}{wanted}", x)
         self.dtype = None if dtype is None else check_dtype("dtype", dtype)
         self.param_dtype = check_dtype("param_dtype", param_dtype)
 
-        inner = _Linear(
-            bias, kernel_init, bias_init, kernel_metadata, bias_metadata, self.dtype, param_dtype
-        )
-        outer = dataclasses.replace(
-            inner,
-            kernel_init=_first(out_kernel_init, kernel_init),
-            bias_init=_first(out_bias_init, bias_init),
-            kernel_metadata=_first(out_kernel_metadata, kernel_metadata),
-            bias_metadata=_first(out_bias_metadata, bias_metadata),
+        inner, outer = linear_makers(
+            bias,
+            kernel_init,
+            out_kernel_init,
+            bias_init,
+            out_bias_init,
+            kernel_metadata,
+            out_kernel_metadata,
+            bias_metadata,
+            out_bias_metadata,
+            dtype=self.dtype,
+            param_dtype=param_dtype,
         )
         E, KH = self.embed_dim, self.num_kv_heads * self.head_dim
         slices = ((E, 1.0), (KH, 1.0), (KH, gamma_init))
@@ -411,7 +399,7 @@ class MultiheadDilatedAttention(nnx.Module):
         else:
             columns = (slice(0, E), slice(E, E + KH), slice(E + KH, E + 2 * KH))
             parts = [
-                _columns(self.qkv_proj, x, part, self.dtype)
+                columns_of(self.qkv_proj, x, part, self.dtype)
                 for x, part in zip(_three(inputs), columns, strict=True)
             ]
         return tuple(x.reshape(*x.shape[:2], -1, self.head_dim) for x in parts)
@@ -420,15 +408,6 @@ class MultiheadDilatedAttention(nnx.Module):
 def _three(inputs: tuple) -> tuple:
     """query, key and value, the last one given standing for those after it."""
     return (*inputs, inputs[-1], inputs[-1])[:3]
-
-
-def _columns(linear: nnx.Linear, x: jax.Array, part: slice, dtype: Any) -> jax.Array:
-    """Some output columns of a linear layer, without computing the others."""
-    kernel = linear.kernel[...][:, part]
-    bias = None if linear.bias is None else linear.bias[...][part]
-    dtype = jnp.result_type(x, kernel) if dtype is None else dtype
-    y = x.astype(dtype) @ kernel.astype(dtype)
-    return y if bias is None else y + bias.astype(dtype)[None, None]
 
 
 def _first(x: Any, default: Any) -> Any:
@@ -442,55 +421,8 @@ def _positive(name: str, x: Any) -> int:
     return number
 
 
-def _is_metadata(x: Any) -> bool:
-    return isinstance(x, Mapping) and all(isinstance(name, str) for name in x)
-
-
 def _check_streams(rngs: Any, *names: str) -> None:
     """Refuse rngs unless it is nnx.Rngs with these streams, or with the default one."""
     for name in names:
         if not isinstance(rngs, nnx.Rngs) or not hasattr(rngs, name):
             raise refuse("rngs", f'nnx.Rngs with a "{name}" stream', rngs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Linear:
-    """How to make linear layers whose kernel is a row of slices, each started on its own."""
-
-    bias: bool
-    kernel_init: Callable
-    bias_init: Callable
-    kernel_metadata: Mapping[str, Any]
-    bias_metadata: Mapping[str, Any]
-    dtype: Any
-    param_dtype: Any
-
-    def make(self, inputs: int, slices: tuple[tuple[int, float], ...], rngs: nnx.Rngs):
-        """A layer with one slice of (size, gain) after the other as outputs."""
-        return nnx.Linear(
-            inputs,
-            sum(size for size, _ in slices),
-            use_bias=self.bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=lambda key, shape, dtype: self._kernel(key, shape[0], slices, dtype),
-            bias_init=self.bias_init,
-            kernel_metadata=self.kernel_metadata,
-            bias_metadata=self.bias_metadata,
-            rngs=rngs,
-        )
-
-    def _kernel(self, key, inputs: int, slices, dtype):
-        keys = [key] if len(slices) == 1 else jax.random.split(key, len(slices))
-        parts = [
-            self.kernel_init(one, (inputs, size), dtype)
-            for one, (size, _) in zip(keys, slices, strict=True)
-        ]
-        # nnx.with_partitioning wraps the array with its metadata: the gain is for the array.
-        arrays = [x.raw_value if isinstance(x, nnx.VariableMetadata) else x for x in parts]
-        kernel = jnp.concatenate(
-            [x * jnp.asarray(gain, dtype) for x, (_, gain) in zip(arrays, slices, strict=True)], 1
-        )
-        if isinstance(parts[0], nnx.VariableMetadata):
-            return dataclasses.replace(parts[0], raw_value=kernel)
-        return kernel
