@@ -143,7 +143,7 @@ class Run:
         return one
 
     def _local(self, x: Any) -> Any:
-        options = self.plan, self.case.head_dim**-0.5, (None, None), 0.0, None
+        options = self.plan, self.case.head_dim**-0.5, (None, None), 0.0
         return choose_local(self.implementation, x, x, x, *options)
 
     @property

@@ -6,8 +6,9 @@ Three choices are kept apart: the variant (what is computed) is the user's alone
 
 import dataclasses
 import difflib
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import jax
@@ -30,9 +31,11 @@ from dilax.names import KINDS, Kind, find_kind
 from dilax.on_mesh import AttentionSharding
 from dilax.order import TokenOrder
 from dilax.pattern_config import PRESETS, SparsePatternConfig, as_pattern
+from dilax.plan_table import block_plan_table, placement, plan_table
 from dilax.router import Routing, budgets
 from dilax.select import IMPLEMENTATIONS, check_implementation, device_of, unsupported
-from dilax.sharded import Link, plan_of, plan_table
+from dilax.sharded import Link, chunk_length, local_reasons, plan_of
+from dilax.sharded_blocks import block_plan_of, block_reasons
 from dilax.spec import Combine, DilatedSpec, HeadOffset, as_spec, branches_of, within
 
 SEGMENT_LENGTHS = (2048, 4096, 8192)
@@ -571,39 +574,67 @@ def explain(
     if row.order is not None and (is_causal or dropout):
         options["q_positions"] = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     named = _implementation_of(row, implementation, use_flash_attn)
-    taken, over = _implementations(kind, row, named, arrays, options, device_kind)
-    if made is None and not row.adaptive:
-        over += [("variant", "block_sparse", "changes the result: never chosen unasked")]
-    plan = None
+    plan = table = None
     if check_index("devices", devices) == 0:
         raise refuse("devices", "a positive int", devices)
     check_number("gigabytes_per_second", gigabytes_per_second, 1e-6, 1e12, "a positive number")
+    reasons_of: Any = functools.partial(unsupported, device_kind=device_kind, **options)
     if devices > 1:
-        if made is not None or row.adaptive:
-            raise refuse("devices", "1 with a block pattern", devices)
-        plan = plan_of(
-            tuple(within(branch, seq_len) for branch in options["branches"]),
-            (batch, seq_len, num_heads, arrays[1].shape[2], head_dim),
-            dtype,
-            devices=devices,
-            layout=layout,
-            is_causal=is_causal,
-            method=row.method if method is None else method,
-            packed=packed,
-            link=Link(bandwidth=gigabytes_per_second * 1e9),
-        )
-    else:
+        if row.adaptive or (made is not None and segments is not None):
+            raise refuse("devices", "1 with a router, or a pattern inside branches", devices)
+        where = {"devices": devices, "layout": layout, "is_causal": is_causal, "packed": packed}
+        where |= {"link": Link(bandwidth=gigabytes_per_second * 1e9)}
+        if made is None:
+            where["method"] = row.method if method is None else method
+        elif method is not None:
+            raise refuse("method", "None with a block pattern", method)
+        plan, table, reasons_of = _placed(made, arrays, options, where, device_kind)
+    taken, over = _implementations(kind, row, named, arrays, reasons_of)
+    if made is None and not row.adaptive:
+        over += [("variant", "block_sparse", "changes the result: never chosen unasked")]
+    if devices == 1:
         why = "one device: nothing to place (see devices)"
         over += [("placement", name, why) for name in ("ring", "head_parallel")]
     return Decision(
         kind=kind,
         variant=variant + (f" in {row.order} order" if row.order else ""),
         implementation=taken,
-        placement="where the inputs lie" if plan is None else _placement(plan),
+        placement="where the inputs lie" if plan is None else placement(plan),
         device_kind=device_of(None).device_kind if device_kind is None else device_kind,
         passed_over=tuple(over),
-        plan=None if plan is None else plan_table(plan),
+        plan=table,
     )
+
+
+def _placed(pattern: Any, arrays: tuple, options: dict, where: dict, device_kind: str | None):
+    """The plan of a call on a mesh, as text, and the reasons against an implementation there."""
+    (B, T, N, H), K = arrays[0].shape, arrays[1].shape[2]
+    if T != arrays[1].shape[1]:
+        raise refuse("kv_seq_len", f"None or {T} with several devices", arrays[1].shape[1])
+    devices, rate = where["devices"], options["dropout_rate"]
+    part = chunk_length(T, devices, "contiguous")
+    q, k, v = (jax.ShapeDtypeStruct((B, part, *x.shape[2:]), x.dtype) for x in arrays)
+    ids = (None, None)
+    if where["packed"]:
+        ids = (jax.ShapeDtypeStruct((B, part), jnp.int32),) * 2
+    if pattern is None:
+        branches = tuple(within(branch, T) for branch in options["branches"])
+        plan: Any = plan_of(branches, (B, T, N, K, H), arrays[0].dtype, **where)
+
+        def reasons_of(name: str, *_: Any) -> tuple[str, ...]:
+            if name == "xla":
+                return ()
+            return local_reasons(name, q, k, v, plan, H**-0.5, ids, rate, device_kind)
+
+        return plan, plan_table(plan), reasons_of
+    plan, make = block_plan_of(pattern, q, k, **where)
+
+    def block_reasons_of(name: str, *_: Any) -> tuple[str, ...]:
+        if name == "xla":
+            return ()
+        return block_reasons(name, q, k, v, plan, make, ids[0], H**-0.5, rate, device_kind)
+
+    return plan, block_plan_table(plan), block_reasons_of
 
 
 def _routed(arrays: tuple, is_causal: bool) -> BlockLists:
@@ -615,11 +646,6 @@ def _routed(arrays: tuple, is_causal: bool) -> BlockLists:
     columns = jax.ShapeDtypeStruct((*counts, int(kept.max())), jnp.int32)
     counts = jax.ShapeDtypeStruct(counts, jnp.int32)
     return BlockLists(columns, counts, block_size=routing.block_size)
-
-
-def _placement(plan: Any) -> str:
-    methods = dict.fromkeys(branch.method for branch in plan.branches)
-    return f"{plan.devices} devices along the tokens, {plan.layout}: {', '.join(methods)}"
 
 
 def _abstract_call(lengths, heads, dtype, packed: bool) -> tuple[tuple, dict[str, Any]]:
@@ -645,7 +671,7 @@ def _abstract_call(lengths, heads, dtype, packed: bool) -> tuple[tuple, dict[str
 
 
 def _implementations(
-    kind: str, row: Kind, named: str | None, arrays: tuple, options: dict, device_kind: str | None
+    kind: str, row: Kind, named: str | None, arrays: tuple, reasons_of: Callable
 ) -> tuple[str, list[tuple[str, str, str]]]:
     """The implementation that runs, and what was passed over."""
     reasons, over, taken = {}, [], None
@@ -658,7 +684,7 @@ def _implementations(
         if taken is not None:
             over.append(("implementation", name, f"{taken!r} comes first and takes the call"))
             continue
-        reasons[name] = unsupported(name, *arrays, device_kind=device_kind, **options)
+        reasons[name] = reasons_of(name, *arrays)
         if not reasons[name]:
             taken = name
         over += [("implementation", name, why) for why in reasons[name]]

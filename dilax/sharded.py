@@ -30,6 +30,7 @@ from sharding.cost import Link as Link  # noqa: E402
 from sharding.cost import Sizes  # noqa: E402
 from sharding.local import Local, primitive_branch  # noqa: E402
 from sharding.mesh import LAYOUTS, axis_size, local_positions  # noqa: E402
+from sharding.mesh import chunk_length as chunk_length  # noqa: E402
 from sharding.mesh import from_layout as from_layout  # noqa: E402
 from sharding.mesh import positions as layout_positions  # noqa: E402, F401
 from sharding.mesh import to_layout as to_layout  # noqa: E402
@@ -175,7 +176,7 @@ def sharded_dilated_attention(
         method=method,
         packed=ids[0] is not None,
     )
-    local = choose_local(implementation, query, key, value, plan, factor, ids, rate, seed)
+    local = choose_local(implementation, query, key, value, plan, factor, ids, rate)
     setup = sharded.Setup(plan, local, axis_name, head_axis, batch_axis, is_causal, factor, rate)
     parts = [Partial(*sharded.attend(setup, query, key, value, *ids, seed))]
     place = _Place(axis_name, head_axis, batch_axis, plan.layout, head_parts)
@@ -280,55 +281,24 @@ def plan_of(
     )
 
 
-def plan_table(plan: Plan) -> str:
-    """A plan as text: a row for each branch, and the sums.
-
-    Example:
-        >>> from dilax.spec import Branch
-        >>> plan = plan_of((Branch(8, 1, 0, (0, 0)),), (1, 64, 2, 2, 8), "float32", devices=8)
-        >>> print(plan_table(plan).splitlines()[1].split()[:3])
-        ['8', '1', 'local']
-    """
-    head = ("segment", "rate", "method", "group", "messages", "received", "busiest", "ms", "late")
-    rows: list[tuple[str, ...]] = [head]
-    for branch in plan.branches:
-        method = branch.method + (f" {branch.spread}" if branch.method == "hybrid" else "")
-        cells = (branch.ranks.segment, branch.ranks.rate, method, branch.group, branch.messages)
-        times = (f"{x * 1e3:.3g}" for x in (branch.compute, branch.exposed))
-        rows.append((*map(str, cells), _bytes(branch.bytes), f"{branch.balance:.2f}", *times))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
-    lines.append(
-        f"each of {plan.devices} devices ({plan.layout}) receives {_bytes(plan.bytes)} in"
-        f" {plan.messages} messages; the busiest has {plan.balance:.2f} times the mean work;"
-        f" expected {plan.seconds * 1e3:.3g} ms forward"
-    )
-    return "\n".join(lines)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def choose_local(
-    implementation, query, key, value, plan: Plan, scale: float, ids, rate: float, seed
+    implementation, query, key, value, plan: Plan, scale: float, ids, rate: float
 ) -> Local:
     """The attention that runs on each device: the named one, or the first that takes the calls."""
     reasons = {}
     for name in IMPLEMENTATIONS if implementation is None else (implementation,):
         if name == "xla":
             return XLA
-        reasons[name] = _local_reasons(name, query, key, value, plan, scale, ids, rate, seed)
+        reasons[name] = local_reasons(name, query, key, value, plan, scale, ids, rate)
         if not reasons[name]:
             return _pallas(all(branch.in_place for branch in plan.branches))
     raise UnsupportedError(f"query {shown(query)}, key {shown(key)} on a mesh", reasons)
 
 
-def _local_reasons(name, query, key, value, plan: Plan, scale, ids, rate, seed) -> tuple[str, ...]:
+def local_reasons(
+    name, query, key, value, plan: Plan, scale, ids, rate, device_kind=None
+) -> tuple[str, ...]:
+    """Why an implementation cannot take the calls of a plan; empty if it can."""
     N, reasons = query.shape[2], []
     if rate:
         reasons.append(DROPOUT_ON_A_MESH)
@@ -338,6 +308,7 @@ def _local_reasons(name, query, key, value, plan: Plan, scale, ids, rate, seed) 
         q_start=0,
         k_start=0,
         out_dtype=jnp.float32,
+        device_kind=device_kind,
     )
     here = [b for b in plan.branches if b.in_place]
     used = [(tuple(primitive_branch(b) for b in here), ids)] if here else []

@@ -22,7 +22,7 @@ from dilax.checks import (
 from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
 from dilax.sharded import DROPOUT_ON_A_MESH, LAYOUTS, XLA, axis_size_of, check_ring_size
 from sharding.attention import Setup, attend
-from sharding.block_plan import BlockPlan, RowBytes, make_block_plan
+from sharding.block_plan import BlockPlan, TokenCost, make_block_plan
 from sharding.local import Local
 
 
@@ -212,6 +212,7 @@ def block_plan_of(
     is_causal: bool = False,
     packed: bool = False,
     one_for_all: bool = False,
+    **link: Any,
 ) -> tuple[BlockPlan, Any]:
     """The plan of a pattern over `devices` parts like query and key, and what makes its lists."""
     (B, n, N, H), K = query.shape, key.shape[2]
@@ -223,9 +224,10 @@ def block_plan_of(
         raise refuse("pattern", "one pattern for all heads with a head_axis", pattern)
     itemsize, stats = (jnp.dtype(x).itemsize for x in (query.dtype, stats_dtype(query.dtype)))
     ids = 4 * packed
-    row_bytes = RowBytes(
+    cost = TokenCost(
         keys=B * (2 * K * H * itemsize + ids),
         queries=B * (N * (H * itemsize + (H + 1) * stats) + ids),
+        pair=4 * B * N * H,
         ids=packed,
     )
     plan = make_block_plan(
@@ -236,8 +238,9 @@ def block_plan_of(
         devices=devices,
         block_size=lists.block_size,
         is_causal=is_causal,
-        row_bytes=row_bytes,
+        cost=cost,
         layout=layout,
+        **link,
     )
 
     def make(columns, counts, bands) -> BlockLists:

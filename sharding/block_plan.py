@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from sharding.cost import NVLINK, Link
 from sharding.mesh import chunk_starts, chunks_of
 
 # Unwanted bytes between two runs that travel along: what NVLink moves in the time of a message.
@@ -65,7 +66,10 @@ class QueryMoves:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """Who sends what to whom, and what that costs, as `sharding.plan.Plan`."""
+    """Who sends what to whom, and what that costs, as `sharding.plan.Plan`.
+
+    key_messages: those of one hop.
+    """
 
     devices: int
     length: int
@@ -77,15 +81,27 @@ class BlockPlan:
     moves: QueryMoves | None
     bytes: int
     messages: int
+    key_messages: int
     balance: float
+    compute: float
+    exposed: float
+
+    @property
+    def seconds(self) -> float:
+        """Expected seconds of a forward pass."""
+        return self.compute + self.exposed
 
 
 @dataclasses.dataclass(frozen=True)
-class RowBytes:
-    """Bytes of one token: its keys, values and ids; its queries and ids, and their results."""
+class TokenCost:
+    """Bytes of one token: its keys, values and ids; its queries and ids, and their results.
+
+    pair: products and sums of one token's queries with one token's keys and values.
+    """
 
     keys: int
     queries: int
+    pair: int
     ids: bool = False
 
 
@@ -98,8 +114,9 @@ def make_block_plan(
     devices: int,
     block_size: int,
     is_causal: bool,
-    row_bytes: RowBytes,
+    cost: TokenCost,
     layout: str = "contiguous",
+    link: Link = NVLINK,
 ) -> BlockPlan:
     """A plan for lists columns [b, n, rows, capacity], counts [b, n, rows] and their band numbers.
 
@@ -109,7 +126,7 @@ def make_block_plan(
     Example:
         >>> columns, counts = np.zeros((1, 1, 8, 1), np.int32), np.ones((1, 1, 8), np.int32)
         >>> plan = make_block_plan(columns, counts, None, length=64, devices=4, block_size=8,
-        ...                        is_causal=False, row_bytes=RowBytes(2, 4))
+        ...                        is_causal=False, cost=TokenCost(2, 4, 8))
         >>> [(hop.shift, hop.pairs, hop.rows) for hop in plan.hops][1]
         (1, ((0, 1),), ((0, 8),))
     """
@@ -126,16 +143,20 @@ def make_block_plan(
         valid &= columns <= np.arange(columns.shape[2])[:, None]
     starts = chunk_starts(length, devices, layout)
     lists = _Lists(columns, valid, bands, starts // block_size, length // step)
-    costs = _Costs(row_bytes, block_size)
+    costs = _Costs(cost, block_size)
     kept = min(_choices(lists), key=lambda moved: costs.of(lists, moved))
     hops = [_hop(lists, np.zeros_like(kept), 0, _whole(lists), block_size)]
     for shift, key, run in _runs(lists, kept, costs.gap):
         rows = tuple(run if i == key else None for i in range(chunks_of(layout)))
         hops.append(_hop(lists, kept, shift, rows, block_size))
     moves = _moves(lists, kept, block_size) if kept.any() else None
-    messages = (len(hops) - 1) * (2 + row_bytes.ids)
-    messages += len(moves.shifts) * (3 + row_bytes.ids) if moves else 0
+    messages = (len(hops) - 1) * (2 + cost.ids)
+    messages += len(moves.shifts) * (3 + cost.ids) if moves else 0
     work = np.bincount(np.where(kept[lists.row], lists.source, lists.device), minlength=devices)
+    share = lists.columns.shape[0] * lists.columns.shape[1]
+    compute = float(work.max()) / share * block_size**2 * cost.pair / link.flops
+    received = costs.of(lists, kept)[0]
+    late = received / link.bandwidth + len(hops) * link.latency
     return BlockPlan(
         devices,
         length,
@@ -145,9 +166,13 @@ def make_block_plan(
         starts,
         tuple(hops),
         moves,
-        costs.of(lists, kept)[0],
+        received,
         messages,
+        2 + cost.ids,
         float(work.max() / max(work.mean(), 1e-9)),
+        compute,
+        # What travels hides behind the calls before its own.
+        max(0.0, late - compute * (len(hops) - 1) / len(hops)) if messages else 0.0,
     )
 
 
@@ -211,20 +236,20 @@ def _runs(lists: _Lists, moved: np.ndarray, gap: int) -> list[tuple[int, int, tu
 class _Costs:
     """What plans are compared by."""
 
-    row_bytes: RowBytes
+    cost: TokenCost
     block_size: int
 
     @property
     def gap(self) -> int:
         """Blocks between two runs that make no message of their own."""
-        return int(GAP_BYTES // (self.row_bytes.keys * self.block_size))
+        return int(GAP_BYTES // (self.cost.keys * self.block_size))
 
     def of(self, lists: _Lists, moved: np.ndarray) -> tuple[int, int]:
         """Bytes that one device receives, and blocks of queries that move."""
         sent = sum(high - low for _, _, (low, high) in _runs(lists, moved, self.gap))
         most = np.bincount(lists.owner[moved], minlength=1).max()
-        queries = len(_moved_shifts(lists, moved)) * int(most) * self.row_bytes.queries
-        return (sent * self.row_bytes.keys + queries) * self.block_size, int(moved.sum())
+        queries = len(_moved_shifts(lists, moved)) * int(most) * self.cost.queries
+        return (sent * self.cost.keys + queries) * self.block_size, int(moved.sum())
 
 
 def _moved_shifts(lists: _Lists, moved: np.ndarray) -> np.ndarray:

@@ -149,3 +149,17 @@ def test_explain_has_the_plan():
     assert decision.placement == "8 devices along the tokens, contiguous: local, all_to_all"
     assert "65536     8  all_to_all" in str(decision)
     assert "receives" in str(decision)
+
+
+def test_explain_has_the_plan_of_a_pattern():
+    pattern = dilax.SparsePatternConfig("global_local", window_size=512, global_tokens=128)
+    sizes = {"seq_len": 1 << 16, "num_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
+    sizes |= {"pattern": pattern, "devices": 8, "device_kind": "NVIDIA H100 80GB HBM3"}
+    decision = dilax.explain("block_sparse_distributed", **sizes)
+    assert decision.implementation == "pallas"
+    assert decision.placement.endswith("contiguous: ring of 7 hops, global queries to 7 devices")
+    assert decision.plan is not None
+    assert decision.plan.splitlines()[1].split()[:2] == ["keys", "-1"]
+    dropped = dilax.explain("block_sparse_distributed", dropout=0.1, **sizes)
+    assert dropped.implementation == "xla"
+    assert "dropout on a mesh" in str(dropped)
