@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import schedule
+from pallas_kernels import config, schedule
 from pallas_kernels.compat import (
     COLUMN,
     ROW,
@@ -28,7 +28,7 @@ from pallas_kernels.compat import (
     plgpu,
     shared_tile,
 )
-from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.config import ROWS
 from pallas_kernels.forward import LOG2E, view
 
 
@@ -95,6 +95,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
     q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+    consumers = plan.block_home // ROWS
     count, branches, bkv = items[cta, 0, 0], len(plan.rates), plan.block_away
     head_dim = q_smem.shape[-1]
 
@@ -105,7 +106,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
         return schedule.visit(plan, geometry, branch, mask, residue, tile)
 
     def consume() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        config.set_registers(consumers, computes=True)
 
         def one_item(t: Any, state: Any) -> Any:
             base, current = state
@@ -180,7 +181,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        config.set_registers(consumers, computes=False)
 
         def one_item(t: Any, state: Any) -> Any:
             fill, used, current = state
@@ -189,7 +190,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
             kv_head = lax.div(n, jnp.int32(opt.group))
 
             def load_home() -> None:
-                for i in range(CONSUMERS):
+                for i in range(consumers):
                     pl.when(used > 0)(lambda i=i: plgpu.barrier_wait(q_free.at[i]))
                     at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, n)
                     plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[i], q_ready.at[i])
@@ -222,8 +223,8 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
         first = schedule.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), jnp.int32(0), first))
 
-    pl.when(wg < CONSUMERS)(consume)
-    pl.when(wg == CONSUMERS)(produce)
+    pl.when(wg < consumers)(consume)
+    pl.when(wg == consumers)(produce)
 
 
 def queries_gradient(
@@ -259,22 +260,22 @@ def queries_gradient(
     if opt.ids:
         operands += [view(q_ids, plan.stride)]
         operands += [view(k_ids, r).swapaxes(1, 2) for r in views]
-    bkv, stages = plan.block_away, opt.stages
+    bkv, stages, consumers = plan.block_away, opt.stages, plan.block_home // ROWS
     scratch = [
-        shared_tile((CONSUMERS, ROWS, head_dim), dtype),
-        shared_tile((CONSUMERS, ROWS, head_dim), dtype),
+        shared_tile((consumers, ROWS, head_dim), dtype),
+        shared_tile((consumers, ROWS, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
-        shared_tile((CONSUMERS, ROWS, head_dim), out_dtype),
+        shared_tile((consumers, ROWS, head_dim), out_dtype),
         plgpu.SMEM((stages, bkv), jnp.int32) if opt.ids else None,
-        shared_tile((CONSUMERS, ROWS, bkv), dtype) if opt.interpret else None,
-        plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
+        shared_tile((consumers, ROWS, bkv), dtype) if opt.interpret else None,
+        plgpu.Barrier(num_barriers=consumers, num_arrivals=2),
         plgpu.Barrier(num_barriers=stages, num_arrivals=2 if opt.ids else 1),
         plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=CONSUMERS),
-        plgpu.Barrier(num_barriers=CONSUMERS),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
+        plgpu.Barrier(num_barriers=consumers),
+        plgpu.Barrier(num_barriers=consumers),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=consumers),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=consumers),
     ]
     shape = (query.shape[0], query.shape[1] // plan.stride, plan.stride, *query.shape[2:])
     inplace = [dq.reshape(shape)] if opt.add else []
@@ -285,7 +286,7 @@ def queries_gradient(
         types,
         scratch,
         ctas=table.shape[0],
-        threads=CONSUMERS + 1,
+        threads=consumers + 1,
         name="dilated_queries_gradient",
         inplace=inplace,
     )

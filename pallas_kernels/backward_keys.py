@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import schedule
+from pallas_kernels import config, schedule
 from pallas_kernels.backward import Options, is_edge, seen_pairs
 from pallas_kernels.compat import (
     COLUMN,
@@ -23,7 +23,7 @@ from pallas_kernels.compat import (
     product,
     shared_tile,
 )
-from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.config import ROWS
 from pallas_kernels.forward import LOG2E, view
 
 
@@ -43,6 +43,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     k_ready, q_ready, do_ready, k_free, q_free, do_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+    consumers = plan.block_home // ROWS
     count, bq = items[cta, 0, 0], plan.block_away
     kv_heads = plan.heads // opt.group
     visits = len(plan.rates) * opt.group
@@ -56,7 +57,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
         return schedule.visit(plan, geometry, branch, part[head, residue], residue, tile)
 
     def consume() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        config.set_registers(consumers, computes=True)
 
         def one_item(t: Any, state: Any) -> Any:
             base, current = state
@@ -151,13 +152,13 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        config.set_registers(consumers, computes=False)
 
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
             following = schedule.entry(items, cta, t + 1, count)
             b, kv_head, residue, tile, local = place(current)
-            for i in range(CONSUMERS):
+            for i in range(consumers):
                 pl.when(t > 0)(lambda i=i: plgpu.barrier_wait(k_free.at[i]))
                 at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, kv_head)
                 plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[i], k_ready.at[i])
@@ -196,8 +197,8 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
         first = schedule.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
 
-    pl.when(wg < CONSUMERS)(consume)
-    pl.when(wg == CONSUMERS)(produce)
+    pl.when(wg < consumers)(consume)
+    pl.when(wg == consumers)(produce)
 
 
 def by_residue(x: jax.Array, rate: int) -> jax.Array:
@@ -239,24 +240,24 @@ def keys_gradient(
     if opt.ids:
         operands += [view(k_ids, plan.stride)]
         operands += [view(q_ids, r).swapaxes(1, 2) for r in views]
-    bq, stages = plan.block_away, opt.stages
+    bq, stages, consumers = plan.block_away, opt.stages, plan.block_home // ROWS
     vectors = plgpu.SMEM((stages, bq), jnp.float32)
     scratch = [
-        shared_tile((CONSUMERS, ROWS, head_dim), dtype),
-        shared_tile((CONSUMERS, ROWS, head_dim), dtype),
+        shared_tile((consumers, ROWS, head_dim), dtype),
+        shared_tile((consumers, ROWS, head_dim), dtype),
         shared_tile((stages, bq, head_dim), dtype),
         shared_tile((stages, bq, head_dim), dtype),
         vectors,
         vectors,
-        shared_tile((opt.stagings, CONSUMERS, ROWS, head_dim), out_dtype),
+        shared_tile((opt.stagings, consumers, ROWS, head_dim), out_dtype),
         plgpu.SMEM((stages, bq), jnp.int32) if opt.ids else None,
-        shared_tile((CONSUMERS, ROWS, bq), dtype) if opt.interpret else None,
-        plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
+        shared_tile((consumers, ROWS, bq), dtype) if opt.interpret else None,
+        plgpu.Barrier(num_barriers=consumers, num_arrivals=2),
         plgpu.Barrier(num_barriers=stages, num_arrivals=4 if opt.ids else 3),
         plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=CONSUMERS),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
+        plgpu.Barrier(num_barriers=consumers),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=consumers),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=consumers),
     ]
     shape = (key.shape[0], key.shape[1] // plan.stride, plan.stride, *key.shape[2:])
     inplace = [dk.reshape(shape), dv.reshape(shape)] if opt.add else []
@@ -267,7 +268,7 @@ def keys_gradient(
         types,
         scratch,
         ctas=table.shape[0],
-        threads=CONSUMERS + 1,
+        threads=consumers + 1,
         name="dilated_keys_gradient",
         inplace=inplace,
     )

@@ -3,6 +3,7 @@
 import dataclasses
 
 from pallas_kernels import schedule
+from pallas_kernels.compat import plgpu
 
 # Of one Hopper multiprocessor, less barriers and reductions.
 REDUCTION_BYTES = 2048
@@ -11,6 +12,8 @@ ROWS = 64
 CONSUMERS = 2
 # Of the largest table that says where tiles look: part of the program, read by all blocks.
 TABLE_BYTES = 32 << 20
+# (away rows, stages, consumers) for heads of which little fits shared memory.
+WIDE_TILES = ((64, 2), (64, 1), (64, 2, 1), (64, 1, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +54,18 @@ def multiprocessors(device_kind: str) -> int:
     return 114 if "PCIe" in device_kind else 132
 
 
-def registers(consumers: int) -> tuple[int, int]:
-    """Registers of each thread of the warpgroups that compute, and of the one that copies.
+def set_registers(consumers: int, *, computes: bool) -> None:
+    """Moves registers from the warpgroup that copies to those that compute, inside a kernel.
 
-    Example:
-        >>> registers(2)
-        (240, 24)
+    Two warpgroups have as many as a thread can name from the beginning: nothing moves then.
     """
-    return (240, 24) if consumers == 2 else (160, 32)
+    if consumers == 1:
+        return
+    most, least = (240, 24) if consumers == 2 else (160, 32)
+    if computes:
+        plgpu.set_max_registers(most, action="increase")
+    else:
+        plgpu.set_max_registers(least, action="decrease")
 
 
 def _first_fit(
@@ -84,7 +91,7 @@ def forward_blocks(
     """
     # Small heads are bound by exponentials, not by products: more warpgroups or longer tiles help,
     # overlap does not. 192 rows a tile waste too much of short segments.
-    options = ((128, 2), (64, 2), (64, 1))
+    options = ((128, 2), *WIDE_TILES)
     if head_dim <= 64 and length >= 4096:
         options = ((128, 2, 3), *options)
     elif head_dim <= 64 and not causal:
@@ -106,7 +113,7 @@ def queries_blocks(head_dim: int, ids: bool) -> Blocks | None:
         >>> queries_blocks(128, ids=False)
         Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=1)
     """
-    options = ((128, 2), (64, 2), (64, 1))
+    options = ((128, 2), *WIDE_TILES)
     return _first_fit(options[head_dim > 128 :], head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids)
 
 
@@ -119,11 +126,11 @@ def keys_blocks(head_dim: int, ids: bool, out_bytes: int = 2) -> Blocks | None:
         >>> keys_blocks(64, ids=False)
         Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=2)
     """
-    fixed, per_row = CONSUMERS * ROWS * head_dim * 2 * 2, 2 * 2 * head_dim + 4 * ids
-    result = CONSUMERS * ROWS * head_dim * out_bytes
-    for stages, stagings in ((2, 2), (2, 1), (1, 1)):
-        if fixed + stagings * result + per_row * 64 * stages <= SHARED_BYTES:
-            return Blocks(64, stages, stagings=stagings)
+    per_row = 2 * 2 * head_dim + 4 * ids
+    for consumers, stages, stagings in ((2, 2, 2), (2, 2, 1), (2, 1, 1), (1, 1, 1)):
+        home_row = head_dim * (2 * 2 + stagings * out_bytes)
+        if consumers * ROWS * home_row + per_row * 64 * stages <= SHARED_BYTES:
+            return Blocks(64, stages, consumers, stagings=stagings)
     return None
 
 

@@ -70,7 +70,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     head_dim = q_smem.shape[-1]
 
     def consume() -> None:
-        plgpu.set_max_registers(config.registers(consumers)[0], action="increase")
+        config.set_registers(consumers, computes=True)
 
         loop = Warpgroup(
             number=wg,
@@ -180,7 +180,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
-        plgpu.set_max_registers(config.registers(consumers)[1], action="decrease")
+        config.set_registers(consumers, computes=False)
 
         def one_item(t: Any, state: Any) -> Any:
             fill, queries, (code, mask, _) = state

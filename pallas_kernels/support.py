@@ -36,7 +36,7 @@ def unsupported(
     Example:
         >>> x = jax.ShapeDtypeStruct((1, 8, 1, 20), jnp.float32)
         >>> unsupported(x, x, x, branches=((8, 1, 0, (0,)),), device_kind="NVIDIA H100 80GB HBM3")
-        ('dtype float32: wanted bfloat16 or float16', 'head size 20: wanted 16 to 224 by 8')
+        ('dtype float32: wanted bfloat16 or float16', 'head size 20: wanted 16 to 256 by 8')
     """
     reasons = []
     if not config.is_hopper(device_kind):
@@ -45,8 +45,8 @@ def unsupported(
     if not dtypes <= {"bfloat16", "float16"} or len(dtypes) != 1:
         reasons.append(f"dtype {', '.join(sorted(dtypes))}: wanted bfloat16 or float16")
     head_dim = query.shape[-1]
-    if head_dim % 8 or not 16 <= head_dim <= 224:
-        reasons.append(f"head size {head_dim}: wanted 16 to 224 by 8")
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        reasons.append(f"head size {head_dim}: wanted 16 to 256 by 8")
     axes = ", ".join(sorted(varying_axes(query)))
     if axes:
         reasons.append(
