@@ -49,11 +49,12 @@ CASES = [
     KernelCase("dropout causal 128", **LONG, rate=0.3, H=128, causal=True, K=2),
     KernelCase("carry", (128, 256), (1, 2), T=300, carry=True, causal=True),
     KernelCase("carry 128", (128, 256), (1, 2), T=512, H=128, carry=True),
+    KernelCase("carry and ids 256", (128, 256), (1, 2), T=300, H=256, carry=True, ids=True),
     KernelCase("scale", (128,), (1,), T=256, scale=0.5),
     *(KernelCase(f"head {h}", (128, 256), (1, 2), T=300, H=h) for h in (16, 24, 40, 72, 80, 96)),
     *(
         KernelCase(f"head {h} causal", (128, 256), (1, 2), T=300, H=h, causal=True)
-        for h in (96, 112, 160, 192, 224)
+        for h in (96, 112, 160, 192, 232, 256)
     ),
 ]
 

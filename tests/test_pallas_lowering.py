@@ -82,7 +82,7 @@ def test_lowers_for_cuda(name):
     assert "mosaic_gpu" in lower(**CALLS[name])
 
 
-@pytest.mark.parametrize("head_dim", [16, 24, 72, 96, 112, 160, 192, 224])
+@pytest.mark.parametrize("head_dim", [16, 24, 72, 96, 112, 160, 224, 232, 256])
 def test_head_sizes_lower(head_dim):
     text = lower(256, head_dim, branches=PAIR[:1])
     assert text.count("dilated_") >= 3
@@ -113,10 +113,11 @@ def test_work_lists_cover_every_tile_once():
 
 
 def test_blocks_fit_for_every_supported_head_size():
-    for head_dim in range(16, 225, 16):
-        assert config.forward_blocks(head_dim, 2, 2048, causal=True, ids=False)
-        assert config.queries_blocks(head_dim, ids=False)
-        assert config.keys_blocks(head_dim, ids=False)
+    for head_dim in range(16, 257, 16):
+        for size in (2, 4):
+            assert config.forward_blocks(head_dim, size, 2048, causal=True, ids=True)
+            assert config.keys_blocks(head_dim, ids=True, out_bytes=size)
+        assert config.queries_blocks(head_dim, ids=True)
 
 
 AOT = """
