@@ -16,6 +16,18 @@ STANDARD = {"sparsity_ratio": 0.1, "block_size": 128}  # of the preset adaptive_
 _SIZES = ("self", "num_heads", "head_dim")
 _FIELDS = {*inspect.signature(AdaptiveAttention.__init__).parameters}.difference(_SIZES)
 _SHARED = ("num_kv_heads", "param_dtype")  # with the module around it
+# What a router cannot be combined with, and why.
+_WHY = {
+    "its router finds the blocks": "pattern sparse_config pattern_type need_speed visiting_order",
+    "a router looks for blocks in the whole sequence, not inside dilated branches": (
+        "segment_lengths dilation_rates combine head_offset pad_mode average_branches"
+    ),
+    "a row may keep any block, so the tokens lie on one device (examples may lie on several)": (
+        "sharding axis_name batch_axis head_axis layout method mesh ring_size"
+    ),
+    "a router goes by index: permute the tokens before, without causality": "order grid",
+}
+_OUTER = inspect.signature(MultiheadDilatedAttention.__init__).parameters
 
 
 def said(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,9 +84,7 @@ def multihead_adaptive_attention(
     """
     options = dict(options)
     _flash(options)
-    outer = set(inspect.signature(MultiheadDilatedAttention.__init__).parameters) - {"self"}
-    outer -= {"pattern", "segment_lengths", "dilation_rates"}
-    _refuse_others(kind, options, {*outer, *_FIELDS})
+    _refuse_others(kind, options, {*_OUTER, *_FIELDS} - {"self"})
     inner = {name: x for name, x in options.items() if name in _FIELDS}
     sizes = {"embed_dim": embed_dim, "num_heads": num_heads}
     router = adaptive_attention(kind, row, sizes | inner)
@@ -94,8 +104,19 @@ def _flash(options: dict[str, Any]) -> None:
             raise refuse("use_flash_attn", other, flash)
 
 
+def _default(name: str) -> Any:
+    return _OUTER[name].default if name in _OUTER else False
+
+
 def _refuse_others(kind: str, options: dict[str, Any], valid: Any) -> None:
-    for name, x in options.items():
+    """Refuse what a router does not take, with the reason; leaves out what says its default."""
+    for name, x in list(options.items()):
+        why = [reason for reason, names in _WHY.items() if name in names.split()]
+        if why and (x is None or (isinstance(x, str | bool) and x == _default(name))):
+            del options[name]
+            continue
+        if why:
+            raise refuse(name, f"its default with kind {kind!r}: {why[0]}", x)
         if name not in valid:
             names = ", ".join(sorted({*valid, "embed_dim", "num_heads", "use_flash_attn"}))
             raise refuse(name, f"its default with kind {kind!r}, which takes {names}", x)

@@ -86,7 +86,8 @@ def unsupported(
     if importlib.util.find_spec("absl") is None:
         return ("JAX's Mosaic GPU needs absl, which is not installed: pip install absl-py",)
     if "blocks" in options and "branches" in options:
-        return ("its kernels take no block lists inside dilated branches",)
+        why = "a branch's rows lie a rate apart, and a list names blocks of neighbours"
+        return (f"its kernels take no block lists inside dilated branches: {why}",)
     options.pop("order", None)  # any order will do
     module = _kernels(options)
     kernels = sibling(f"pallas_kernels.{module}")

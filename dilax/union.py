@@ -141,7 +141,11 @@ def _placed_by_xla(attend: Any, query: jax.Array) -> Any:
     where: Any = (sharding, jax.NamedSharding(sharding.mesh, jax.P(*tuple(sharding.spec)[:3])))
 
     def run(query, key, value, **options):
-        arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array | Partial)}
+        arrays = {
+            name: x
+            for name, x in options.items()
+            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
+        }
         others = {name: x for name, x in options.items() if name not in arrays}
         inside: Any = jax.sharding.auto_axes(
             lambda q, k, v, arrays: tuple(attend(q, k, v, **arrays, **others)), out_sharding=where

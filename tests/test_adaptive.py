@@ -178,6 +178,16 @@ def test_examples_of_a_batch_do_not_influence_each_other(rng, x64):
         assert_exact(attend(q[b : b + 1], k[b : b + 1], v[b : b + 1]), both[b : b + 1])
 
 
+def test_examples_may_lie_on_several_devices(rng, x64):
+    router, arrays = made(rng), heads(rng)
+    mesh = jax.make_mesh((B,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = (jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))) for x in arrays)
+    attend = jax.jit(lambda q, k, v: router(q, k, v, is_causal=True))
+    out = attend(*spread)
+    assert out.sharding.spec[0] == "data"
+    assert_exact(out, np.asarray(attend(*arrays)))
+
+
 def test_all_blocks_kept_is_dense(rng, x64):
     router, (q, k, v) = made(rng, sparsity_ratio=1.0), heads(rng)
     exact, _ = reference.dilated_attention(q, k, v, [T], [1], is_causal=True)
@@ -259,13 +269,16 @@ def test_a_module_with_a_router_is_attention_between_projections(rng):
         ("embed_dim", {"num_heads": 4}),
         ("embed_dim", {"embed_dim": 30, "num_heads": 4}),
         ("segment_lengths", {"segment_lengths": [8], "embed_dim": 32, "num_heads": 4}),
+        ("axis_name: .*the tokens lie on one device", {"axis_name": "seq"}),
+        ("order: .*goes by index", {"order": dilax.TokenOrder((4, 8))}),
         ("sparse_config", {"sparse_config": "local", "embed_dim": 32, "num_heads": 4}),
         ("head_dim", {"head_dim": 8, "embed_dim": 32, "num_heads": 4}),
         ("use_flash_attn", {"use_flash_attn": 1, "embed_dim": 32, "num_heads": 4}),
     ],
 )
 def test_the_selector_refuses_by_name(name, options):
-    with pytest.raises(ValueError, match=rf"^{name}: wanted"):
+    options = {"embed_dim": 32, "num_heads": 4} | options if ":" in name else options
+    with pytest.raises(ValueError, match=f"^{name if ':' in name else f'{name}: wanted'}"):
         dilax.create_block_sparse_attention("adaptive", **options)
 
 
@@ -273,8 +286,9 @@ def test_presets_and_modules_refuse_what_they_say_themselves():
     sizes = {"embed_dim": 32, "num_heads": 4}
     with pytest.raises(ValueError, match=r"^sparsity_ratio: wanted"):
         dilax.create_block_sparse_attention("adaptive_standard", sparsity_ratio=0.2, **sizes)
-    with pytest.raises(ValueError, match=r"^combine: wanted"):
+    with pytest.raises(ValueError, match=r"^combine: wanted .*not inside dilated branches"):
         dilax.create_multihead_dilated_attention("adaptive", 32, 4, combine="heads")
+    dilax.create_multihead_dilated_attention("adaptive", 32, 4, combine="lse", mesh=None)
     layer = dilax.MultiheadDilatedAttention(32, 4, [8], [1], rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"^return_loss: wanted"):
         layer(jnp.zeros((1, 8, 32)), return_loss=True)

@@ -125,4 +125,9 @@ def test_block_sparse_factory_refuses_other_kinds():
         dilax.create_block_sparse_attention("dilated")
     with pytest.raises(ValueError, match="embed_dim: wanted a positive int with kind"):
         dilax.create_block_sparse_attention("block_sparse_multihead")
-    assert dilax.explain(seq_len=64, pattern="local").variant.startswith("dilated_attention")
+    inside = dilax.explain(
+        seq_len=64, pattern="local", dtype="bfloat16", device_kind="NVIDIA H100 80GB HBM3"
+    )
+    assert inside.variant.startswith("dilated_attention")
+    assert inside.implementation == "xla"
+    assert any("no block lists inside dilated branches" in why for _, _, why in inside.passed_over)
