@@ -110,7 +110,7 @@ def measure(run: Run, name: str, copy_engines: bool, traces: Path) -> dict:
 def alone(run: Run, name: str) -> dict:
     """One device with the whole sequence."""
     backward = name == "both"
-    case = dataclasses.replace(run.case, layout="contiguous", method=None)
+    case = dataclasses.replace(run.case, layout="contiguous", method=None, plain=False)
     one = dataclasses.replace(run, devices=1, case=case, implementation=run.chosen)
     try:
         arrays = one.arrays(3 + backward)
@@ -211,7 +211,8 @@ def steps_of(args: argparse.Namespace, devices: int) -> list[tuple[Run, str]]:
         name, _, only = wanted.partition(":")
         case = cases[name]
         run = Run(case, case.tokens(devices), devices, args.implementation, dtype)
-        steps += [(run, one) for one in PASSES if only in ("", one)]
+        passes = PASSES[:1] if case.plain else PASSES
+        steps += [(run, one) for one in passes if only in ("", one)]
     return steps
 
 

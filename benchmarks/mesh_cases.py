@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.plain_ring import attend_plainly
 from dilax.sharded import XLA, choose_local, plan_of
 from dilax.spec import as_spec, branches_of, within
 from sharding.attention import Setup, attend
@@ -32,6 +33,7 @@ class Case:
     method: str | None = None
     heads: int = 16
     head_dim: int = 128
+    plain: bool = False  # all keys and values travel; forward only
 
     def tokens(self, devices: int) -> int:
         """T of the whole sequence."""
@@ -42,6 +44,7 @@ CASES = (
     Case("longnet", LONGNET, length=1 << 20),
     Case("gigapath", GIGAPATH, length=1 << 20),
     Case("gigapath-ring", GIGAPATH, length=1 << 20, method="ring"),
+    Case("gigapath-plain", GIGAPATH, length=1 << 20, method="ring", plain=True),
     Case("dense", None, per_device=32768, method="ring"),
     Case("dense-zigzag", None, per_device=32768, causal=True, layout="zigzag", method="ring"),
     Case("dense-contiguous", None, per_device=32768, causal=True, method="ring"),
@@ -138,7 +141,8 @@ class Run:
 
         def one(q, k, v):
             args = AXIS, None, None, self.case.causal, self.case.head_dim**-0.5, 0.0, messages
-            return attend(Setup(self.plan, self._local(q), *args), q, k, v)[0].astype(q.dtype)
+            run = attend_plainly if self.case.plain else attend
+            return run(Setup(self.plan, self._local(q), *args), q, k, v)[0].astype(q.dtype)
 
         return one
 

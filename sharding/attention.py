@@ -64,17 +64,17 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(setup: Setup, query, key, value, masks):
-    rings, here = _rings(setup, masks)
+    rings, here = rings_of(setup, masks)
     keys = [ring.keys(key, value) for ring in rings]
     # All first messages leave before anything is computed.
-    arrived = [_first(ring, k) for ring, k in zip(rings, keys, strict=True)]
+    arrived = [first_arrival(ring, k) for ring, k in zip(rings, keys, strict=True)]
     moved = [(one, one.attend(query, keys[0])) for one in _travellers(setup, rings)]
-    total = _in_place(setup, here, query, key, value)
+    total = local_forward(setup, here, query, key, value)
     chunks = setup.plan.token_starts.shape[1]
     running: list[Any] = [None] * chunks if total is None else _split(total, chunks)
     for ring, own, first in zip(rings, keys, arrived, strict=True):
         with jax.named_scope(ring.name):
-            running = _forward(ring, query, own, first, running)
+            running = ring_forward(ring, query, own, first, running)
     cut = [query] if chunks == 1 else jnp.split(query, chunks, axis=1)
     parts = [empty(q) if x is None else x for x, q in zip(running, cut, strict=True)]
     for one, back in moved:
@@ -82,7 +82,9 @@ def _attend(setup: Setup, query, key, value, masks):
     return tuple(jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in zip(*parts, strict=True))
 
 
-def _rings(setup: Setup, masks) -> tuple[list[Any], Here]:
+def rings_of(setup: Setup, masks) -> tuple[list[Any], Here]:
+    """What moves, and where this device is; masks: segment ids of both sides, dropout's seed."""
+
     def index(axis: AxisName | None) -> Any:
         return 0 if axis is None else lax.axis_index(axis)
 
@@ -103,12 +105,13 @@ def _travellers(setup: Setup, rings: list[Any]) -> list[Travellers]:
     return [] if moves is None else [Travellers(rings[0], moves)]
 
 
-def _first(ring: Any, keys) -> Any:
+def first_arrival(ring: Any, keys) -> Any:
+    """What the first hop brings, None where there is none."""
     hops = ring.branch.hops
     return ring.send(hops[1], keys) if len(hops) > 1 else None
 
 
-def _in_place(setup: Setup, here: Here, query, key, value) -> Any:
+def local_forward(setup: Setup, here: Here, query, key, value) -> Any:
     """(out, lse) of the branches that are local, None if there is none."""
     branches = _local_branches(setup.plan)
     if not branches:
@@ -138,7 +141,7 @@ def _split(arrays, chunks: int) -> list[tuple]:
     return list(zip(*(jnp.split(x, chunks, axis=1) for x in arrays), strict=True))
 
 
-def _forward(ring: Any, query, own, arrived, running: list) -> list:
+def ring_forward(ring: Any, query, own, arrived, running: list) -> list:
     """The running (out, lse) per chunk with one branch added."""
     chunks = range(len(running))
     queries = [ring.queries(query, i) for i in chunks]
@@ -172,9 +175,9 @@ def _attend_bwd(setup: Setup, residuals, cotangents):
     delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
     delta = delta - jnp.where(lse != -jnp.inf, d_lse, 0)
     d_out = d_out.astype(query.dtype)
-    rings, here = _rings(setup, masks)
+    rings, here = rings_of(setup, masks)
     keys = [ring.keys(key, value) for ring in rings]
-    arrived = [_first(ring, k) for ring, k in zip(rings, keys, strict=True)]
+    arrived = [first_arrival(ring, k) for ring, k in zip(rings, keys, strict=True)]
     local = _in_place_gradients(setup, here, query, key, value, (d_out, lse, delta))
     chunks = setup.plan.token_starts.shape[1]
     totals = [[x for (x,) in _split((g,), chunks)] for g in local]
