@@ -13,7 +13,7 @@ from dilax.create import choose_implementation as choose_implementation
 from dilax.create import create_block_sparse_attention as create_block_sparse_attention
 from dilax.create import create_dilated_attention as create_dilated_attention
 from dilax.create import create_multihead_dilated_attention as create_multihead_dilated_attention
-from dilax.create import explain as explain
+from dilax.decision import explain as explain
 from dilax.dilated import dilated_attention as dilated_attention
 from dilax.longnet import LongNetConfig as LongNetConfig
 from dilax.longnet import LongNetDecoder as LongNetDecoder

@@ -311,7 +311,7 @@ class Explain:
 
     def run(self) -> None:
         """Print the decision."""
-        from dilax.create import explain
+        from dilax.decision import explain
 
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         print(explain(**fields))
