@@ -144,6 +144,25 @@ def lanes(block_size: int) -> int:
     return CONSUMERS if block_size < CONSUMERS * ROWS else 1
 
 
+def fused_blocks(head_dim: int, out_bytes: int, ids: bool) -> Blocks | None:
+    """Away (query) tile of the fused backward kernel, or None if it does not take this head size.
+
+    out_bytes: size of one element of the gradients of keys and values. Larger tiles do not fit the
+    registers; heads between 64 and 128 do not split in two where tiles of shared memory do.
+
+    Example:
+        >>> fused_blocks(128, 2, ids=False)
+        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
+    """
+    if head_dim > 64 and head_dim != 128:
+        return None
+    home, away, stages = CONSUMERS * ROWS, 128 if head_dim <= 64 else 64, 2
+    used = home * head_dim * 2 * 2 + stages * away * (head_dim * 2 * 2 + 4 * 2 + 4 * ids)
+    used += 2 * home * away * 2 + home * min(head_dim, 64) * 4
+    used += home * head_dim * 2 if out_bytes == 2 else 0
+    return Blocks(away, stages) if used <= SHARED_BYTES + 2048 else None
+
+
 def block_forward_blocks(
     head_dim: int, block_size: int, out_bytes: int, ids: bool
 ) -> Blocks | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backward, backward_keys, config, forward, schedule
+from pallas_kernels import backward, backward_fused, backward_keys, config, forward, schedule
 from pallas_kernels.compat import interpreting
 from pallas_kernels.support import is_static, padded_head, result_dtype, unsupported
 
@@ -34,6 +35,7 @@ class Call:
     ids: bool
     device_kind: str
     interpret: bool
+    deterministic: bool
     wide: bool = False
 
 
@@ -54,6 +56,7 @@ def attend(
     keep: Any = None,
     carry: tuple[jax.Array, jax.Array] | None = None,
     out_dtype: Any = None,
+    deterministic: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the union of the branches' keys, in one softmax, by Pallas Mosaic GPU kernels.
 
@@ -76,6 +79,8 @@ def attend(
         carry: a partial result (out float32 `[B, T, N, H]`, lse float32 `[B, T, N]`) over other
             keys, which the softmax continues.
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
+        deterministic: True asks for gradients whose bits do not vary from run to run (slower);
+            None means what `deterministic_ops` says. out and lse never vary.
 
     Returns:
         out `[B, T, N, H]` in out_dtype, lse `[B, T, N]` float32 (natural logarithm).
@@ -123,6 +128,7 @@ def attend(
         ids=q_segment_ids is not None,
         device_kind=kind,
         interpret=interpreting(),
+        deterministic=deterministic_ops() if deterministic is None else bool(deterministic),
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
     where = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
@@ -146,6 +152,7 @@ def attend_backward(
     kv_segment_ids: jax.Array | None = None,
     q_start: int | jax.Array = 0,
     k_start: int | jax.Array = 0,
+    deterministic: bool | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value through these keys alone, given the totals over all keys.
 
@@ -166,6 +173,7 @@ def attend_backward(
         ids=q_segment_ids is not None,
         device_kind=_device_kind(),
         interpret=interpreting(),
+        deterministic=deterministic_ops() if deterministic is None else bool(deterministic),
         wide=True,
     )
     seed = jnp.zeros((2,), jnp.uint32)
@@ -175,6 +183,18 @@ def attend_backward(
     with jax.enable_x64(False):
         found = _run_backward(call, query, key, value, d_out, lse, delta, ids, where, seed)
     return tuple(x.astype(jnp.float32) for x in found)
+
+
+def deterministic_ops() -> bool:
+    """Whether XLA_FLAGS ask for deterministic operations, as they are asked of XLA.
+
+    Example:
+        >>> deterministic_ops()
+        False
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+    return any(flag in (name, f"{name}=true", f"{name}=1") for flag in flags for name in names)
 
 
 def _device_kind() -> str:
@@ -257,11 +277,18 @@ def _table(call: Call, plan: schedule.Launch, query: Any, key: Any, skip: bool) 
     return schedule.work_lists(
         plan,
         batch=query.shape[0],
-        ctas=2 if call.interpret else config.multiprocessors(call.device_kind),
+        ctas=_blocks(call),
         row_bytes=2 * away.shape[-1] * away.dtype.itemsize,
         group=query.shape[2] // key.shape[2],
         skip_empty=skip,
     )
+
+
+def _blocks(call: Call) -> int:
+    if call.interpret:
+        # The interpreter cannot add to memory that two blocks share.
+        return 2 if call.deterministic else 1
+    return config.multiprocessors(call.device_kind)
 
 
 def _pad_inputs(sizes: _Sizes, arrays: Sequence[jax.Array], lengths: Sequence[int]) -> list:
@@ -373,6 +400,8 @@ def _run_backward(
         interpret=call.interpret,
     )
 
+    columns = slice(sizes.head_dim)
+
     def groups(blocks: config.Blocks, transposed: bool) -> Any:
         whole = _launch(call, heads, sizes.T, sizes.S, blocks, transposed)
         for group in config.partition(whole):
@@ -382,30 +411,46 @@ def _run_backward(
         for number, plan in enumerate(groups(blocks, transposed)):
             yield plan, number > 0, _table(call, plan, arrays[0], arrays[1], number > 0)
 
+    def keys_dtype(blocks_of: Any) -> tuple[Any, Any]:
+        """(blocks, dtype of dk and dv): several launches that add would round each time."""
+        blocks, wide = blocks_of(query.dtype.itemsize), blocks_of(4)
+        if wide is not None and (call.wide or len(list(groups(blocks, True))) > 1):
+            return wide, jnp.dtype(jnp.float32)
+        return blocks, jnp.dtype(query.dtype)
+
+    padded = tuple(x[:, :, : sizes.padded_T] for x in (lse, delta))
     dq = dk = dv = None
-    blocks = config.queries_blocks(head_dim, call.ids)
-    for plan, add, table in plans(blocks, False):
-        part = dataclasses.replace(options, stages=blocks.stages, add=add)
-        with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
-            dq = backward.queries_gradient(
-                plan, part, table, arrays, lse, delta, dq, out_dtype=query.dtype, **shared
+    if not call.deterministic and config.fused_blocks(head_dim, 2, call.ids) is not None:
+        blocks, dtype = keys_dtype(lambda size: config.fused_blocks(head_dim, size, call.ids))
+        dq = jnp.zeros((query.shape[0], heads, sizes.padded_T, head_dim), jnp.float32)
+        for plan, add, table in plans(blocks, True):
+            part = dataclasses.replace(options, stages=blocks.stages, add=add)
+            with jax.named_scope(f"dilated_gradients_{'_'.join(map(str, plan.rates))}"):
+                dq, dk, dv = backward_fused.fused_gradients(
+                    plan, part, table, arrays, *padded, (dq, dk, dv), out_dtype=dtype, **shared
+                )
+        dq = dq.swapaxes(1, 2) * call.scale
+        dq = dq if call.wide else dq.astype(query.dtype)
+    else:
+        blocks = config.queries_blocks(head_dim, call.ids)
+        for plan, add, table in plans(blocks, False):
+            part = dataclasses.replace(options, stages=blocks.stages, add=add)
+            with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
+                # Rounded after each launch: most queries take part in one or two branches.
+                dq = backward.queries_gradient(
+                    plan, part, table, arrays, lse, delta, dq, out_dtype=query.dtype, **shared
+                )
+        blocks, dtype = keys_dtype(lambda size: config.keys_blocks(head_dim, call.ids, size))
+        for plan, add, table in plans(blocks, True):
+            part = dataclasses.replace(
+                options, stages=blocks.stages, stagings=blocks.stagings, add=add
             )
-    # Several launches that add to one gradient round it each time, so they do it in float32
-    # (dq is rounded less often: most queries take part in one or two branches).
-    dtype, blocks = jnp.dtype(query.dtype), config.keys_blocks(head_dim, call.ids)
-    wide = config.keys_blocks(head_dim, call.ids, out_bytes=4)
-    if wide is not None and (call.wide or len(list(groups(blocks, True))) > 1):
-        dtype, blocks = jnp.dtype(jnp.float32), wide
-    lse, delta = (x[:, :, : sizes.padded_T] for x in (lse, delta))
-    for plan, add, table in plans(blocks, True):
-        part = dataclasses.replace(options, stages=blocks.stages, stagings=blocks.stagings, add=add)
-        with jax.named_scope(f"dilated_keys_gradient_{'_'.join(map(str, plan.rates))}"):
-            dk, dv = backward_keys.keys_gradient(
-                plan, part, table, arrays, lse, delta, (dk, dv), out_dtype=dtype, **shared
-            )
+            with jax.named_scope(f"dilated_keys_gradient_{'_'.join(map(str, plan.rates))}"):
+                dk, dv = backward_keys.keys_gradient(
+                    plan, part, table, arrays, *padded, (dk, dv), out_dtype=dtype, **shared
+                )
     if not call.wide:
         dk, dv = dk.astype(key.dtype), dv.astype(value.dtype)
-    columns = slice(sizes.head_dim)
     return dq[:, : sizes.T, :, columns], dk[:, : sizes.S, :, columns], dv[:, : sizes.S, :, columns]
 
 

@@ -322,8 +322,13 @@ def geometry(launch: Launch, starts: Any) -> Any:
 
 
 def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile: Any) -> Visit:
-    """Reads the visit of `branch` by a tile; a branch whose bit in `mask` is unset has 0 steps."""
-    present = lax.rem(lax.shift_right_logical(mask, jnp.int32(branch)), jnp.int32(2)) == 1
+    """Reads the visit of `branch` by a tile; a branch whose bit in `mask` is unset has 0 steps.
+
+    mask None says that the branch is there.
+    """
+    present = True
+    if mask is not None:
+        present = lax.rem(lax.shift_right_logical(mask, jnp.int32(branch)), jnp.int32(2)) == 1
     if computes_visits(launch):
         where = (jnp.int32(launch.home_start), jnp.int32(launch.away_start))
         row = tile * launch.block_home
@@ -334,7 +339,8 @@ def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile
         def read() -> tuple[Any, ...]:
             return tuple(table[branch, residue, tile, i] for i in range(FIELDS - 1))
 
-        fields = lax.cond(present, read, lambda: (jnp.int32(0),) * (FIELDS - 1))
+        nothing = (jnp.int32(0),) * (FIELDS - 1)
+        fields = read() if mask is None else lax.cond(present, read, lambda: nothing)
     return Visit(
         *fields,
         rate=pick(launch.rates, branch),

@@ -27,6 +27,7 @@ def unsupported(
     keep: Any = None,
     carry: Any = None,
     out_dtype: Any = None,
+    deterministic: bool | None = None,
     device_kind: str,
 ) -> tuple[str, ...]:
     """Why `attend` cannot take this call; empty if it can. Looks at shapes, dtypes, options only.

@@ -40,6 +40,7 @@ class KernelCase:
     carry: bool = False
     dtype: str = "bfloat16"
     scale: float | None = None
+    deterministic: bool = False
 
     @property
     def branches(self) -> tuple:
@@ -124,7 +125,8 @@ def _run(
 def run_kernel(case: KernelCase, repeats: int = 0) -> dict[str, Any]:
     """What the kernels give for a case."""
     starts = tuple(jnp.int32(s) for s in case.starts) if case.traced else None
-    return _run(case, flash.attend, jnp.dtype(case.dtype), starts, repeats, keep=dropout)
+    extra = {"keep": dropout, "deterministic": case.deterministic}
+    return _run(case, flash.attend, jnp.dtype(case.dtype), starts, repeats, **extra)
 
 
 def check(case: KernelCase) -> None:

@@ -36,6 +36,7 @@ CASES = [
         traced=True,
         N=1,
         causal=True,
+        deterministic=True,
     ),
     KernelCase("dropout", (1 << 20,), (1,), T=128, H=16, N=1, rate=0.3),
 ]

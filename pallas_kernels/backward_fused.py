@@ -1,0 +1,286 @@
+"""The fused backward kernel: one pass gives the gradients of queries, keys and values.
+
+A block holds a tile of keys and values and visits the queries that see it. What a step gives to
+the queries' gradient is added to float32 memory by the copy engine, in an order that varies.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import gradient_loop, schedule
+from pallas_kernels.backward import Options, seen_pairs
+from pallas_kernels.backward_keys import by_residue
+from pallas_kernels.compat import (
+    ROW,
+    add_rows,
+    add_to_global,
+    aligned_rows,
+    launch,
+    load,
+    pl,
+    plgpu,
+    recomputed,
+    shared_tile,
+    store_tile,
+)
+from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.forward import LOG2E, view
+
+
+def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
+    views = sorted(set(plan.rates))
+    it = iter(refs)
+    items, part, geometry, seed_ref, k_ref, v_ref = (next(it) for _ in range(6))
+    q_refs = {r: next(it) for r in views}
+    do_refs = {r: next(it) for r in views}
+    lse_refs = {r: next(it) for r in views}
+    delta_refs = {r: next(it) for r in views}
+    k_ids = next(it) if opt.ids else None
+    q_ids = {r: next(it) for r in views} if opt.ids else {}
+    dq_refs = _queries_refs(views, it, opt.interpret)
+    dk_ref, dv_ref, out_smem = next(it), next(it), next(it)
+    memory = gradient_loop.Memory(*it)
+
+    wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+    count, bq = items[cta, 0, 0], plan.block_away
+    kv_heads, branches = plan.heads // opt.group, len(plan.rates)
+
+    def place(entry: Any) -> tuple[Any, ...]:
+        return schedule.place(plan, geometry, entry[0], kv_heads)
+
+    def visit(branch: Any, head: Any, residue: Any, tile: Any) -> schedule.Visit:
+        return schedule.visit(plan, geometry, branch, part[head, residue], residue, tile)
+
+    def steps_of(current: Any, kv_head: Any, residue: Any, tile: Any) -> Any:
+        if schedule.knows_starts(plan):
+            return current[2]
+        members = [kv_head * opt.group + m for m in range(opt.group)]
+        found = [visit(i, n, residue, tile).steps for i in range(branches) for n in members]
+        return sum(found, jnp.int32(0))
+
+    def consume() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        warpgroup = gradient_loop.Warpgroup(wg, memory, opt.scale, opt.rate)
+
+        def item(t: Any) -> tuple[Any, ...]:
+            """Where item t lies. Looked up whenever it is needed: registers are scarce."""
+            entry = schedule.entry(items, cta, recomputed(t, opt.interpret), count)
+            return entry, place(entry)
+
+        def describe(t: Any, where: tuple[Any, ...], start: Any, me: Any) -> gradient_loop.Tile:
+            branch, head, rate, plane, low, high = where
+            shape = (ROWS, bq)
+
+            def home() -> tuple[Any, ...]:
+                _, (b, _, residue, tile, local) = item(t)
+                v = schedule.visit(plan, geometry, branch, None, residue, tile)
+                return v, b, tile * plan.block_home + me * ROWS, local
+
+            def mask(scores: jax.Array, ids: Any) -> jax.Array:
+                def masked() -> jax.Array:
+                    v, _, row, _ = home()
+                    return jnp.where(seen_pairs(plan, v, row, start, shape), scores, -jnp.inf)
+
+                scores = lax.cond((start < low) | (start > high), masked, lambda: scores)
+                if ids is not None:
+                    _, b, row, local = home()
+                    rows = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW)
+                    a = lax.broadcast_in_dim(rows, shape, [0])
+                    c = lax.broadcast_in_dim(ids, shape, [1])
+                    scores = jnp.where((a == c) & (a != 0), scores, -jnp.inf)
+                return scores
+
+            def kept() -> jax.Array:
+                v, b, row, _ = home()
+                seed, at = (seed_ref[0], seed_ref[1]), (b, head, branch, row, start)
+                return schedule.kept(plan, keep, opt.rate, seed, v, at, shape)
+
+            def send(smem: Any, first: Any, column: Any) -> None:
+                add_rows(smem, dq_refs, rate, (plane, start + first, column), opt.interpret)
+
+            return gradient_loop.Tile(mask, kept if opt.rate else None, send)
+
+        def one_item(t: Any, base: Any) -> Any:
+            current, (b, kv_head, residue, tile, _) = item(t)
+            total = base + steps_of(current, kv_head, residue, tile)
+
+            def loop(step: Any, state: Any) -> Any:
+                def one_visit(index: Any, state: Any) -> Any:
+                    branch = lax.div(index, jnp.int32(opt.group))
+                    head = kv_head * opt.group + lax.rem(index, jnp.int32(opt.group))
+                    v = visit(branch, head, residue, tile)
+                    plane = (b, head, v.away_residue)
+                    if not opt.interpret:
+                        plane = (b * plan.heads + head) * dq_refs[views[0]].shape[2]
+                        plane = plane + v.away_residue
+                    where = (branch, head, v.rate, plane, *unmasked(plan, v, tile))
+
+                    def one_step(j: Any, state: Any) -> Any:
+                        start = v.first + j * bq
+                        return step(state, functools.partial(describe, t, where, start))
+
+                    return lax.fori_loop(0, v.steps, one_step, state)
+
+                if branches * opt.group == 1:
+                    return one_visit(0, state)
+                return lax.fori_loop(0, branches * opt.group, one_visit, state)
+
+            dk, dv = warpgroup.run(loop, base, total)
+            _, (b, kv_head, _, tile, local) = item(t)
+            row = aligned_rows(tile * plan.block_home + wg * ROWS, ROWS)
+            window = (b, row, local, kv_head)
+            write(dv, dv_ref, window)
+            write(dk * (opt.scale / LOG2E), dk_ref, window)
+            return total
+
+        def write(tile: jax.Array, ref: Any, window: tuple[Any, ...]) -> None:
+            """Writes one warpgroup's tile, or adds it: each place once a launch, so in order."""
+            # Float32 leaves by columns from the queries' place: there is no room for all of it.
+            smem = memory.dq.at[wg] if out_smem is None else out_smem.at[wg]
+            width = smem.shape[1]
+            for first in range(0, tile.shape[1], width):
+                at = ref.at[(*window, pl.ds(first, width))]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                piece = tile[:, first : first + width].astype(smem.dtype)
+                store_tile(smem, piece, opt.interpret)
+                plgpu.commit_smem()
+                if opt.add:
+                    add_to_global(smem, at, opt.interpret)
+                else:
+                    plgpu.copy_smem_to_gmem(smem, at)
+
+        lax.fori_loop(0, count, one_item, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def produce() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+
+        def one_item(t: Any, state: Any) -> Any:
+            fill, current = state
+            following = schedule.entry(items, cta, t + 1, count)
+            b, kv_head, residue, tile, local = place(current)
+            pl.when(t > 0)(lambda: plgpu.barrier_wait(memory.k_free))
+            for i in range(CONSUMERS):
+                at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, kv_head)
+                plgpu.copy_gmem_to_smem(k_ref.at[at], memory.k.at[i], memory.k_ready.at[i])
+                plgpu.copy_gmem_to_smem(v_ref.at[at], memory.v.at[i], memory.k_ready.at[i])
+
+            def member(m: Any, fill: Any, branch: int) -> Any:
+                head, rate = kv_head * opt.group + m, plan.rates[branch]
+                v = visit(branch, head, residue, tile)
+
+                def step(j: Any, i: Any) -> Any:
+                    slot, reused = memory.slot(i), i >= opt.stages
+                    rows = aligned_rows(v.first + j * bq, bq)
+                    at, vector = (
+                        (b, rows, v.away_residue, head),
+                        (b, head, v.away_residue, rows),
+                    )
+                    pl.when(reused)(lambda: plgpu.barrier_wait(memory.q_free.at[slot]))
+                    ready = memory.q_ready.at[slot]
+                    plgpu.copy_gmem_to_smem(q_refs[rate].at[at], memory.q.at[slot], ready)
+                    pl.when(reused)(lambda: plgpu.barrier_wait(memory.do_free.at[slot]))
+                    ready = memory.do_ready.at[slot]
+                    pairs = [(do_refs[rate].at[at], memory.do)]
+                    pairs += [(lse_refs[rate].at[vector], memory.lse)]
+                    pairs += [(delta_refs[rate].at[vector], memory.delta)]
+                    if opt.ids:
+                        pairs += [(q_ids[rate].at[b, v.away_residue, rows], memory.ids)]
+                    for source, target in pairs:
+                        plgpu.copy_gmem_to_smem(source, target.at[slot], ready)
+                    return i + 1
+
+                return lax.fori_loop(0, v.steps, step, fill)
+
+            for branch in range(branches):
+                body = functools.partial(member, branch=branch)
+                fill = lax.fori_loop(0, opt.group, body, fill) if opt.group > 1 else body(0, fill)
+            return fill, following
+
+        first = schedule.entry(items, cta, 0, count)
+        lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
+
+    pl.when(wg < CONSUMERS)(consume)
+    pl.when(wg == CONSUMERS)(produce)
+
+
+def unmasked(plan: schedule.Launch, v: schedule.Visit, tile: Any) -> tuple[Any, Any]:
+    """The first and last start of an away tile that all home rows of a tile see whole."""
+    first = tile * plan.block_home * v.home_step + v.home_shift
+    _, high = schedule.row_bounds(plan, v.length, first)
+    low, _ = schedule.row_bounds(plan, v.length, first + (plan.block_home - 1) * v.home_step)
+    return low - v.away_shift, jnp.minimum(high - v.away_shift, v.limit) - plan.block_away
+
+
+def _queries_refs(views: list[int], it: Any, interpret: bool) -> dict[int, Any]:
+    """Where the queries' gradient of each view is added: one array, see `fused_gradients`."""
+    if interpret:
+        return {r: next(it) for r in views}
+    return dict.fromkeys(views, next(it))
+
+
+def fused_gradients(
+    plan: schedule.Launch,
+    opt: Options,
+    table: np.ndarray,
+    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    lse: jax.Array,
+    delta: jax.Array,
+    grads: tuple[jax.Array, jax.Array | None, jax.Array | None],
+    *,
+    out_dtype: Any,
+    starts: jax.Array,
+    seed: jax.Array,
+    q_ids: jax.Array | None = None,
+    k_ids: jax.Array | None = None,
+    keep: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All gradients of one launch.
+
+    arrays, lse, delta as in `keys_gradient`. grads: (dq, dk, dv); dq float32 `[B, N, T', H]`
+    without the scale, added to; dk and dv added to when opt.add.
+    """
+    query, key, value, do = arrays
+    dq, dk, dv = grads
+    views = sorted(set(plan.rates))
+    head_dim, dtype = query.shape[-1], query.dtype
+    part = schedule.participation(plan).astype(np.int32)
+    operands = [jnp.asarray(table), jnp.asarray(part)]
+    operands += [jnp.asarray(schedule.kernel_table(plan, starts)), seed]
+    operands += [view(key, plan.stride), view(value, plan.stride)]
+    operands += [view(x, r) for x in (query, do) for r in views]
+    operands += [by_residue(x, r) for x in (lse, delta) for r in views]
+    if opt.ids:
+        operands += [view(k_ids, plan.stride)]
+        operands += [view(q_ids, r).swapaxes(1, 2) for r in views]
+    narrow = jnp.dtype(out_dtype).itemsize == 2
+    scratch = [shared_tile((CONSUMERS, ROWS, head_dim), out_dtype) if narrow else None]
+    scratch += gradient_loop.scratch(
+        head_dim, plan.block_away, opt.stages, dtype, opt.ids, opt.interpret
+    )
+    shape = (key.shape[0], key.shape[1] // plan.stride, plan.stride, *key.shape[2:])
+    # The interpreter has no additions to strided rows of one array, so there it is one a view.
+    inplace = [dq]
+    if opt.interpret:
+        planes = (*dq.shape[:2], -1)
+        inplace = [jnp.zeros_like(dq).reshape(*planes, r, head_dim) for r in views]
+    inplace += [dk.reshape(shape), dv.reshape(shape)] if opt.add else []
+    types = [] if opt.add else [jax.ShapeDtypeStruct(shape, out_dtype)] * 2
+    *added, dk, dv = launch(
+        functools.partial(_body, plan, opt, keep),
+        operands,
+        types,
+        scratch,
+        ctas=table.shape[0],
+        threads=CONSUMERS + 1,
+        name="dilated_gradients",
+        inplace=inplace,
+    )
+    if opt.interpret:
+        added = [sum((x.reshape(dq.shape) for x in added), dq)]
+    return added[0], dk.reshape(key.shape), dv.reshape(key.shape)
