@@ -20,7 +20,6 @@
 
 # %%
 # %matplotlib inline
-import dataclasses
 import functools
 
 import jax
@@ -30,10 +29,7 @@ import numpy as np
 
 import dilax
 from dilax import sharded
-from dilax.longnet import LongNetConfig
 from dilax.spec import as_spec, branches_of
-from dilax.train_config import TrainConfig
-from dilax.training import train
 from sharding.mesh import from_layout, to_layout
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
@@ -180,17 +176,7 @@ difference
 # %% [markdown]
 # ## Training
 #
-# `dilax train --mesh data=2,sequence=4` trains on eight devices, here with two examples of a batch
-# side by side and four parts of each sequence. The losses are those of one device. Several
-# processes are started with `--coordinator`, `--num-processes` and `--process-id`, and a
-# checkpoint of one mesh goes on on any other.
-
-# %%
-model = LongNetConfig(32, 2, 1, 64, (64,), (2,), vocab_size=258)
-config = TrainConfig(
-    model, ("README.md",), 64, 4, steps=12, learning_rate=0.02, warmup_steps=2, validation_rows=1
-)
-one = train(config).bits_per_byte
-many = train(dataclasses.replace(config, mesh="data=2,sequence=4")).bits_per_byte
-assert max(abs(a - b) for a, b in zip(one, many, strict=True)) < 1e-3
-print(f"bits per byte after 1, 6 and 12 steps: {many[0]:.3f}, {many[5]:.3f}, {many[11]:.3f}")
+# `dilax train --mesh data=2,sequence=4` trains on eight devices, with two examples of a batch side
+# by side and four parts of each sequence; the losses are those of one device. Several processes are
+# started with `--coordinator`, `--num-processes` and `--process-id`, and a checkpoint of one mesh
+# goes on on any other.

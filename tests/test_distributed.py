@@ -85,8 +85,19 @@ def arguments(config, *more):
     return [*line, *more]
 
 
+def joined(line, port, count, number):
+    """The command of one of the processes that train."""
+    line = [*line, "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
+    return ["-m", "dilax.cli", *line, "--process-id", str(number)]
+
+
+def attending(line, port, count, number):
+    """The command of one of the processes that compare attention."""
+    return ["-m", "tests.attention_in_processes", *map(str, (port, count, number))]
+
+
 @contextlib.contextmanager
-def processes(cache, *lines):
+def processes(cache, *lines, command=joined):
     """One process of two devices for each command line, joined by a coordinator; none survives."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,10 +108,9 @@ def processes(cache, *lines):
     started = []
     try:
         for i, line in enumerate(lines):
-            joined = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(len(lines))]
-            command = [sys.executable, "-m", "dilax.cli", *line, *joined, "--process-id", str(i)]
+            line = [sys.executable, *command(line, port, len(lines), i)]
             options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
-            started.append(subprocess.Popen(command, **options))
+            started.append(subprocess.Popen(line, **options))
         yield started
     finally:
         for process in started:
@@ -143,10 +153,19 @@ def test_two_processes_are_one_device(config, alone, tmp_path):
 
     last = max(int(name) for name in os.listdir(where.checkpoint_dir) if name.isdigit())
     assert stopped <= last < STEPS
-    ended = train(dataclasses.replace(where, mesh="data=1,sequence=8"), resume=True)
+    ended = train(dataclasses.replace(where, mesh="data=4"), resume=True)
     assert ended.step == STEPS
     assert error(ended.bits_per_byte, alone.bits_per_byte[last:]) <= EXACT
     assert error(ended.validation_bits_per_byte, alone.validation_bits_per_byte) <= EXACT
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.mesh_table)])
+def test_attention_in_processes_is_that_of_one_device(count, tmp_path):
+    with processes(tmp_path, *[None] * count, command=attending) as each:
+        for i, process in enumerate(each):
+            out, err = process.communicate(timeout=120)
+            assert f"process {i} of {count}" in out, err
+            assert process.returncode == 0, err
 
 
 def test_processes_that_disagree_say_so(config, tmp_path):
