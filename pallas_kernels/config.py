@@ -249,15 +249,6 @@ def partition(launch: schedule.Launch) -> tuple[tuple[int, ...], ...]:
 
 def subset(launch: schedule.Launch, group: tuple[int, ...]) -> schedule.Launch:
     """The launch of some branches only, with their own common stride."""
-    rates, lengths, offsets, numbers = (
-        tuple(values[i] for i in group)
-        for values in (launch.rates, launch.lengths, launch.offsets, launch.numbers)
-    )
-    return dataclasses.replace(
-        launch,
-        rates=rates,
-        lengths=lengths,
-        offsets=offsets,
-        numbers=numbers,
-        stride=schedule.common_stride(rates),
-    )
+    names = ("rates", "lengths", "offsets", "numbers", "phases")
+    parts = {name: tuple(getattr(launch, name)[i] for i in group) for name in names}
+    return dataclasses.replace(launch, **parts, stride=schedule.common_stride(parts["rates"]))

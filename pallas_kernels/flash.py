@@ -246,20 +246,23 @@ def _launch(
     """All branches as one launch; `config.partition` and `config.subset` divide it."""
     starts = (call.q_start, call.k_start)
     end = None if None in starts else max(starts[0] + T, starts[1] + S)
-    lengths, offsets = [], []
-    for w, r, first, kept in call.branches:
-        whole = end is not None and w >= end
-        lengths.append(schedule.UNBOUNDED if whole else w // r)
-        row = [-1] * heads
-        row[first : first + len(kept)] = kept
-        offsets.append(tuple(row))
-    rates = tuple(r for _, r, _, _ in call.branches)
+    parts = []
+    for number, (w, r, first, kept) in enumerate(call.branches):
+        for phase in schedule.phases(w, r, end):
+            begin = phase[0] if phase else 0
+            row = [-1] * heads
+            row[first : first + len(kept)] = ((offset + begin) % r for offset in kept)
+            length = w // math.gcd(w, r)
+            whole = end is not None and w >= end
+            parts.append((r, schedule.UNBOUNDED if whole else length, tuple(row), number, phase))
+    rates, lengths, offsets, numbers, phases = zip(*parts, strict=True)
     home, other = (S, T) if transposed else (T, S)
     return schedule.Launch(
         rates=rates,
-        lengths=tuple(lengths),
-        offsets=tuple(offsets),
-        numbers=tuple(range(len(rates))),
+        lengths=lengths,
+        offsets=offsets,
+        numbers=numbers,
+        phases=phases,
         stride=schedule.common_stride(rates),
         home=home,
         away=other,

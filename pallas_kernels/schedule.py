@@ -34,6 +34,9 @@ class Launch:
     rates, lengths: per branch, the dilation rate and the dilated rows of one segment.
     offsets: per branch, per query head, the residue that the head keeps, or -1 (head absent).
     numbers: per branch, its number in the whole call (for dropout).
+    phases: per branch (first position, width) of its segments, where the rate does not divide the
+        segment length: the branch then has every so many segments only, those whose rows have the
+        same residue, and its length is in rows from one of them to the next. Else None.
     stride: a multiple of all rates; home rows are stepped by it.
     home, away: number of positions on either side.
     home_start, away_start: absolute position of the first one, or None (traced).
@@ -44,6 +47,7 @@ class Launch:
     lengths: tuple[int, ...]
     offsets: tuple[tuple[int, ...], ...]
     numbers: tuple[int, ...]
+    phases: tuple[tuple[int, int] | None, ...]
     stride: int
     home: int
     away: int
@@ -53,6 +57,11 @@ class Launch:
     transposed: bool
     block_home: int
     block_away: int
+
+    @property
+    def gaps(self) -> bool:
+        """Whether rows lie between the segments of some branch."""
+        return any(self.phases)
 
     @property
     def home_rows(self) -> int:
@@ -128,6 +137,8 @@ def work_lists(
     keep = np.ones(away_tiles.shape, bool)
     if skip_empty:
         keep &= (mask != 0)[:, :, None]
+        if knows_starts(launch):
+            keep &= away_tiles > 0
     head, residue, tile, cost = (x[keep] for x in (head, residue, tile, away_tiles))
     kv_head = head // (1 if launch.transposed else group)
     chunk = _chunks(launch, kv_head, tile, row_bytes)
@@ -185,7 +196,8 @@ class Visit:
     first: first away row. steps: away tiles to visit. home_shift, home_step: the dilated row of
     home row m is `m * home_step + home_shift`. away_shift: dilated row of away row 0.
     away_residue: residue of the away rows in the away array viewed as `[rows, rate]`. limit: away
-    rows that exist. offset, rate, length: of the branch.
+    rows that exist. origin: position of dilated row 0. rate, length: of the branch; where there are
+    gaps length is a pair, the rows from one segment to the next and those in a segment.
     """
 
     first: Any
@@ -194,7 +206,7 @@ class Visit:
     away_shift: Any
     away_residue: Any
     limit: Any
-    offset: Any
+    origin: Any
     rate: Any
     length: Any
     home_step: Any
@@ -211,17 +223,26 @@ def pick(values: tuple[int, ...], index: Any) -> Any:
 
 
 def row_bounds(launch: Launch, length: Any, rows: Any) -> tuple[Any, Any]:
-    """The dilated away rows [low, high) that dilated home rows see (scalar or vector)."""
-    low = lax.div(rows, jnp.int32(length)) * length
-    high = low + length
+    """The dilated away rows [low, high) that dilated home rows see (scalar or vector).
+
+    length: as in `Visit`. A row between two segments sees nothing: [UNBOUNDED, 0).
+    """
+    period, count = length if isinstance(length, tuple) else (length, length)
+    start = low = lax.div(rows, jnp.int32(period)) * period
+    high = low + count
     if launch.causal and launch.transposed:
         low = jnp.maximum(low, rows)
     elif launch.causal:
         high = jnp.minimum(high, rows + 1)
+    if isinstance(length, tuple):
+        inside = rows - start < count
+        low, high = jnp.where(inside, low, UNBOUNDED), jnp.where(inside, high, 0)
     return low, high
 
 
-FIELDS = 8
+# The first seven of `Visit`, the tile's residue in the home array, the rows of a segment.
+FIELDS = 9
+LOCAL, COUNT = 7, 8
 
 
 def _fields(
@@ -235,22 +256,54 @@ def _fields(
     home_start, away_start = starts
     local = ops.rem(residue + ops.rem(-home_start, launch.stride) + launch.stride, launch.stride)
     offset = ops.rem(residue, rate)
-    home_shift = ops.div(home_start + local - offset, rate)
+    count, skipped = length, 0
+    if launch.phases[branch]:
+        count, skipped = _segment(launch, branch, offset, ops)
+    # The rows before the first segment count as those between others: no number gets negative.
+    shift = length - skipped if launch.phases[branch] else 0
+    home_shift = ops.div(home_start + local - offset, rate) + shift
     away_residue = ops.rem(offset + ops.rem(-away_start, rate) + rate, rate)
-    away_shift = ops.div(away_start + away_residue - offset, rate)
+    away_shift = ops.div(away_start + away_residue - offset, rate) + shift
     limit = ops.div(ops.maximum(launch.away - away_residue + rate - 1, 0), rate)
     last = ops.minimum(row + launch.block_home, launch.home_rows) - 1
     step = launch.stride // rate
     low, high = row * step + home_shift, last * step + home_shift
-    seen_low, seen_high = ops.div(low, length) * length, (ops.div(high, length) + 1) * length
+    seen_low, seen_high = ops.div(low, length) * length, ops.div(high, length) * length + count
+    if launch.phases[branch]:  # from a gap on: the next segment
+        past = ops.minimum(ops.div(low - seen_low, ops.maximum(count, 1)), 1)
+        seen_low = seen_low + past * length
     if launch.causal and launch.transposed:
         seen_low = ops.maximum(seen_low, low)
     elif launch.causal:
         seen_high = ops.minimum(seen_high, high + 1)
     first = ops.div(ops.maximum(seen_low - away_shift, 0), ROW_ALIGNMENT) * ROW_ALIGNMENT
-    count = ops.maximum(ops.minimum(seen_high - away_shift, limit) - first, 0)
-    visited = ops.div(count + (launch.block_away - 1), launch.block_away)
-    return first, visited, home_shift, away_shift, away_residue, limit, offset, local
+    rows = ops.maximum(ops.minimum(seen_high - away_shift, limit) - first, 0)
+    visited = ops.div(rows + (launch.block_away - 1), launch.block_away)
+    origin = offset - shift * rate
+    return first, visited, home_shift, away_shift, away_residue, limit, origin, local, count
+
+
+def _segment(launch: Launch, branch: int, offset: Any, ops: Any) -> tuple[Any, Any]:
+    """(rows of a segment, rows before the first one) of a residue of a branch with a phase."""
+    rate, phase = launch.rates[branch], launch.phases[branch]
+    begin, width = phase or (0, 0)
+    inner = ops.rem(offset + (rate - begin % rate), rate)  # the residue inside the segment
+    return ops.div(rate - 1 + width - inner, rate), ops.div(begin + inner - offset, rate)
+
+
+def phases(w: int, rate: int, end: int | None) -> list[tuple[int, int] | None]:
+    """The phases of a branch over positions up to `end`, None if that is not known.
+
+    Example:
+        >>> phases(8, 2, 64), phases(5, 2, 64), phases(5, 2, 5)
+        ([None], [(0, 5), (5, 5)], [None])
+    """
+    if w % rate == 0 or (end is not None and w >= end):
+        return [None]
+    count = rate // math.gcd(w, rate)
+    if end is not None:
+        count = min(count, -(-end // w))
+    return [(i * w, w) for i in range(count)]
 
 
 # Truncating division, the same on the host and in a kernel (where // would also test for signs).
@@ -297,10 +350,9 @@ def kernel_table(launch: Launch, starts: Any) -> Any:
 def geometry(launch: Launch, starts: Any) -> Any:
     """Where each branch looks from each tile: int32 `[branch, residue, tile, FIELDS]`.
 
-    The fields are the first seven of `Visit` and the tile's residue in the home array. Computed
-    before the launch, because divisions by a rate that is not a constant would cost a tile more
-    than a whole step. starts: traced int32 `[2]` (queries, keys), used only where the launch does
-    not know its start.
+    Computed before the launch, because divisions by a rate that is not a constant would cost a tile
+    more than a whole step. starts: traced int32 `[2]` (queries, keys), used only where the launch
+    does not know its start.
     """
     static = knows_starts(launch)
     shape = (launch.stride, launch.tiles)
@@ -326,25 +378,28 @@ def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile
 
     mask None says that the branch is there.
     """
+    wanted = (*range(LOCAL), *((COUNT,) if launch.gaps else ()))
     present = True
     if mask is not None:
         present = lax.rem(lax.shift_right_logical(mask, jnp.int32(branch)), jnp.int32(2)) == 1
     if computes_visits(launch):
         where = (jnp.int32(launch.home_start), jnp.int32(launch.away_start))
         row = tile * launch.block_home
-        fields = list(_fields(launch, 0, residue, row, where, _TRACED)[: FIELDS - 1])
+        fields = list(_fields(launch, 0, residue, row, where, _TRACED))
+        fields = [fields[i] for i in wanted]
         fields[1] = jnp.where(present, fields[1], 0)
     else:
 
         def read() -> tuple[Any, ...]:
-            return tuple(table[branch, residue, tile, i] for i in range(FIELDS - 1))
+            return tuple(table[branch, residue, tile, i] for i in wanted)
 
-        nothing = (jnp.int32(0),) * (FIELDS - 1)
+        nothing = (jnp.int32(0),) * len(wanted)
         fields = read() if mask is None else lax.cond(present, read, lambda: nothing)
+    length = pick(launch.lengths, branch)
     return Visit(
-        *fields,
+        *fields[:LOCAL],
         rate=pick(launch.rates, branch),
-        length=pick(launch.lengths, branch),
+        length=(length, fields[-1]) if launch.gaps else length,
         home_step=pick(tuple(launch.stride // r for r in launch.rates), branch),
     )
 
@@ -353,7 +408,7 @@ def place(launch: Launch, table: Any, code: Any, heads: int) -> tuple[Any, ...]:
     """(batch, head, residue, tile, residue in the home array) of a tile code."""
     batch, tile, head, residue = decode(launch, heads, code)
     if not knows_starts(launch):
-        local = table[0, residue, tile, FIELDS - 1]
+        local = table[0, residue, tile, LOCAL]
     else:
         shifted = residue + (-launch.home_start) % launch.stride
         local = lax.rem(shifted, jnp.int32(launch.stride))
@@ -437,8 +492,8 @@ def kept(
     batch, head, branch, row, start = place
     home = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
     away = plgpu.broadcasted_iota(jnp.int32, (shape[1],), 0, layout=COLUMN)
-    home = ((home + row) * v.home_step + v.home_shift) * v.rate + v.offset
-    away = (away + (start + v.away_shift)) * v.rate + v.offset
+    home = ((home + row) * v.home_step + v.home_shift) * v.rate + v.origin
+    away = (away + (start + v.away_shift)) * v.rate + v.origin
     number = pick(launch.numbers, branch)
     if launch.transposed:
         first = keep.column_bits(seed, home, number)

@@ -80,18 +80,17 @@ def unsupported(
 
 def _branch_reasons(query: Any, key: Any, branches: Any, q_start: Any, k_start: Any) -> list[str]:
     reasons = []
-    if not 1 <= len(branches) <= 30:
-        reasons.append(f"{len(branches)} branches: wanted 1 to 30")
     end = None
     if is_static(q_start) and is_static(k_start):
         end = max(int(q_start) + query.shape[1], int(k_start) + key.shape[1])
         if end >= schedule.UNBOUNDED:
             reasons.append(f"positions up to {end}: wanted less than {schedule.UNBOUNDED}")
-    for w, r, _, _ in branches:
-        if w % r and (end is None or w < end):
-            reasons.append(
-                f"segments of {w} positions that rate {r} does not divide, and more than one"
-            )
+    count = sum(len(schedule.phases(w, r, end)) for w, r, _, _ in branches)
+    if not 1 <= count <= 30:
+        reasons.append(
+            f"{count} branches, where one whose rate does not divide its segments counts for each"
+            " residue that these start with: wanted 1 to 30"
+        )
     step = 8 * schedule.common_stride(tuple(r for _, r, _, _ in branches))
     longest = max(query.shape[1], key.shape[1])
     if step > max(4096, longest):

@@ -39,6 +39,8 @@ CASES = [
     KernelCase("no rate 1", (128,), (2,), T=256, H=64),
     KernelCase("rate above heads", (512,), (8,), T=512, H=64),
     KernelCase("odd rates", (120, 360), (1, 3), T=720, H=64, N=3, causal=True),
+    KernelCase("rates that divide nothing", (100, 250), (3, 4), T=700, N=4, causal=True),
+    KernelCase("a rate above its segment", (3, 500), (5, 7), T=300, H=32, N=5, rate=0.2),
     KernelCase("blocked", **LONG, head_offset="blocked"),
     KernelCase("heads", **LONG, combine="heads"),
     KernelCase("heads causal", **LONG, combine="heads", causal=True),

@@ -4,6 +4,7 @@ Lowering runs on plain jaxlib and finds wrong shapes, layouts and shared memory 
 compile needs the `aot` dependency group and a ptxas on PATH.
 """
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -62,6 +63,11 @@ CALLS = {
     "traced starts": {"T": 256, "H": 64, "q_start": ints(), "k_start": ints()},
     "ids": {"T": 256, "H": 128, "q_segment_ids": ints(1, 256)},
     "carry": {"T": 256, "H": 128, "carry": partial(256, 128)},
+    "rates that do not divide segments": {
+        "T": 333,
+        "H": 64,
+        "branches": ((100, 3, 0, (0, 1)), (160, 1, 0, (0, 0))),
+    },
     "carry and ids": {
         "T": 256,
         "H": 128,
@@ -98,6 +104,7 @@ def test_work_lists_cover_every_tile_once():
         lengths=(512, 512, 512),
         offsets=offsets,
         numbers=(0, 1, 2),
+        phases=(None, None, None),
         stride=4,
         home=3000,
         away=3000,
@@ -113,6 +120,61 @@ def test_work_lists_cover_every_tile_once():
     assert sorted(codes) == list(range(2 * plan.tiles * 4 * 4))
     work = np.array([row[1 : 1 + row[0, 0], 2].sum() for row in table])
     assert work.max() <= 1.15 * work.mean()
+
+
+PLACES = [
+    # w, r, T, S, starts, causal
+    (64, 2, 300, 300, (0, 0), False),
+    (96, 4, 200, 333, (77, 30), True),
+    (25, 3, 150, 150, (0, 0), False),
+    (25, 3, 150, 150, (0, 0), True),
+    (30, 4, 190, 100, (11, 60), True),
+    (3, 5, 70, 70, (0, 0), False),
+    (100, 7, 230, 260, (41, 0), False),
+]
+
+
+@pytest.mark.parametrize(("w", "r", "T", "S", "starts", "causal"), PLACES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_visits_see_what_the_definition_says(w, r, T, S, starts, causal, transposed, known):
+    heads = 3
+    offsets = tuple(n % r for n in range(heads))
+    given = starts if known else (None, None)
+    call = flash.Call(((w, r, 0, offsets),), causal, 1.0, *given, 0.0, None, None, False, "", False)
+    plan = flash._launch(call, heads, T, S, config.Blocks(64, 1, 1), transposed)
+    plan = dataclasses.replace(plan, block_home=16, block_away=16)
+    table = np.asarray(schedule.geometry(plan, jnp.asarray(starts)))
+    mask, seen = schedule.participation(plan), np.zeros((heads, T, S), np.int64)
+    home_start = starts[transposed]
+    for branch, rate in enumerate(plan.rates):
+        for residue, tile in np.ndindex(table.shape[1:3]):
+            first, steps, home_shift, away_shift, away_residue, limit, origin, local, count = table[
+                branch, residue, tile
+            ].tolist()
+            row = np.arange(tile * 16, tile * 16 + 16)
+            away = np.arange(first, first + 16 * steps)
+            length = (plan.lengths[branch], count) if plan.gaps else plan.lengths[branch]
+            dilated = row * (plan.stride // rate) + home_shift
+            low, high = (
+                np.asarray(x)[:, None]
+                for x in schedule.row_bounds(plan, length, dilated.astype(np.int32))
+            )
+            found = (away + away_shift >= low) & (away + away_shift < high) & (away < limit)
+            home = row * plan.stride + local
+            assert (dilated * rate + origin == home + home_start).all()
+            there = np.minimum(away * rate + away_residue, plan.away - 1)
+            found &= (home < plan.home)[:, None]
+            rows = np.minimum(home, plan.home - 1)
+            for head in range(heads):
+                if mask[head, residue] >> branch & 1:
+                    target = seen[head].T if transposed else seen[head]
+                    np.add.at(target, (rows[:, None], there[None]), found)
+    q, k = starts[0] + np.arange(T)[:, None], starts[1] + np.arange(S)
+    for head, offset in enumerate(offsets):
+        wanted = (q // w == k // w) & (q % w % r == offset) & (k % w % r == offset)
+        wanted &= (q >= k) | (not causal)
+        np.testing.assert_array_equal(seen[head], wanted)
 
 
 def test_blocks_fit_for_every_supported_head_size():
