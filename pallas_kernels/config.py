@@ -160,7 +160,8 @@ def fused_blocks(head_dim: int, out_bytes: int, ids: bool) -> Blocks | None:
     used = home * head_dim * 2 * 2 + stages * away * (head_dim * 2 * 2 + 4 * 2 + 4 * ids)
     used += 2 * home * away * 2 + home * min(head_dim, 64) * 4
     used += home * head_dim * 2 if out_bytes == 2 else 0
-    return Blocks(away, stages) if used <= SHARED_BYTES + 2048 else None
+    # It reduces nothing, but has more barriers and small rings than others.
+    return Blocks(away, stages) if used <= SHARED_BYTES + REDUCTION_BYTES // 2 else None
 
 
 def block_forward_blocks(

@@ -140,8 +140,21 @@ PLACES = [
 def test_visits_see_what_the_definition_says(w, r, T, S, starts, causal, transposed, known):
     heads = 3
     offsets = tuple(n % r for n in range(heads))
-    given = starts if known else (None, None)
-    call = flash.Call(((w, r, 0, offsets),), causal, 1.0, *given, 0.0, None, None, False, "", False)
+    q_start, k_start = starts if known else (None, None)
+    call = flash.Call(
+        branches=((w, r, 0, offsets),),
+        causal=causal,
+        scale=1.0,
+        q_start=q_start,
+        k_start=k_start,
+        rate=0.0,
+        keep=None,
+        out_dtype=None,
+        ids=False,
+        device_kind="",
+        interpret=False,
+        deterministic=True,
+    )
     plan = flash._launch(call, heads, T, S, config.Blocks(64, 1, 1), transposed)
     plan = dataclasses.replace(plan, block_home=16, block_away=16)
     table = np.asarray(schedule.geometry(plan, jnp.asarray(starts)))
