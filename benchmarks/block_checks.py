@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import block_peers as peers
-from pallas_kernels import block_schedule, blocks
+from pallas_kernels import block_schedule, blocks, config
+from pallas_kernels.support import padded_head
 
 dropout = peers.library("dropout")
+FUSED = " fused"  # of one pass, whose order of additions varies
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,10 +41,10 @@ class Check:
 def checks(smoke: bool) -> list[Check]:
     """The cases; with smoke only tiny ones."""
     if smoke:
-        small = peers.global_local(5, 1, 0, block_size=64)
+        small = peers.global_local(4, 1, 0, block_size=64)
         return [
             Check("window", peers.window(256, 100), 256, 256, 16, 1, 1),
-            Check("split", small, 310, 320, 16, 1, 1, ids=True, traced=True, split=1),
+            Check("split", small, 230, 250, 16, 1, 1, ids=True, traced=True, split=1),
         ]
     random, window, far = peers.random_blocks, peers.window, peers.global_local(64, 1, 1)
     halves, coarse = window(1100, 300, 64), random(4, 0.5, True, block_size=256)
@@ -123,23 +125,22 @@ def prepare_check(c: Check) -> tuple[Any, tuple, Callable]:
         options |= {"dropout_rate": c.rate, "dropout_seed": seed, "keep": dropout}
     if c.carry:
         options["carry"] = tuple(jnp.asarray(a[x], jnp.float32) for x in ("old_out", "old_lse"))
+    fused = config.block_fused_blocks(padded_head(c.H), c.pattern.block_size, c.ids) is not None
     lists = (c.pattern.columns, c.pattern.counts, c.pattern.band_index)
 
     def run(q: Any, k: Any, v: Any, lists: Any, starts: Any) -> dict[str, Any]:
         names = ("columns", "counts", "band_index")
         pattern = dataclasses.replace(c.pattern, **dict(zip(names, lists, strict=True)))
         pattern = pattern if c.traced else c.pattern
-        (out, lse), pull = jax.vjp(
-            lambda *x: blocks.attend(
-                *x, blocks=pattern, q_start=starts[0], k_start=starts[1], **options
-            ),
-            q,
-            k,
-            v,
-        )
-        d_lse = jnp.where(lse > -jnp.inf, jnp.asarray(a["dlse"], jnp.float32), 0.0)
-        dq, dk, dv = pull((jnp.asarray(a["do"], out.dtype), d_lse))
-        return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        where, found = {"q_start": starts[0], "k_start": starts[1], "blocks": pattern}, {}
+        for suffix, deterministic in (("", True), (FUSED, False))[: 1 + fused]:
+            said = where | options | {"deterministic": deterministic}
+            (out, lse), pull = jax.vjp(lambda *x, o=said: blocks.attend(*x, **o), q, k, v)
+            d_lse = jnp.where(lse > -jnp.inf, jnp.asarray(a["dlse"], jnp.float32), 0.0)
+            grads = pull((jnp.asarray(a["do"], out.dtype), d_lse))
+            names = (f"{x}{suffix}" for x in ("dq", "dk", "dv"))
+            found |= {"out": out, "lse": lse} | dict(zip(names, grads, strict=True))
+        return found
 
     before = block_schedule.SHORTEST_TRACED_SPLIT
     block_schedule.SHORTEST_TRACED_SPLIT = c.split or before
@@ -159,9 +160,11 @@ def run_check(compiled: Any, arguments: tuple, exact: Callable, repeats: int) ->
         # NaN in the memory that comes next: what a kernel forgets to write would show.
         jnp.full((1 << 24,), jnp.nan, jnp.float32).block_until_ready()
         for name, x in compiled(*arguments).items():
-            if not np.array_equal(first[name], np.asarray(x), equal_nan=True):
+            same = np.array_equal(first[name], np.asarray(x), equal_nan=True)
+            if not same and not name.endswith(FUSED):
                 raise AssertionError(f"{name} differs from run to run")
-    return {name: largest(first[name], x) for name, x in exact().items()}
+    wanted = exact()
+    return {name: largest(x, wanted[name.removesuffix(FUSED)]) for name, x in first.items()}
 
 
 def largest(actual: Any, exact: np.ndarray) -> float:

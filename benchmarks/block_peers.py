@@ -16,6 +16,7 @@ import numpy as np
 from pallas_kernels import blocks
 
 OURS = "dilax"
+TWO = "dilax, two passes"  # deterministic gradients
 XLA = "dilax, XLA"
 DENSE = "cuDNN dense"
 WINDOW = "cuDNN window"
@@ -108,12 +109,12 @@ def global_local(rows: int, globals_: int, near: int, **options: Any) -> Pattern
     return from_mask(mask[None, None], **options)
 
 
-def ours(pattern: Pattern, order: str = "longest_first") -> Callable:
+def ours(pattern: Pattern, order: str = "longest_first", deterministic: bool = False) -> Callable:
     """This library's kernels, lists known when compiling."""
+    said = {"blocks": pattern, "is_causal": pattern.is_causal, "order": order}
 
     def attend(q: Any, k: Any, v: Any) -> Any:
-        causal = pattern.is_causal
-        return blocks.attend(q, k, v, blocks=pattern, is_causal=causal, order=order)[0]
+        return blocks.attend(q, k, v, **said, deterministic=deterministic)[0]
 
     return attend
 

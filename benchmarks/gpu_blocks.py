@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import block_cases, block_checks, block_errors, block_report, block_router
-from benchmarks.block_peers import FLEX, OURS, XLA
+from benchmarks.block_peers import FLEX, OURS, TWO, XLA
 from benchmarks.block_timing import Compiled, Flex, Row, brief, in_turns, measure
 from pallas_kernels import block_schedule
 
@@ -178,7 +178,7 @@ def checks_part(run: Run) -> None:
 
 def lower_everything(run: Run) -> None:
     """Lowers this library's functions of the parts for CUDA; peers need a GPU for that."""
-    own = (OURS, XLA, *block_schedule.ORDERS)
+    own = (OURS, TWO, XLA, *block_schedule.ORDERS)
     traced: list[tuple[str, Callable[[], tuple]]] = []
     for part in run.options.parts:
         for c in block_cases.PARTS.get(part, list)():

@@ -29,6 +29,7 @@ def unsupported(
     keep: Any = None,
     carry: Any = None,
     out_dtype: Any = None,
+    deterministic: bool | None = None,
     device_kind: str,
 ) -> tuple[str, ...]:
     """Why `blocks.attend` cannot take this call; empty if it can.

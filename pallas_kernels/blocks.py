@@ -15,6 +15,7 @@ from pallas_kernels import (
     block_backward,
     block_backward_keys,
     block_forward,
+    block_fused,
     block_lists,
     block_schedule,
     config,
@@ -23,7 +24,7 @@ from pallas_kernels.block_forward import LOG2E
 from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.block_support import unsupported
 from pallas_kernels.compat import interpreting
-from pallas_kernels.flash import _device_kind
+from pallas_kernels.flash import _device_kind, deterministic_ops
 from pallas_kernels.support import padded_head, result_dtype
 
 __all__ = ["attend", "attend_backward", "unsupported"]
@@ -55,6 +56,7 @@ class Call:
     order: str
     device_kind: str
     interpret: bool
+    deterministic: bool
 
 
 def attend(
@@ -75,11 +77,12 @@ def attend(
     carry: tuple[jax.Array, jax.Array] | None = None,
     out_dtype: Any = None,
     order: str = "longest_first",
+    deterministic: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the listed key blocks, in one softmax, by Pallas Mosaic GPU kernels.
 
-    Differentiable in query, key, value and carry, also through lse; always deterministic. Rows that
-    see nothing have out 0, lse -inf and zero gradients. Works under jit, grad, vmap, remat, scan,
+    Differentiable in query, key, value and carry, also through lse. Rows that see nothing have out
+    0, lse -inf and zero gradients. Works under jit, grad, vmap, remat, scan,
     and inside shard_map with check_vma=False.
 
     Args:
@@ -98,6 +101,7 @@ def attend(
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
         order: in which tiles are visited, "longest_first", "row" or "hilbert" (along Hilbert's
             curve through query tile and middle key block); the result is the same bit for bit.
+        deterministic: as in `pallas_kernels.flash.attend`.
 
     Returns:
         out `[B, T, N, H]` in out_dtype, lse `[B, T, N]` float32 (natural logarithm).
@@ -147,6 +151,7 @@ def attend(
         order=order,
         device_kind=kind,
         interpret=interpreting(),
+        deterministic=deterministic_ops() if deterministic is None else bool(deterministic),
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
     starts = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
@@ -172,6 +177,7 @@ def attend_backward(
     kv_segment_ids: jax.Array | None = None,
     q_start: int | jax.Array = 0,
     k_start: int | jax.Array = 0,
+    deterministic: bool | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value through these keys alone, given the totals over all keys.
 
@@ -191,6 +197,7 @@ def attend_backward(
         order="longest_first",
         device_kind=_device_kind(),
         interpret=interpreting(),
+        deterministic=deterministic_ops() if deterministic is None else bool(deterministic),
     )
     seed = jnp.zeros((2,), jnp.uint32)
     starts = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
@@ -285,12 +292,19 @@ def _work(call: Call, plan: Any, lists: Any, query: Any, key: Any) -> Any:
     work = block_schedule.work(
         plan,
         lists,
-        ctas=2 if call.interpret else config.multiprocessors(call.device_kind),
+        ctas=_ctas(call),
         head_bytes=2 * other.shape[1] * other.shape[3] * other.dtype.itemsize,
         group=1 if plan.transposed else query.shape[2] // key.shape[2],
         order=call.order,
     )
     return dataclasses.replace(plan, parts=work.owners.shape[0]), work
+
+
+def _ctas(call: Call) -> int:
+    if call.interpret:
+        # The interpreter cannot add to memory that two blocks share.
+        return 2 if call.deterministic else 1
+    return config.multiprocessors(call.device_kind)
 
 
 def _options(call: Call, query: Any, key: Any, tiles: config.Blocks) -> block_forward.Options:
@@ -363,40 +377,34 @@ def _run_backward(
     lse = _pad(lse, 2, _whole(T), jnp.inf)
     delta = _pad(delta.swapaxes(1, 2), 2, _whole(T))
     shared = {"starts": starts, "seed": seed, "keep": call.keep}
+    head_dim, size = arrays[0].shape[-1], blocks.block_size
+    narrow = (lse[:, :, :padded_T], delta[:, :, :padded_T])
+    fused = None if call.deterministic else config.block_fused_blocks(head_dim, size, call.ids)
 
-    tiles = config.block_queries_blocks(arrays[0].shape[-1], blocks.block_size, call.ids)
-    plan = _plan(call, blocks, query, key, tiles.away, False)
-    found = block_lists.for_queries(blocks, plan.tiles)
-    plan, work = _work(call, plan, found, arrays[0], arrays[1])
+    def prepared(tiles: Any, transposed: bool) -> tuple[Any, ...]:
+        plan = _plan(call, blocks, query, key, tiles.away, transposed)
+        if transposed:
+            found = block_lists.for_keys(blocks, plan.tiles, query.shape[2], key.shape[2])
+        else:
+            found = block_lists.for_queries(blocks, plan.tiles)
+        plan, work = _work(call, plan, found, arrays[0], arrays[1])
+        return plan, _options(call, query, key, tiles), work, found.entries, arrays
+
+    by_keys = {"ids": _pad_ids(ids, padded_T, _whole(S)), **shared}
+    if fused is not None:
+        with jax.named_scope("block_gradients"):
+            dq, dk, dv = block_fused.gradients(*prepared(fused, True), *narrow, **by_keys)
+        dq = (dq.swapaxes(1, 2) * call.scale).astype(query.dtype)
+        return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
+    tiles = config.block_queries_blocks(head_dim, size, call.ids)
     with jax.named_scope("block_queries_gradient"):
+        own_ids = _pad_ids(ids, _whole(T), padded_S)
         dq = block_backward.queries_gradient(
-            plan,
-            _options(call, query, key, tiles),
-            work,
-            found.entries,
-            arrays,
-            lse,
-            delta,
-            ids=_pad_ids(ids, _whole(T), padded_S),
-            **shared,
+            *prepared(tiles, False), lse, delta, ids=own_ids, **shared
         )
-
-    tiles = config.block_keys_blocks(arrays[0].shape[-1], blocks.block_size, call.ids)
-    plan = _plan(call, blocks, query, key, tiles.away, True)
-    found = block_lists.for_keys(blocks, plan.tiles, query.shape[2], key.shape[2])
-    plan, work = _work(call, plan, found, arrays[0], arrays[1])
+    tiles = config.block_keys_blocks(head_dim, size, call.ids)
     with jax.named_scope("block_keys_gradient"):
-        dk, dv = block_backward_keys.keys_gradient(
-            plan,
-            _options(call, query, key, tiles),
-            work,
-            found.entries,
-            arrays,
-            lse[:, :, :padded_T],
-            delta[:, :, :padded_T],
-            ids=_pad_ids(ids, padded_T, _whole(S)),
-            **shared,
-        )
+        dk, dv = block_backward_keys.keys_gradient(*prepared(tiles, True), *narrow, **by_keys)
     return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
 
 

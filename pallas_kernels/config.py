@@ -190,6 +190,18 @@ def block_queries_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | 
     return _first_fit(_key_tiles(head_dim, block_size), head_dim * 2 * 3, away_row)
 
 
+def block_fused_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | None:
+    """Away (query) tile of the fused backward over block lists, or None if two passes do it.
+
+    Both warpgroups add to one gradient of queries, so they must follow one list.
+
+    Example:
+        >>> block_fused_blocks(128, 256, ids=False).away, block_fused_blocks(128, 64, ids=False)
+        (64, None)
+    """
+    return fused_blocks(head_dim, 2, ids) if lanes(block_size) == 1 else None
+
+
 def _key_tiles(head_dim: int, block_size: int) -> tuple[tuple[int, int], ...]:
     small = ((64, 3), (64, 2), (64, 1))
     if block_size < 128:

@@ -82,6 +82,7 @@ def ints(*shape):
 
 CALLS = {
     "bands gqa": {"T": 333, "H": 128, "N": 4, "K": 2, "n": 4, "bands": (WHOLE, (255, 0))},
+    "two passes": {"T": 333, "H": 128, "deterministic": True},
     "block 64 ids": {"T": 200, "S": 300, "H": 64, "block_size": 64},
     "traced 256": {"T": 600, "H": 96, "block_size": 256, "traced": True, "is_causal": True},
     "starts": {"T": 256, "H": 192, "q_start": ints(), "k_start": ints(), "is_causal": True},
@@ -99,8 +100,10 @@ CALLS["block 64 ids"] |= {"q_segment_ids": ints(1, 200), "kv_segment_ids": ints(
 @pytest.mark.parametrize("name", CALLS)
 def test_lowers_for_cuda(name):
     text = lower(**CALLS[name])
-    for kernel in ("block_forward", "block_queries_gradient", "block_keys_gradient"):
-        assert kernel in text
+    one_pass = name in ("bands gqa", "dropout")
+    assert "block_forward" in text
+    assert ("block_gradients" in text) == one_pass
+    assert ("block_queries_gradient" in text) == ("block_keys_gradient" in text) == (not one_pass)
 
 
 def test_refusals_name_what_is_wrong():
