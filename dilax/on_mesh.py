@@ -7,8 +7,8 @@ import jax
 from jax.core import Tracer
 
 from dilax._types import refuse
-from dilax.checks import check_choice, check_dropout, check_qkv
-from dilax.sharded import LAYOUTS, check_ring_size, sharded_dilated_attention
+from dilax.checks import check_array, check_choice, check_dropout, check_qkv
+from dilax.sharded import LAYOUTS, check_ring_size, chunk_length, sharded_dilated_attention
 from dilax.sharded_blocks import sharded_block_sparse_attention
 
 _ROWS = ("q_segment_ids", "kv_segment_ids", "key_padding_mask")
@@ -94,8 +94,11 @@ class AttentionSharding:
             counts[name] = 1
             for axis in _names(getattr(self, name)):
                 if axis not in sizes:
+                    argument = {"sequence": "axis_name", "heads": "head_axis"}.get(
+                        name, "batch_axis"
+                    )
                     wanted = f"an axis of the mesh, which has {', '.join(sizes)}"
-                    raise refuse(name, wanted, axis)
+                    raise refuse(f"{argument} (AttentionSharding.{name})", wanted, axis)
                 counts[name] *= sizes[axis]
         check_ring_size(self.ring_size, counts["sequence"])
         for name, dimension in (("batch", 0), ("heads", 2)):
@@ -103,6 +106,8 @@ class AttentionSharding:
                 what = f"{counts[name]} devices along {getattr(self, name)!r}"
                 wanted = f"axes that divide {name} of the query; {what} do not"
                 raise refuse(name, wanted, query)
+        if counts["sequence"] > 1:
+            chunk_length(query.shape[1], counts["sequence"], self.layout)
         return self
 
 
@@ -174,6 +179,13 @@ def dilated_attention_on_mesh(
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
     if manual and set(_names(sharding.sequence)) <= manual:
         return _call(sharding, arrays, options)
+    (B, T), S = query.shape[:2], key.shape[1]
+    if T != S:
+        raise refuse("key", f"the {T} rows of the query on a mesh", key)
+    for name in _ROWS:
+        if name in arrays:
+            kind = "bool" if name == "key_padding_mask" else "int32"
+            check_array(name, arrays[name], (B, T), (kind,))
     return _mapped(sharding.on(query), arrays, options)
 
 
