@@ -197,7 +197,7 @@ def _timed(config: BenchConfig, name: str, length: int, work: str, attend: Calla
     except UnsupportedError as error:
         reasons = "; ".join(", ".join(why) for why in error.reasons.values())
         return Row(name, length, work, None, None, reasons)
-    seconds = _median(lambda: compiled(*arrays), config.repeats)
+    seconds = median(lambda: compiled(*arrays), config.repeats)
     return Row(name, length, work, seconds, config.batch_size * length / seconds, None)
 
 
@@ -213,7 +213,13 @@ def _job(attend: Callable, work: str) -> Callable:
     return both
 
 
-def _median(job: Callable[[], Any], repeats: int) -> float:
+def median(job: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a call that gives arrays, after one that does not count.
+
+    Example:
+        >>> median(lambda: jnp.ones(2), 3) > 0
+        True
+    """
     jax.block_until_ready(job())
     times = []
     for _ in range(repeats):

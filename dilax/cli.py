@@ -18,6 +18,7 @@ SUMMARIES = {
     "explain": "say which implementation a call would run, and why not the others",
     "show": "draw which keys each query of each head sees",
     "bench": "time the implementations on this machine",
+    "tune": "search the kernels' tile sizes on this machine's GPU",
 }
 
 
@@ -368,6 +369,32 @@ def _run_bench(config: Any, path: Path | None) -> None:
         print(f"wrote {path}")
 
 
+def _tune() -> Any:
+    from dilax.tune import TuneConfig
+
+    @dataclasses.dataclass(frozen=True)
+    class Tune(TuneConfig):
+        """Search the tile sizes of the kernels on this machine's GPU, and check each."""
+
+        def run(self) -> None:
+            _run_tune(self)
+
+    return Tune
+
+
+def _run_tune(config: Any) -> None:
+    from dilax import tune
+
+    trials: list[Any] = []
+    for trial in tune.tune(config):
+        if not trials:
+            print(trial.HEADER, "-" * len(trial.HEADER), sep="\n")
+        trials.append(trial)
+        print(trial.line(), flush=True)
+    for kernel in config.kernels:
+        print(tune.verdict(kernel, trials))
+
+
 # Each imports what its command needs and no other does, and returns a dataclass with a `run`.
 COMMANDS: dict[str, Callable[[], Any]] = {
     "train": _train,
@@ -375,6 +402,7 @@ COMMANDS: dict[str, Callable[[], Any]] = {
     "explain": _explain,
     "show": _show,
     "bench": _bench,
+    "tune": _tune,
 }
 
 

@@ -1,6 +1,7 @@
 """Tile sizes and launch plans: pure functions of device, dtype, head size and lengths."""
 
 import dataclasses
+import itertools
 
 from pallas_kernels import schedule
 from pallas_kernels.compat import plgpu
@@ -132,6 +133,30 @@ def keys_blocks(head_dim: int, ids: bool, out_bytes: int = 2) -> Blocks | None:
         if consumers * ROWS * home_row + per_row * 64 * stages <= SHARED_BYTES:
             return Blocks(64, stages, consumers, stagings=stagings)
     return None
+
+
+def candidates(kernel: str, head_dim: int, ids: bool = False) -> tuple[Blocks, ...]:
+    """Tile sizes of a kernel (as in `flash.attend`'s tiles) that may fit shared memory.
+
+    Example:
+        >>> [(b.away, b.stages) for b in candidates("queries", 128)][-3:]
+        [(128, 2), (192, 1), (256, 1)]
+    """
+    options = itertools.product((64, 128, 192, 256), (1, 2, 3, 4))
+    if kernel == "forward":
+        kinds = [(c, overlap, 1) for c in (2, 3) for overlap in (False, True)]
+    else:
+        kinds = [(2, False, n) for n in ((1, 2) if kernel == "keys" else (1,))]
+    # Rows of 16-bit elements that a home row holds: what it reads, and what it is written from.
+    held = {"forward": 2, "queries": 3, "keys": 2, "fused": 2}[kernel]
+    found = []
+    for (away, stages), (consumers, overlap, stagings) in itertools.product(options, kinds):
+        rows = held + (stagings if kernel == "keys" else 0)
+        used = consumers * ROWS * rows * head_dim * 2
+        used += away * stages * (2 * 2 * head_dim + 4 * ids)
+        if used <= SHARED_BYTES and (kernel != "fused" or away <= 128):
+            found.append(Blocks(away, stages, consumers, overlap, stagings))
+    return tuple(found)
 
 
 def lanes(block_size: int) -> int:

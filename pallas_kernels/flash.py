@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ class Call:
     interpret: bool
     deterministic: bool
     wide: bool = False
+    tiles: tuple[tuple[str, config.Blocks], ...] = ()
 
 
 def attend(
@@ -57,6 +58,7 @@ def attend(
     carry: tuple[jax.Array, jax.Array] | None = None,
     out_dtype: Any = None,
     deterministic: bool | None = None,
+    tiles: Mapping[str, config.Blocks] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the union of the branches' keys, in one softmax, by Pallas Mosaic GPU kernels.
 
@@ -81,6 +83,8 @@ def attend(
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
         deterministic: True asks for gradients whose bits do not vary from run to run (slower);
             None means what `deterministic_ops` says. out and lse never vary.
+        tiles: tile sizes in place of those of `config`, by kernel: "forward", "fused" and, of the
+            deterministic backward pass, "queries" and "keys". Not checked: for tuning.
 
     Returns:
         out `[B, T, N, H]` in out_dtype, lse `[B, T, N]` float32 (natural logarithm).
@@ -129,6 +133,7 @@ def attend(
         device_kind=kind,
         interpret=interpreting(),
         deterministic=deterministic_ops() if deterministic is None else bool(deterministic),
+        tiles=tuple(sorted((tiles or {}).items())),
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
     where = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
@@ -318,7 +323,7 @@ def _run_forward(
 ) -> tuple[jax.Array, jax.Array]:
     head = padded_head(query.shape[-1])
     length = min(schedule.rows_of(call.branches, max(query.shape[1], key.shape[1])))
-    blocks = config.forward_blocks(
+    blocks = dict(call.tiles).get("forward") or config.forward_blocks(
         head, call.out_dtype.itemsize, length, causal=call.causal, ids=call.ids
     )
     sizes = _sizes(call, query, key, blocks.consumers)
@@ -403,7 +408,7 @@ def _run_backward(
         interpret=call.interpret,
     )
 
-    columns = slice(sizes.head_dim)
+    columns, tiles = slice(sizes.head_dim), dict(call.tiles)
 
     def groups(blocks: config.Blocks, transposed: bool) -> Any:
         whole = _launch(call, heads, sizes.T, sizes.S, blocks, transposed)
@@ -424,7 +429,9 @@ def _run_backward(
     padded = tuple(x[:, :, : sizes.padded_T] for x in (lse, delta))
     dq = dk = dv = None
     if not call.deterministic and config.fused_blocks(head_dim, 2, call.ids) is not None:
-        blocks, dtype = keys_dtype(lambda size: config.fused_blocks(head_dim, size, call.ids))
+        blocks, dtype = keys_dtype(
+            lambda size: tiles.get("fused") or config.fused_blocks(head_dim, size, call.ids)
+        )
         dq = jnp.zeros((query.shape[0], heads, sizes.padded_T, head_dim), jnp.float32)
         for plan, add, table in plans(blocks, True):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)
@@ -435,7 +442,7 @@ def _run_backward(
         dq = dq.swapaxes(1, 2) * call.scale
         dq = dq if call.wide else dq.astype(query.dtype)
     else:
-        blocks = config.queries_blocks(head_dim, call.ids)
+        blocks = tiles.get("queries") or config.queries_blocks(head_dim, call.ids)
         for plan, add, table in plans(blocks, False):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)
             with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
@@ -443,7 +450,9 @@ def _run_backward(
                 dq = backward.queries_gradient(
                     plan, part, table, arrays, lse, delta, dq, out_dtype=query.dtype, **shared
                 )
-        blocks, dtype = keys_dtype(lambda size: config.keys_blocks(head_dim, call.ids, size))
+        blocks, dtype = keys_dtype(
+            lambda size: tiles.get("keys") or config.keys_blocks(head_dim, call.ids, size)
+        )
         for plan, add, table in plans(blocks, True):
             part = dataclasses.replace(
                 options, stages=blocks.stages, stagings=blocks.stagings, add=add

@@ -181,7 +181,7 @@ def test_bench_times_float64_where_it_says_so(monkeypatch):
         timed.append(str(job().dtype))
         return 1.0
 
-    monkeypatch.setattr(bench, "_median", seconds)
+    monkeypatch.setattr(bench, "median", seconds)
     sizes = {"num_heads": 2, "head_dim": 8, "backward": False, "dtype": "float64"}
     list(bench.measure(bench.BenchConfig((16,), (8, 16), (1, 2), **sizes)))
     assert timed
