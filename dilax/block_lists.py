@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dilax._types import refuse
 
@@ -175,7 +176,7 @@ def check_lists(
     batch: tuple[int, ...] | None = None,
     heads: tuple[int, ...] | None = None,
 ) -> None:
-    """Refuse lists that do not fit `rows` x `columns` blocks; contents only of static lists.
+    """Refuse lists that do not fit `rows` x `columns` blocks; contents unless they are traced.
 
     batch and heads: the sizes that the first two axes may have, None for any.
 
@@ -206,8 +207,15 @@ def check_lists(
         if sizes is not None and shape[axis] not in sizes:
             wanted = f"axis {axis} of size {' or '.join(map(str, sorted(set(sizes))))}"
             raise refuse("blocks.columns", wanted, lists.columns)
-    if lists.is_static:
-        _check_contents(lists, columns)
+    if all(map(_is_known, jax.tree.leaves(lists))):
+        _check_contents(jax.tree.map(np.asarray, lists), columns)
+
+
+def _is_known(x: Any) -> bool:
+    """Can this process read the array now?"""
+    if isinstance(x, np.ndarray):
+        return True
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_fully_addressable
 
 
 def _check_bands(lists: BlockLists) -> None:

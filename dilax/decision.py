@@ -122,6 +122,9 @@ def explain(
         raise refuse("pattern", f"None with kind {kind!r}, whose router finds one", pattern)
     made = None if row.adaptive else pattern_of(kind, row, False, pattern)
     segments, rates = segments_of(row, segment_lengths, dilation_rates)
+    if row.adaptive and segments is not None:
+        wanted = f"None with kind {kind!r}: a router looks for blocks in the whole sequence"
+        raise refuse("segment_lengths", wanted, segment_lengths)
     variant = "block_sparse_attention" if segments is None else "dilated_attention"
     if segments is not None:
         options["branches"] = branches_of(as_spec(segments, rates), num_heads, combine, head_offset)

@@ -94,6 +94,10 @@ class SparsePatternConfig:
         if kind == "hierarchical":
             near = self.window_size
             if near is not None:
+                if check_index("window_size", near) == 0:
+                    raise refuse("window_size", "a positive int", near)
+                if ratio is not None:
+                    raise refuse("window_size", "None with a sparsity_ratio", near)
                 near = -(-check_index("window_size", near) // size)
             return Hierarchical(ratio, near, block_size=size)
         tokens, window = self.global_tokens, self.window_size

@@ -4,6 +4,7 @@ They combine with | and &, and with what `dilax.pattern` has besides, which is e
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,9 @@ class DilatedSparse(Pattern):
             if check_index("window_size", self.window_size) == 0:
                 raise refuse("window_size", "a positive int", self.window_size)
         _check_sizes(self, "window_size")
-        if isinstance(self.dilation_rates, str) or not len(self.dilation_rates):
+        if not isinstance(self.dilation_rates, Sequence) or isinstance(self.dilation_rates, str):
+            raise refuse("dilation_rates", "a sequence of positive ints", self.dilation_rates)
+        if not self.dilation_rates:
             raise refuse("dilation_rates", "a sequence of positive ints", self.dilation_rates)
         rates = tuple(check_index("dilation_rates", r) for r in self.dilation_rates)
         if min(rates) == 0:
@@ -218,6 +221,8 @@ class GlobalLocal(Pattern):
         object.__setattr__(self, "window_size", _pair("window_size", self.window_size))
         for name in ("random_blocks", "seed"):
             check_index(name, getattr(self, name))
+        if self.seed and not self.random_blocks:
+            raise refuse("seed", "0 without random_blocks", self.seed)
         if not _check_sizes(self, "global_tokens", "window_size", "window_blocks"):
             if tokens is None:
                 raise refuse("global_tokens", "a positive int with a window", None)
@@ -313,7 +318,7 @@ class Hierarchical(Pattern):
         diagonal, columns = grid.diagonal, np.arange(grid.columns)
         power = np.where(columns > 0, columns & -columns, UNREACHED)
         if self.levels is not None:
-            power = np.minimum(power, 2**self.levels)
+            power = np.minimum(power, min(2**self.levels, UNREACHED))
 
         def near(row: int, column: np.ndarray) -> np.ndarray:
             """The smallest near_blocks, less one, with which a block is kept."""

@@ -282,6 +282,11 @@ def test_the_selector_refuses_by_name(name, options):
         dilax.create_block_sparse_attention("adaptive", **options)
 
 
+def test_explain_refuses_branches_as_the_factories_do():
+    with pytest.raises(ValueError, match=r"^segment_lengths: wanted None with kind 'adaptive'"):
+        dilax.explain("adaptive", seq_len=4096, segment_lengths=[64], dilation_rates=[1])
+
+
 def test_presets_and_modules_refuse_what_they_say_themselves():
     sizes = {"embed_dim": 32, "num_heads": 4}
     with pytest.raises(ValueError, match=r"^sparsity_ratio: wanted"):

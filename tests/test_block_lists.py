@@ -102,6 +102,8 @@ def test_wrong_lists_are_refused():
     wrong("band numbers from 0 to 0", band_index=np.ones_like(column))
     with pytest.raises(ValueError, match="mask: wanted a boolean array"):
         from_mask(np.ones((3, 3)), 64)
-    traced = jax.tree.map(jnp.asarray, good)
-    check_lists(traced, 3, 2)  # contents are unknown at trace time
-    assert isinstance(traced, BlockLists)
+    known = jax.tree.map(jnp.asarray, good)
+    with pytest.raises(ValueError, match="columns from 0 to 1"):
+        check_lists(known, 3, 2)
+    jax.eval_shape(lambda traced: check_lists(traced, 3, 2), known)  # contents are not known
+    assert isinstance(known, BlockLists)

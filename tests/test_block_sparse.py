@@ -292,6 +292,8 @@ def test_wrong_arguments_are_refused():
     refused("pattern: wanted a SparsePatternConfig.*one of local, .*got 'learned'", "learned")
     refused("blocks.columns: wanted int32 .* with 5 rows", lists((2, 4, 6, 5)))
     refused("blocks.columns: wanted columns from 0 to 4, got 5", lists((2, 4, 5, 6), 1))
+    for one in (lists((2, 4, 5, 6), 1), dataclasses.replace(good, counts=good.counts + 9)):
+        refused("blocks.co(lumns|unts): wanted", jax.tree.map(jnp.asarray, one))
     refused("axis 0 of size 1 or 2", lists((3, 4, 5, 5)))
     refused("axis 1 of size 1 or 4", lists((1, 3, 5, 5)))
     refused("pattern: wanted 2 BlockLists, one per branch", good,

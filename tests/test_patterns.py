@@ -241,6 +241,10 @@ def test_presets_have_the_density_they_are_shown_with():
         ("global_tokens: wanted None with pattern_type", {"global_tokens": 64}),
         ("dilation_rates: wanted None with pattern_type", {"dilation_rates": (1, 2)}),
         ("random_blocks: wanted 0 with pattern_type", {"random_blocks": 1}),
+        ("window_size: wanted a positive int", {"pattern_type": "hierarchical", "window_size": 0}),
+        ("window_size: wanted None with a sp", {"pattern_type": "hierarchical", "window_size": 64,
+                                                "sparsity_ratio": 0.2}),
+        ("seed: wanted 0 without random_blocks", {"pattern_type": "global_local", "seed": 3}),
         ("dilation_rates: wanted positive ints", {"pattern_type": "dilated_sparse",
                                                   "dilation_rates": (0, 2)}),
     ],
@@ -251,6 +255,15 @@ def test_wrong_configs_are_refused(match, fields):
 
 
 def test_wrong_patterns_are_refused():
+    for T in (0, -3, 1.5):
+        with pytest.raises(ValueError, match=r"^T: wanted"):
+            LocalWindow(0.5).lists(T)
+    with pytest.raises(ValueError, match="dilation_rates: wanted a sequence"):
+        DilatedSparse(0.5, dilation_rates=3)
+    far = Hierarchical(near_blocks=1, levels=100, block_size=4)
+    assert (
+        far.lists(64).counts == Hierarchical(near_blocks=1, block_size=4).lists(64).counts
+    ).all()
     with pytest.raises(ValueError, match="a ratio, or window_size or window_blocks, got None"):
         LocalWindow()
     with pytest.raises(ValueError, match="window_blocks: wanted None with a window_size"):
