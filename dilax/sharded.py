@@ -333,4 +333,7 @@ def _pallas(all_local: bool) -> Local:
     def backward(*arrays, dropout_bits, dropout_rate, **options):
         return flash.attend_backward(*arrays, **options)
 
-    return Local(forward, backward, _merge, dropout.row_bits, dropout.column_bits)
+    # The kernels hold every multiprocessor until they are done: one block of theirs that waits for
+    # a message's makes the whole call wait (measured: benchmarks/NOTES.md).
+    bits = dropout.row_bits, dropout.column_bits
+    return Local(forward, backward, _merge, *bits, alone=True)

@@ -199,7 +199,7 @@ def _pallas() -> Local:
     def backward(*arrays, dropout_bits, dropout_rate, **options):
         return kernels.attend_backward(*arrays, **options)
 
-    return Local(forward, backward, XLA.merge, XLA.row_bits, XLA.column_bits)
+    return Local(forward, backward, *XLA[2:5], alone=True)
 
 
 def block_plan_of(

@@ -68,6 +68,7 @@ def _attend(setup: Setup, query, key, value, masks):
     keys = [ring.keys(key, value) for ring in rings]
     # All first messages leave before anything is computed.
     arrived = [first_arrival(ring, k) for ring, k in zip(rings, keys, strict=True)]
+    arrived, query = setup.local.after(arrived, query)
     moved = [(one, one.attend(query, keys[0])) for one in _travellers(setup, rings)]
     total = local_forward(setup, here, query, key, value)
     chunks = setup.plan.token_starts.shape[1]
@@ -156,7 +157,7 @@ def ring_forward(ring: Any, query, own, arrived, running: list) -> list:
         if after is not None:
             # Not before the hop before is done, so that at most two hops' keys are here at once.
             own, state = lax.optimization_barrier((own, state))
-            following = ring.send(after, own)
+            following, state = ring.local.after(ring.send(after, own), state)
         state = ring.attend(hop, queries, ids, arrived, state)
         arrived = following
     if ring.direct:
@@ -178,6 +179,7 @@ def _attend_bwd(setup: Setup, residuals, cotangents):
     rings, here = rings_of(setup, masks)
     keys = [ring.keys(key, value) for ring in rings]
     arrived = [first_arrival(ring, k) for ring, k in zip(rings, keys, strict=True)]
+    arrived, query = setup.local.after(arrived, query)
     local = _in_place_gradients(setup, here, query, key, value, (d_out, lse, delta))
     chunks = setup.plan.token_starts.shape[1]
     totals = [[x for (x,) in _split((g,), chunks)] for g in local]
@@ -228,11 +230,13 @@ def _backward(ring: Any, arrays, own, arrived, totals: list) -> list:
     mine: list[Any] = [None for _ in chunks]
     for hop, after in _with_next(hops[1:]):
         following = None if after is None else ring.send(after, own)
+        following, arrived = ring.local.after(following, arrived)
         dq, back = ring.gradients(hop, rows, arrived, dq)
         # They go home while the next hop is computed, the last ones while the rows that are here
         # are: so those come last. And at most two hops' keys are here at once.
         own, back = lax.optimization_barrier((own, back))
-        mine = _add_back(mine, ring.give_back(hop, back), hop.rows, own)
+        home, (own, following) = ring.local.after(ring.give_back(hop, back), (own, following))
+        mine = _add_back(mine, home, hop.rows, own)
         arrived = following
     dq, back = ring.gradients(hops[0], rows, own, dq)
     mine = [

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sharding.heads import Branch
 from sharding.mesh import vary_like
@@ -24,6 +25,7 @@ class Local(NamedTuple):
         given the total lse and delta = sum(d_out * out) - d_lse, in the same dtype.
     merge(a, b) -> (out, lse) over the keys of both.
     row_bits(seed, batch, head, position), column_bits(seed, position, branch): the dropout hash.
+    alone: messages and calls take turns, because a call leaves no part of the device to messages.
     """
 
     forward: Callable[..., Any]
@@ -31,6 +33,11 @@ class Local(NamedTuple):
     merge: Callable[..., Any]
     row_bits: Callable[..., Any]
     column_bits: Callable[..., Any]
+    alone: bool = False
+
+    def after(self, messages: Any, others: Any) -> tuple[Any, Any]:
+        """(messages, others), with others not before the messages are there if calls run alone."""
+        return lax.optimization_barrier((messages, others)) if self.alone else (messages, others)
 
 
 class Here(NamedTuple):

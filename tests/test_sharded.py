@@ -172,7 +172,8 @@ def test_table(case, x64, monkeypatch):
 @pytest.mark.parametrize("case", [TABLE[i] for i in (40, 106)], ids=lambda case: case.name)
 def test_part_of_the_table(case, x64, monkeypatch):
     assert len(TABLE) >= 150
-    monkeypatch.setattr(sharded, "XLA", DENSE)
+    # Messages and calls take turns, as they do with the kernels.
+    monkeypatch.setattr(sharded, "XLA", DENSE._replace(alone=True))
     check(case)
 
 
