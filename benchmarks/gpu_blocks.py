@@ -160,7 +160,7 @@ def checks_part(run: Run) -> None:
                 run.compiled.begin(c, lambda: (lowered,))
 
             run.guarded(c.name, prepare)
-    repeats = 1 if run.options.smoke else run.options.repeats
+    repeats = 0 if run.options.smoke else run.options.repeats
 
     def check(c: Any) -> None:
         (ready,) = run.compiled.get(c)
