@@ -105,7 +105,7 @@ def kept(
         away_shift=away,
         away_residue=0,
         limit=0,
-        offset=0,
+        origin=0,
         rate=1,
         length=0,
         home_step=1,

@@ -53,11 +53,13 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             return found, block_schedule.place(plan, found.code)
 
         def describe(t: Any, j: Any, me: Any) -> gradient_loop.Tile:
+            found, (b, kv_head, _) = item(t)
+            index, inside = block_schedule.entry_of(plan, j)
+            where, place = block_schedule.list_place(plan, b, kv_head), found.begin + index
+            packed = block_schedule.load_entry(plan, entries, where, place, 0)
+
             def visited() -> tuple[block_lists.Entry, Any]:
-                found, (b, kv_head, _) = item(t)
-                index, inside = block_schedule.entry_of(plan, j)
-                where, at = block_schedule.list_place(plan, b, kv_head), found.begin + index
-                entry = block_lists.decode(block_schedule.load_entry(plan, entries, where, at, 0))
+                entry = block_lists.decode(packed)
                 return entry, entry.block * (plan.away * plan.steps_per_entry) + inside
 
             def home_row() -> Any:
