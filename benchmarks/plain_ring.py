@@ -41,6 +41,7 @@ def attend_plainly(setup: Setup, query: jax.Array, key: jax.Array, value: jax.Ar
         return setup.messages.permute(x, setup.axis_name, pairs)
 
     whole = {s: (turned(key, s), turned(value, s)) for s in range(1, devices)}
+    whole, query = setup.local.after(whole, query)
     running = [local_forward(setup, here, query, key, value)]
     for ring in rings:
         fields = {f.name: getattr(ring, f.name) for f in dataclasses.fields(ring)}

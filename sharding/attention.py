@@ -69,7 +69,9 @@ def _attend(setup: Setup, query, key, value, masks):
     # All first messages leave before anything is computed.
     arrived = [first_arrival(ring, k) for ring, k in zip(rings, keys, strict=True)]
     arrived, query = setup.local.after(arrived, query)
-    moved = [(one, one.attend(query, keys[0])) for one in _travellers(setup, rings)]
+    travellers = _travellers(setup, rings)
+    moved = [one.attend(query, keys[0]) for one in travellers]
+    moved, query = setup.local.after(moved, query)
     total = local_forward(setup, here, query, key, value)
     chunks = setup.plan.token_starts.shape[1]
     running: list[Any] = [None] * chunks if total is None else _split(total, chunks)
@@ -78,7 +80,7 @@ def _attend(setup: Setup, query, key, value, masks):
             running = ring_forward(ring, query, own, first, running)
     cut = [query] if chunks == 1 else jnp.split(query, chunks, axis=1)
     parts = [empty(q) if x is None else x for x, q in zip(running, cut, strict=True)]
-    for one, back in moved:
+    for one, back in zip(travellers, moved, strict=True):
         parts = one.merge(parts, back)
     return tuple(jnp.concatenate(x, 1) if chunks > 1 else x[0] for x in zip(*parts, strict=True))
 

@@ -247,6 +247,7 @@ class Travellers:
 
         rows: (query, d_out, lse, delta) of this device.
         """
+        totals, rows = self.ring.local.after(totals, rows)
         ids = None if self.ring.here.q_ids is None else self.send(self.ring.here.q_ids)
 
         def one(sums: Any, item: Any) -> Any:
