@@ -81,8 +81,9 @@ def attend(
         carry: a partial result (out float32 `[B, T, N, H]`, lse float32 `[B, T, N]`) over other
             keys, which the softmax continues.
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
-        deterministic: True asks for gradients whose bits do not vary from run to run (slower);
-            None means what `deterministic_ops` says. out and lse never vary.
+        deterministic: True asks for gradients whose bits do not vary from run to run: two passes
+            in place of one. False: one pass wherever heads allow it. None: the faster one, but
+            True if XLA_FLAGS ask for deterministic operations. out and lse never vary.
         tiles: tile sizes in place of those of `config`, by kernel: "forward", "fused" and, of the
             deterministic backward pass, "queries" and "keys". Not checked: for tuning.
 
@@ -132,7 +133,7 @@ def attend(
         ids=q_segment_ids is not None,
         device_kind=kind,
         interpret=interpreting(),
-        deterministic=deterministic_ops() if deterministic is None else bool(deterministic),
+        deterministic=two_passes(deterministic, config.fused_is_faster(len(branches))),
         tiles=tuple(sorted((tiles or {}).items())),
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
@@ -178,7 +179,7 @@ def attend_backward(
         ids=q_segment_ids is not None,
         device_kind=_device_kind(),
         interpret=interpreting(),
-        deterministic=deterministic_ops() if deterministic is None else bool(deterministic),
+        deterministic=two_passes(deterministic, config.fused_is_faster(len(branches))),
         wide=True,
     )
     seed = jnp.zeros((2,), jnp.uint32)
@@ -190,16 +191,22 @@ def attend_backward(
     return tuple(x.astype(jnp.float32) for x in found)
 
 
-def deterministic_ops() -> bool:
-    """Whether XLA_FLAGS ask for deterministic operations, as they are asked of XLA.
+def two_passes(deterministic: bool | None, fused_is_faster: bool) -> bool:
+    """Whether gradients come from two passes, whose sums have a fixed order.
+
+    deterministic None: unless one pass is faster, and always if XLA_FLAGS ask for deterministic
+    operations.
 
     Example:
-        >>> deterministic_ops()
-        False
+        >>> two_passes(None, False), two_passes(None, True), two_passes(True, True)
+        (True, False, True)
     """
+    if deterministic is not None:
+        return bool(deterministic)
     flags = os.environ.get("XLA_FLAGS", "").split()
     names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
-    return any(flag in (name, f"{name}=true", f"{name}=1") for flag in flags for name in names)
+    asked = any(flag in (name, f"{name}=true", f"{name}=1") for flag in flags for name in names)
+    return asked or not fused_is_faster
 
 
 def _device_kind() -> str:

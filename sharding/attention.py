@@ -68,7 +68,10 @@ def _attend(setup: Setup, query, key, value, masks):
     keys = [ring.keys(key, value) for ring in rings]
     # All first messages leave before anything is computed.
     arrived = [first_arrival(ring, k) for ring, k in zip(rings, keys, strict=True)]
-    arrived, query = setup.local.after(arrived, query)
+    # Whole arrays leave at once, as the first call begins; rows that must be selected first would
+    # leave in the middle of it.
+    if not all(isinstance(ring, Ring) and ring.direct for ring in rings):
+        arrived, query = setup.local.after(arrived, query)
     travellers = _travellers(setup, rings)
     moved = [one.attend(query, keys[0]) for one in travellers]
     moved, query = setup.local.after(moved, query)
