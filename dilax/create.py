@@ -204,6 +204,7 @@ def create_multihead_dilated_attention(
     Source: the factories of the dilated-attention-pytorch libraries; LongNet (arXiv:2307.02486).
 
     Example:
+        >>> import jax
         >>> layer = create_multihead_dilated_attention("improved", 64, 4, [16, 32], [1, 2])
         >>> layer(jax.numpy.ones((1, 40, 64))).shape
         (1, 40, 64)
@@ -282,6 +283,7 @@ def create_block_sparse_attention(
     Source: the factories of the dilated-attention-pytorch libraries.
 
     Example:
+        >>> import jax
         >>> attention = create_block_sparse_attention(sparsity_ratio=0.25, block_size=64)
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 300, 4, 16))
         >>> attention(q, k, v, is_causal=True).shape
