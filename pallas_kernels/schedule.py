@@ -137,7 +137,7 @@ def work_lists(
     keep = np.ones(away_tiles.shape, bool)
     if skip_empty:
         keep &= (mask != 0)[:, :, None]
-        if knows_starts(launch):
+        if launch.gaps and knows_starts(launch):
             keep &= away_tiles > 0
     head, residue, tile, cost = (x[keep] for x in (head, residue, tile, away_tiles))
     kv_head = head // (1 if launch.transposed else group)
