@@ -17,19 +17,17 @@ from pallas_kernels.backward import Options, seen_pairs
 from pallas_kernels.backward_keys import by_residue
 from pallas_kernels.compat import (
     ROW,
-    add_rows,
     add_to_global,
     aligned_rows,
     launch,
     load,
     pl,
     plgpu,
-    recomputed,
     shared_tile,
-    store_tile,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
 from pallas_kernels.forward import LOG2E, view
+from pallas_kernels.instructions import add_rows, recomputed, store_tile
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:

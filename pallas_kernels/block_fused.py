@@ -17,16 +17,15 @@ from pallas_kernels.block_forward import LOG2E, Options, kept, masked_scores, sa
 from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.compat import (
     ROW,
-    add_rows,
     aligned_rows,
     launch,
     load,
     pl,
     plgpu,
-    recomputed,
     shared_tile,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.instructions import add_rows, recomputed
 
 
 def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> None:

@@ -18,16 +18,14 @@ from pallas_kernels.compat import (
     COLUMN,
     add_product,
     load,
-    meet,
     pl,
     plgpu,
     product,
-    recomputed,
     shared_tile,
-    store_tile,
     value_while,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.instructions import meet, recomputed, store_tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,14 @@ from pallas_kernels.compat import (
     Sum,
     filled,
     load,
-    named_barrier,
-    partial_sums,
-    pin,
     pl,
     plgpu,
     product,
     product_first,
-    total_sums,
     with_sum,
 )
 from pallas_kernels.config import ROWS
+from pallas_kernels.instructions import named_barrier, partial_sums, pin, total_sums
 from pallas_kernels.scores import softmax
 
 # First of the numbered hardware barriers of the turns; Mosaic's own allocation starts from 0.
