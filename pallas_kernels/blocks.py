@@ -60,6 +60,7 @@ class Call:
     device_kind: str
     interpret: bool
     deterministic: bool
+    wide: bool = False  # gradients are added up, so they stay in float32 where they are
 
 
 def attend(
@@ -201,6 +202,7 @@ def attend_backward(
         device_kind=_device_kind(),
         interpret=interpreting(),
         deterministic=two_passes(deterministic, FUSED_IS_FASTER),
+        wide=True,
     )
     seed = jnp.zeros((2,), jnp.uint32)
     starts = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
@@ -397,7 +399,8 @@ def _run_backward(
     if fused is not None:
         with jax.named_scope("block_gradients"):
             dq, dk, dv = block_fused.gradients(*prepared(fused, True), *narrow, **by_keys)
-        dq = (dq.swapaxes(1, 2) * call.scale).astype(query.dtype)
+        dq = dq.swapaxes(1, 2) * call.scale
+        dq = dq if call.wide else dq.astype(query.dtype)
         return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
     tiles = config.block_queries_blocks(head_dim, size, call.ids)
     with jax.named_scope("block_queries_gradient"):

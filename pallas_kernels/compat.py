@@ -211,9 +211,15 @@ def launch(
         ),
         name=name,
     )
-    refs = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in inplace]
-    created = kernel(*operands, *refs)
-    return [*(jax.freeze(r) for r in refs), *created]
+
+    def run(operands: Sequence[jax.Array], inplace: Sequence[jax.Array]) -> list[jax.Array]:
+        refs = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in inplace]
+        created = kernel(*operands, *refs)
+        return [*(jax.freeze(r) for r in refs), *created]
+
+    if jax.__version_info__ < (0, 12):  # it cannot map scratch memory: one call after the other
+        run = jax.custom_batching.sequential_vmap(run)
+    return run(list(operands), list(inplace))
 
 
 def varying_axes(x: Any) -> frozenset[str]:
