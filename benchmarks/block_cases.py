@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import block_peers as peers
-from benchmarks.block_peers import DENSE, FLASH, FLEX, OURS, TWO, WINDOW, XLA
+from benchmarks.block_peers import DENSE, FLASH, FLEX, ONE, OURS, WINDOW, XLA
 from pallas_kernels import block_schedule
 
 HEADS = 16
@@ -60,7 +60,7 @@ def windows() -> list[Case]:
     """A long causal window."""
     pairs = float(LONG * WIDTH - WIDTH * (WIDTH - 1) / 2)
     name, pattern = f"causal window {WIDTH} T={LONG}", peers.window(LONG, WIDTH)
-    who = (OURS, TWO, WINDOW, FLASH, FLEX)
+    who = (OURS, WINDOW, FLASH, FLEX)
     return [Case(name, pattern, LONG, H, pairs, width=WIDTH, who=who) for H in (128, 64)]
 
 
@@ -76,7 +76,7 @@ def fractions() -> list[Case]:
     for H in (128, 64):
         for fraction in FRACTIONS:
             pattern = peers.random_blocks(SHORT // 128, fraction)
-            who = (OURS, TWO, FLEX, DENSE) if fraction == FRACTIONS[0] else (OURS, FLEX)
+            who = (OURS, FLEX, DENSE) if fraction == FRACTIONS[0] else (OURS, FLEX)
             found.append(of_blocks(f"random {fraction:.0%}", pattern, SHORT, H, who=who))
     return found
 
@@ -110,6 +110,12 @@ def more() -> list[Case]:
     ]
 
 
+def one_pass() -> list[Case]:
+    """The fused backward beside two passes."""
+    found = windows() + [c for c in fractions() if c.name == "random 10%"]
+    return [dataclasses.replace(c, name=f"{c.name}, backward", who=(OURS, ONE)) for c in found]
+
+
 PARTS: dict[str, Callable[[], list[Case]]] = {
     "windows": windows,
     "long": long,
@@ -117,6 +123,7 @@ PARTS: dict[str, Callable[[], list[Case]]] = {
     "few_heads": few_heads,
     "orders": orders,
     "more": more,
+    "one_pass": one_pass,
 }
 
 
@@ -130,15 +137,13 @@ def functions(c: Case) -> dict[str, Callable]:
     """The JAX functions of a case, each of query, key and value."""
     every: dict[str, Callable] = {
         OURS: peers.ours(c.pattern),
-        TWO: peers.ours(c.pattern, deterministic=True),
+        ONE: peers.ours(c.pattern, deterministic=False),
         XLA: peers.xla(c.pattern),
         DENSE: peers.cudnn(),
         WINDOW: peers.cudnn(c.width),
         FLASH: peers.flash3(c.width or 0),
     }
-    every |= {
-        order: peers.ours(c.pattern, order, deterministic=True) for order in block_schedule.ORDERS
-    }
+    every |= {order: peers.ours(c.pattern, order) for order in block_schedule.ORDERS}
     return {who: every[who] for who in c.who if who in every}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from pallas_kernels import blocks
 
 OURS = "dilax"
-TWO = "dilax, two passes"  # deterministic gradients
+ONE = "dilax, one pass"  # gradients whose bits vary
 XLA = "dilax, XLA"
 DENSE = "cuDNN dense"
 WINDOW = "cuDNN window"
@@ -109,7 +109,9 @@ def global_local(rows: int, globals_: int, near: int, **options: Any) -> Pattern
     return from_mask(mask[None, None], **options)
 
 
-def ours(pattern: Pattern, order: str = "longest_first", deterministic: bool = False) -> Callable:
+def ours(
+    pattern: Pattern, order: str = "longest_first", deterministic: bool | None = None
+) -> Callable:
     """This library's kernels, lists known when compiling."""
     said = {"blocks": pattern, "is_causal": pattern.is_causal, "order": order}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import block_peers as peers
 from benchmarks.block_cases import Case, functions, inputs, traces
-from benchmarks.block_peers import DENSE, FLEX, OURS, TWO
+from benchmarks.block_peers import DENSE, FLEX, OURS
 from pallas_kernels import block_schedule
 
 
@@ -184,8 +184,7 @@ def _compare(rows: dict[str, Row], results: dict[str, list[np.ndarray]]) -> None
         pairs = zip(results[who], results[orders[0]], strict=True)
         same = all(np.array_equal(a, b) for a, b in pairs)
         rows[who].note = "same bits" if same else "BITS DIFFER"
-    others = [who for who in results if who not in (OURS, TWO, DENSE, *orders)]
-    for who in (OURS, TWO):
-        if who in results and others:
-            pairs = zip(results[who], results[others[0]], strict=True)
-            rows[who].error = max(relative(a, b) for a, b in pairs)
+    others = [who for who in results if who not in (OURS, DENSE, *orders)]
+    if OURS in results and others:
+        pairs = zip(results[OURS], results[others[0]], strict=True)
+        rows[OURS].error = max(relative(a, b) for a, b in pairs)

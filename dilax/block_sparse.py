@@ -67,9 +67,7 @@ def block_sparse_attention(
         q_positions, kv_positions: as there. The pattern goes by the order in which the tokens lie
             and every block of it is admissible; causality goes by the positions and masks.
         visiting_order: "longest_first", "row" or "hilbert", in which order the blocks of queries
-            are worked on; the result is the same to the bit, and so are gradients, unless kernels
-            add those of the queries in an order that varies, as they do by default (they do not
-            with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+            are worked on; the result is the same to the bit.
 
     Returns:
         out [B, T, N, H] in the query's dtype. A query that sees no key gives 0, and lse -inf.
