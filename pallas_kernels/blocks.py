@@ -24,8 +24,7 @@ from pallas_kernels.block_forward import LOG2E
 from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.block_support import unsupported
 from pallas_kernels.compat import interpreting
-from pallas_kernels.flash import _device_kind, two_passes
-from pallas_kernels.support import padded_head, result_dtype
+from pallas_kernels.support import current_device_kind, padded_head, result_dtype, two_passes
 
 # One backward pass over block lists has not been timed on a GPU.
 FUSED_IS_FASTER = False
@@ -118,7 +117,7 @@ def attend(
     Example:
         >>> attend(q, k, v, blocks=lists, is_causal=True)
     """
-    kind = _device_kind()
+    kind = current_device_kind()
     options = {
         "blocks": blocks,
         "is_causal": is_causal,
@@ -199,7 +198,7 @@ def attend_backward(
         out_dtype=jnp.dtype(jnp.float32),
         ids=q_segment_ids is not None,
         order="longest_first",
-        device_kind=_device_kind(),
+        device_kind=current_device_kind(),
         interpret=interpreting(),
         deterministic=two_passes(deterministic, FUSED_IS_FASTER),
         wide=True,

@@ -1,8 +1,10 @@
 """What the kernels cannot take, decided from shapes, dtypes and options alone."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -117,3 +119,29 @@ def result_dtype(query: Any, carry: Any, out_dtype: Any) -> Any:
 def padded_head(head_dim: int) -> int:
     """wgmma takes the head dimension in steps of 16."""
     return -(-head_dim // 16) * 16
+
+
+def two_passes(deterministic: bool | None, fused_is_faster: bool) -> bool:
+    """Whether gradients come from two passes, whose sums have a fixed order.
+
+    deterministic None: unless one pass is faster, and always if XLA_FLAGS ask for deterministic
+    operations.
+
+    Example:
+        >>> two_passes(None, False), two_passes(None, True), two_passes(True, True)
+        (True, False, True)
+    """
+    if deterministic is not None:
+        return bool(deterministic)
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+    asked = any(flag in (name, f"{name}=true", f"{name}=1") for flag in flags for name in names)
+    return asked or not fused_is_faster
+
+
+def current_device_kind() -> str:
+    """The kind of the device that kernels are made for."""
+    if jax.default_backend() == "gpu":
+        return jax.local_devices()[0].device_kind
+    # Lowered for a GPU elsewhere, or interpreted.
+    return "NVIDIA H100 80GB HBM3"

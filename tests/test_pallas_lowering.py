@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dilax import dropout
-from pallas_kernels import config, flash, schedule
+from pallas_kernels import config, flash, launches, schedule
 
 pytestmark = pytest.mark.kernel
 
@@ -155,7 +155,7 @@ def test_visits_see_what_the_definition_says(w, r, T, S, starts, causal, transpo
         interpret=False,
         deterministic=True,
     )
-    plan = flash._launch(call, heads, T, S, config.Blocks(64, 1, 1), transposed)
+    plan = launches.launch_of(call, heads, T, S, config.Blocks(64, 1, 1), transposed)
     plan = dataclasses.replace(plan, block_home=16, block_away=16)
     table = np.asarray(schedule.geometry(plan, jnp.asarray(starts)))
     mask, seen = schedule.participation(plan), np.zeros((heads, T, S), np.int64)
