@@ -283,10 +283,10 @@ class Explain:
     """H."""
     dtype: str = "bfloat16"
     """Of queries, keys and values."""
-    segment_lengths: tuple[int, ...] = (2048, 4096, 8192)
-    """Segment length W of each branch, in tokens."""
-    dilation_rates: tuple[int, ...] = (1, 2, 4)
-    """Dilation rate R of each branch."""
+    segment_lengths: tuple[int, ...] | None = None
+    """Segment length W of each branch, in tokens; None for those of the kind."""
+    dilation_rates: tuple[int, ...] | None = None
+    """Dilation rate R of each branch; None for those of the kind."""
     combine: str = "lse"
     """lse: every head takes part in every branch; heads: each branch has heads of its own."""
     head_offset: str = "interleaved"
@@ -315,6 +315,9 @@ class Explain:
         from dilax.decision import explain
 
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("segment_lengths", "dilation_rates"):
+            if fields[name] is None:
+                del fields[name]
         print(explain(**fields))
 
 

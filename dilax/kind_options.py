@@ -108,7 +108,8 @@ def order_of(kind: str, row: Kind, grid: Any, order: Any) -> TokenOrder | None:
 def segments_of(row: Kind, segment_lengths: Any, dilation_rates: Any) -> tuple[Any, Any]:
     """Segments and rates; a block-sparse kind has none that are not given."""
     sparse = row.pattern is not None or row.preset is not None or row.adaptive
-    if sparse and segment_lengths in (None, SEGMENT_LENGTHS) and dilation_rates is None:
+    default = segment_lengths is None or segment_lengths is SEGMENT_LENGTHS
+    if sparse and default and dilation_rates is None:
         return None, None
     spec = _spec(segment_lengths, dilation_rates)
     return spec.segment_lengths, spec.dilation_rates

@@ -159,13 +159,13 @@ KINDS = (
         order="hilbert",
         implementation="pallas",
     ),
-    # "dilated" and "standard" are presets too, and kinds above: as a `pattern` they are presets.
+    # "dilated" and "hierarchical" are kinds above: as a `pattern` they are presets.
     *(_preset(name) for name in ("local", "global_local", "ultra_sparse")),
     *(
         dataclasses.replace(_preset(name), visiting_order="hilbert")
         for name in ("hilbert_standard", "hilbert_ultra")
     ),
-    *(_preset(name) for name in ("fine_grained", "long_range")),
+    *(_preset(name) for name in ("fine_grained", "long_range", "hierarchical_ultra_sparse")),
     Kind(
         ("adaptive_standard",),
         "'adaptive' that keeps a tenth of the blocks of 128",

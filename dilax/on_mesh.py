@@ -62,9 +62,17 @@ class AttentionSharding:
             if not all(isinstance(x, str) for x in _names(getattr(self, name))):
                 wanted = "None, the name of a mesh axis, or a tuple of names"
                 raise refuse(name, wanted, getattr(self, name))
+        axes = [x for name in ("sequence", "batch", "heads") for x in _names(getattr(self, name))]
+        if len(set(axes)) < len(axes):
+            raise refuse("axis_name, batch_axis, head_axis", "different axes", axes)
         check_choice("layout", self.layout, LAYOUTS)
         if isinstance(self.method, list):
             object.__setattr__(self, "method", tuple(self.method))
+        methods = self.method if isinstance(self.method, tuple) else (self.method,)
+        if not all(x is None or isinstance(x, str) for x in methods):
+            raise refuse("method", "None, a name, or one for each branch", self.method)
+        if not isinstance(self.mesh, None | jax.sharding.Mesh | jax.sharding.AbstractMesh):
+            raise refuse("mesh", "None or a jax.sharding.Mesh", self.mesh)
 
     def on(self, query: Any) -> "AttentionSharding":
         """The same with the mesh and the axes that a call with this query has.
@@ -100,6 +108,9 @@ class AttentionSharding:
                     wanted = f"an axis of the mesh, which has {', '.join(sizes)}"
                     raise refuse(f"{argument} (AttentionSharding.{name})", wanted, axis)
                 counts[name] *= sizes[axis]
+        order = [axis for axis in sizes if axis in _names(self.sequence)]
+        if order != list(_names(self.sequence)):
+            raise refuse("axis_name", f"axes in the order of the mesh, {order}", self.sequence)
         check_ring_size(self.ring_size, counts["sequence"])
         for name, dimension in (("batch", 0), ("heads", 2)):
             if query.shape[dimension] % counts[name]:
@@ -109,6 +120,12 @@ class AttentionSharding:
         if counts["sequence"] > 1:
             chunk_length(query.shape[1], counts["sequence"], self.layout)
         return self
+
+
+def _only(axes: set[str], spec: Any) -> Any:
+    """A partition spec without the axes that are not among `axes`."""
+    kept = (tuple(x for x in _names(entry) if x in axes) for entry in spec)
+    return jax.P(*(names or None for names in kept))
 
 
 def _names(axis: Any) -> tuple:
@@ -234,9 +251,10 @@ def _mapped(sharding: AttentionSharding, arrays: dict, options: dict) -> Any:
         out = (out, jax.P(batch, sequence, heads))
     used = {*_names(sequence), *_names(batch), *_names(heads)}
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    if any(kinds[axis] == jax.sharding.AxisType.Explicit for axis in used):
+    explicit = {axis for axis in used if kinds[axis] == jax.sharding.AxisType.Explicit}
+    if explicit:
         arrays = {
-            name: jax.reshard(x, jax.NamedSharding(sharding.mesh, specs[name]))
+            name: jax.reshard(x, jax.NamedSharding(sharding.mesh, _only(explicit, specs[name])))
             for name, x in arrays.items()
         }
     # Kernels cannot say what their results vary over, so nothing checks it.

@@ -126,10 +126,15 @@ def route(
     rows, columns = scores.shape[2:]
     limit = admissible(T, S, size, routing.is_causal)
     allowed = (np.arange(columns) < limit[:, None])[None, None]
-    allowed = allowed & _share_ids(q_ids, k_ids, routing)[:, None]
-    rank = lax.stop_gradient(scores)
+    shared = _share_ids(q_ids, k_ids, routing)[:, None]
     first = (np.arange(columns) == 0)[None, None, None]
-    rank = jnp.where(allowed, jnp.where(first, jnp.finfo(stats).max, rank), -jnp.inf)
+    rank = jnp.where(first, jnp.finfo(stats).max, lax.stop_gradient(scores))
+    if routing.is_causal:
+        # Later tokens of the row may have other ids: such blocks come last, but are not left out.
+        rank = jnp.where(shared, rank, jnp.finfo(stats).min)
+    else:
+        allowed = allowed & shared
+    rank = jnp.where(allowed, rank, -jnp.inf)
     if T == S:
         own = np.eye(rows, columns, dtype=bool)[None, None]
         rank = jnp.where(own, jnp.inf, rank)
@@ -146,8 +151,8 @@ def route(
 def _share_ids(q_ids: jax.Array, k_ids: jax.Array, routing: Routing) -> jax.Array:
     """bool [B, rows, columns]: may a query of the row and a key of the column have one id?
 
-    Judged by the range of a block's ids. Causally the row is judged by its first token, for the
-    choice may not know later ones; a document that begins within a block lies in the own block.
+    Judged by the range of a block's ids. Causally the row is judged by its first token alone, for
+    the choice may not know later ones.
     """
     low, high = (
         (jnp.where(ids != 0, ids, fill).min(2), jnp.where(ids != 0, ids, 0).max(2))

@@ -43,6 +43,8 @@ def chunk_length(length: int, devices: int, layout: str) -> int:
         >>> chunk_length(32, 4, "zigzag")
         4
     """
+    if devices < 1:
+        raise ValueError(f"devices: wanted a positive number, got {devices}")
     parts = devices * chunks_of(layout)
     if length % parts:
         raise ValueError(

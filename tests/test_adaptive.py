@@ -344,3 +344,15 @@ def test_shapes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=rf"^{name}: wanted"):
             router(*arrays, is_causal=True)
+
+
+@pytest.mark.parametrize("ids", [[1] * 32 + [0] + [1] * 31, [1] * 20 + [2] * 16 + [1] * 28])
+def test_everything_kept_is_dense_whatever_the_ids(ids, rng):
+    """Causally the first token of a block does not say which documents the others belong to."""
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 64, 2, 8)), jnp.float32) for _ in range(3))
+    said = {"is_causal": True, "q_segment_ids": jnp.asarray([ids], jnp.int32)}
+    layer = dilax.AdaptiveAttention(2, 8, block_size=16, sparsity_ratio=1.0)
+    whole = dilax.patterns.LocalWindow(1.0, block_size=16)
+    found = layer(q, k, v, deterministic=True, **said)
+    wanted = dilax.block_sparse_attention(q, k, v, whole, **said)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

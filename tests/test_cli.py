@@ -142,6 +142,14 @@ def test_show_writes_a_picture(tmp_path, capsys):
     assert path.read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize("kind", ["block_sparse", "local", "adaptive", "hierarchical_ultra_sparse"])
+def test_explain_block_sparse_kinds(kind, capsys):
+    """They have no branches unless some are given."""
+    status, out, _ = run(capsys, "explain", "--kind", kind, "--device-kind", "NVIDIA H100")
+    assert status == 0
+    assert "every (1, 2, 4)" not in out
+
+
 def test_explain_gives_reasons(capsys):
     status, out, _ = run(capsys, "explain", "--device-kind", "cpu")
     assert status == 0

@@ -70,6 +70,29 @@ def test_two_axes_for_the_tokens(x64):
     assert error(found, one(*heads(), is_causal=True)) < 1e-12
 
 
+def test_a_mesh_with_both_kinds_of_axes(x64):
+    kinds = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit)
+    mesh = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=kinds)
+    attention = dilax.create_dilated_attention("ring", *SPEC, mesh=mesh, batch_axis="data")
+    one = dilax.create_dilated_attention("dilated", *SPEC)
+    assert error(attention(*heads()), one(*heads())) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"mesh": "foo"}, "mesh"),
+        ({"method": 3}, "method"),
+        ({"batch_axis": "sequence"}, "batch_axis"),
+        ({"axis_name": ("sequence", "data")}, "axis_name"),
+    ],
+)
+def test_wrong_meshes_are_refused_by_name(wrong, name, x64):
+    mesh = mesh_of((2, 2), names=("data", "sequence"))
+    with pytest.raises(ValueError, match=f"{name}.*wanted"):
+        dilax.create_dilated_attention("ring", *SPEC, **{"mesh": mesh} | wrong)(*heads())
+
+
 ON_MESH = [row for row in KINDS if row.mesh and not row.pattern]
 
 
