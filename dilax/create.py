@@ -269,8 +269,9 @@ def create_block_sparse_attention(
     Args:
         kind: "block_sparse" (also "block_sparse_ring"), "hierarchical", "hilbert_post_pattern", a
             preset ("local", "global_local", "ultra_sparse", "hilbert_standard", "hilbert_ultra",
-            "fine_grained", "long_range"), "block_sparse_multihead", a module, or "adaptive" and its
-            preset "adaptive_standard", an `AdaptiveAttention` with a router that learns.
+            "fine_grained", "long_range", "hierarchical_ultra_sparse"), "block_sparse_multihead", a
+            module, or "adaptive" and its preset "adaptive_standard", an `AdaptiveAttention` with a
+            router that learns.
         segment_lengths, dilation_rates: None, or dilated branches inside which the pattern acts.
         sparse_config: the pattern: a `SparsePatternConfig`, a pattern or the name of a preset.
         embed_dim, num_heads: sizes; a module and a router need them.

@@ -40,7 +40,7 @@ SPARSE = (  # tests/test_create_sparse.py
     "BlockSparseRingMultiheadDilatedAttention BlockSparseOptimized BlockSparseTorchSparse "
     "hierarchical BlockSparseHierarchical hilbert_post_pattern "
     "BlockSparseRingDilatedAttentionHilbertPostPattern local global_local ultra_sparse "
-    "hilbert_standard hilbert_ultra fine_grained long_range"
+    "hilbert_standard hilbert_ultra fine_grained long_range hierarchical_ultra_sparse"
 ).split()
 ON_MESH = (  # tests/test_on_mesh.py runs them
     "ring RingDilatedAttention RingDilatedAttentionHybrid RingDilatedAttentionTrue ring_production "
@@ -73,7 +73,7 @@ ADAPTIVE = "adaptive BlockSparseAdaptive adaptive_standard".split()  # tests/tes
 def test_the_table_has_every_name_once():
     names = [name for kind in KINDS for name in kind.names]
     assert sorted(names) == sorted({*FUNCTIONS, *MODULES, *ORDERED, *ADAPTIVE, *SPARSE, *ON_MESH})
-    assert len(ADAPTIVE + SPARSE + ON_MESH) == 31 + 8
+    assert len(ADAPTIVE + SPARSE + ON_MESH) == 32 + 8
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

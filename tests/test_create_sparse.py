@@ -21,7 +21,7 @@ NAMED = {
     **{
         name: PRESETS[name]
         for name in ("local", "global_local", "ultra_sparse", "hilbert_standard", "hilbert_ultra",
-                     "fine_grained", "long_range")
+                     "fine_grained", "long_range", "hierarchical_ultra_sparse")
     },
 }  # fmt: skip
 

@@ -112,9 +112,9 @@ def test_block_sparse_on_a_mesh():
 
 
 def test_a_pattern_on_a_mesh_has_no_segments():
-    options = {"mesh": mesh_of((2,), names=("sequence",)), "batch_axis": "sequence"}
+    mesh = mesh_of((2,), names=("sequence",))
     create = dilax.create_dilated_attention
-    attention = create("block_sparse_distributed", [8, 32], [1, 2], **options)
+    attention = create("block_sparse_distributed", [8, 32], [1, 2], mesh=mesh)
     x = jnp.ones((2, 128, 4, 8))
     with pytest.raises(ValueError, match="segment_lengths: wanted None with a pattern on a mesh"):
         attention(x, x, x)
