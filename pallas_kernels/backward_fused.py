@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels import gradient_loop, schedule
 from pallas_kernels.backward import Options, seen_pairs
-from pallas_kernels.backward_keys import by_residue
+from pallas_kernels.backward_keys import operands_of
 from pallas_kernels.compat import (
     ROW,
     add_to_global,
@@ -26,7 +26,7 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
-from pallas_kernels.forward import LOG2E, view
+from pallas_kernels.forward import LOG2E
 from pallas_kernels.instructions import add_rows, recomputed, store_tile
 
 
@@ -243,19 +243,11 @@ def fused_gradients(
     arrays, lse, delta as in `keys_gradient`. grads: (dq, dk, dv); dq float32 `[B, N, T', H]`
     without the scale, added to; dk and dv added to when opt.add.
     """
-    query, key, value, do = arrays
+    query, key, _, _ = arrays
     dq, dk, dv = grads
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
-    part = schedule.participation(plan).astype(np.int32)
-    operands = [jnp.asarray(table), jnp.asarray(part)]
-    operands += [jnp.asarray(schedule.kernel_table(plan, starts)), seed]
-    operands += [view(key, plan.stride), view(value, plan.stride)]
-    operands += [view(x, r) for x in (query, do) for r in views]
-    operands += [by_residue(x, r) for x in (lse, delta) for r in views]
-    if opt.ids:
-        operands += [view(k_ids, plan.stride)]
-        operands += [view(q_ids, r).swapaxes(1, 2) for r in views]
+    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, q_ids, k_ids)
     narrow = jnp.dtype(out_dtype).itemsize == 2
     scratch = [shared_tile((CONSUMERS, ROWS, head_dim), out_dtype) if narrow else None]
     scratch += gradient_loop.scratch(

@@ -206,6 +206,31 @@ def by_residue(x: jax.Array, rate: int) -> jax.Array:
     return x.reshape(*x.shape[:2], x.shape[2] // rate, rate).swapaxes(2, 3)
 
 
+def operands_of(
+    plan: schedule.Launch,
+    table: np.ndarray,
+    arrays: tuple[jax.Array, ...],
+    vectors: tuple[jax.Array, jax.Array],
+    starts: jax.Array,
+    seed: jax.Array,
+    q_ids: jax.Array | None,
+    k_ids: jax.Array | None,
+) -> list[jax.Array]:
+    """What a kernel with keys at home reads, in order. vectors: lse and delta; ids may be None."""
+    query, key, value, do = arrays
+    views = sorted(set(plan.rates))
+    part = schedule.participation(plan).astype(np.int32)
+    operands = [jnp.asarray(table), jnp.asarray(part)]
+    operands += [jnp.asarray(schedule.kernel_table(plan, starts)), seed]
+    operands += [view(key, plan.stride), view(value, plan.stride)]
+    operands += [view(x, r) for x in (query, do) for r in views]
+    operands += [by_residue(x, r) for x in vectors for r in views]
+    if q_ids is not None:
+        operands += [view(k_ids, plan.stride)]
+        operands += [view(q_ids, r).swapaxes(1, 2) for r in views]
+    return operands
+
+
 def keys_gradient(
     plan: schedule.Launch,
     opt: Options,
@@ -227,19 +252,10 @@ def keys_gradient(
     arrays, lse, delta as in `queries_gradient`, lse and delta `[B, N, T']`. grads: (dk, dv),
     added to when opt.add.
     """
-    query, key, value, do = arrays
+    query, key, _, _ = arrays
     dk, dv = grads
-    views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
-    part = schedule.participation(plan).astype(np.int32)
-    operands = [jnp.asarray(table), jnp.asarray(part)]
-    operands += [jnp.asarray(schedule.kernel_table(plan, starts)), seed]
-    operands += [view(key, plan.stride), view(value, plan.stride)]
-    operands += [view(x, r) for x in (query, do) for r in views]
-    operands += [by_residue(x, r) for x in (lse, delta) for r in views]
-    if opt.ids:
-        operands += [view(k_ids, plan.stride)]
-        operands += [view(q_ids, r).swapaxes(1, 2) for r in views]
+    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, q_ids, k_ids)
     bq, stages, consumers = plan.block_away, opt.stages, plan.block_home // ROWS
     vectors = plgpu.SMEM((stages, bq), jnp.float32)
     scratch = [

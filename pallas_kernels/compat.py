@@ -289,6 +289,7 @@ def tiling_of(columns: int, dtype: Any) -> tuple[tuple[int, int], int]:
 
 
 def shared_kind(columns: int, dtype: Any) -> Any:
+    """How Mosaic code takes a reference to a `shared_tile`."""
     tiling, swizzle = tiling_of(columns, dtype)
     return plgpu.RefType((plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)))
 
