@@ -2,14 +2,16 @@
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dilax import cli
+from dilax import cli, commands
 from dilax._types import refuse
+from dilax.commands import show
 
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG"
@@ -48,7 +50,8 @@ def test_overview_lists_every_command(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert all(f"  {name}" in out for name in cli.COMMANDS)
-    assert list(cli.COMMANDS) == list(cli.SUMMARIES)
+    modules = {info.name for info in pkgutil.iter_modules(commands.__path__)}
+    assert modules == {*cli.COMMANDS, "output"}
     assert run(capsys)[0] == 2
 
 
@@ -114,20 +117,20 @@ def test_unparsable_arguments_are_exit_status_2(arguments, capsys):
     ("error", "status"), [(refuse("x", "y", 1), 2), (KeyboardInterrupt(), 130)]
 )
 def test_expected_errors_have_a_status(error, status, monkeypatch, capsys):
-    monkeypatch.setattr(cli.Show, "run", lambda self: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(show.Show, "run", lambda self: (_ for _ in ()).throw(error))
     assert run(capsys, "show")[0] == status
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), ModuleNotFoundError(name="dilax.x")])
 def test_a_defect_keeps_its_traceback(error, monkeypatch):
-    monkeypatch.setattr(cli.Show, "run", lambda self: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(show.Show, "run", lambda self: (_ for _ in ()).throw(error))
     with pytest.raises(type(error)):
         cli.main(["show"])
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
     error = ModuleNotFoundError(name="matplotlib")
-    monkeypatch.setattr(cli.Show, "run", lambda self: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(show.Show, "run", lambda self: (_ for _ in ()).throw(error))
     status, _, message = run(capsys, "show")
     assert status == 2
     assert "dilax-attention[train]" in message
@@ -198,7 +201,7 @@ def test_bench_times_float64_where_it_says_so(monkeypatch):
 
 def test_training_that_diverges_is_one_line(monkeypatch, capsys):
     error = FloatingPointError("training diverged: the loss of step 2 is nan")
-    monkeypatch.setattr(cli.Show, "run", lambda self: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(show.Show, "run", lambda self: (_ for _ in ()).throw(error))
     assert run(capsys, "show") == (1, "", f"error: {error}\n")
 
 

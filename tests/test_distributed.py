@@ -16,6 +16,7 @@ import pytest
 
 from dilax import cli, data, on_mesh
 from dilax._types import LostProcessError
+from dilax.commands import show
 from dilax.distributed import Placement, lost_processes_named, parse_mesh, start_processes
 from dilax.longnet import LongNetConfig
 from dilax.train_config import TrainConfig
@@ -269,7 +270,7 @@ def test_the_command_line_says_that_a_process_is_lost(monkeypatch, capsys):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
     monkeypatch.setattr(
-        cli.Show, "run", lambda self: (_ for _ in ()).throw(LostProcessError("lost another"))
+        show.Show, "run", lambda self: (_ for _ in ()).throw(LostProcessError("lost another"))
     )
     cli.main(["show"])
     assert left == [1]

@@ -1,0 +1,78 @@
+"""`dilax show`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dilax import plotting
+from dilax._types import refuse
+from dilax.commands.output import check_output
+from dilax.pattern_config import PATTERN_TYPES, SparsePatternConfig, as_pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Draw which keys each query of each head sees, as a PNG picture."""
+
+    segment_lengths: tuple[int, ...] = (8, 16, 32)
+    """Segment length W of each branch, in tokens."""
+    dilation_rates: tuple[int, ...] = (1, 2, 4)
+    """Dilation rate R of each branch."""
+    length: int = 32
+    """Number of tokens, up to 65536."""
+    num_heads: int = 4
+    """Number of heads; of more than 16 the first 16 that differ are drawn."""
+    combine: str = "lse"
+    """lse: every head takes part in every branch; heads: each branch has heads of its own."""
+    head_offset: str = "interleaved"
+    """Which residue a head keeps: interleaved (the paper) or blocked (torchscale)."""
+    causal: bool = False
+    """A query sees no key after it."""
+    pattern: str | None = None
+    """Draw a block pattern instead: a preset (local, dilated, ...) or a pattern type."""
+    sparsity_ratio: float | None = None
+    """Of a pattern type: the share of admissible blocks kept."""
+    block_size: int | None = None
+    """Of a pattern type: tokens of a block, a multiple of 64."""
+    window_size: int | None = None
+    """Of a pattern type: tokens of the window, in place of a ratio."""
+    global_tokens: int | None = None
+    """Of global_local: tokens that everybody sees, in place of a ratio."""
+    out: Path = Path("pattern.png")
+    """The picture to write, a name that ends in .png."""
+
+    def run(self) -> None:
+        """Write the picture and say so."""
+        check_output("out", self.out, ".png")
+        fields = ("sparsity_ratio", "block_size", "window_size", "global_tokens")
+        given = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        if self.pattern is not None:
+            self._draw_blocks(given)
+            return
+        for name, x in given.items():
+            raise refuse(name, "no value without a pattern", x)
+        figure = plotting.draw_pattern(
+            self.segment_lengths,
+            self.dilation_rates,
+            length=self.length,
+            num_heads=self.num_heads,
+            combine=self.combine,  # pyright: ignore[reportArgumentType]  checked there
+            head_offset=self.head_offset,  # pyright: ignore[reportArgumentType]
+            is_causal=self.causal,
+        )
+        figure.savefig(self.out)
+        print(f"wrote {self.out}")
+
+    def _draw_blocks(self, given: dict[str, Any]) -> None:
+        for name in ("segment_lengths", "dilation_rates", "combine", "head_offset"):
+            x = getattr(self, name)
+            if x != getattr(Show, name):
+                raise refuse(name, "its default with a pattern", x)
+        if given and self.pattern not in PATTERN_TYPES:
+            raise refuse("pattern", f"one of {', '.join(PATTERN_TYPES)} with options", self.pattern)
+        made = SparsePatternConfig(self.pattern or "", **given) if given else self.pattern
+        made = as_pattern("pattern", made)
+        sizes = {"num_heads": self.num_heads, "is_causal": self.causal}
+        plotting.draw_blocks(made, length=self.length, **sizes).savefig(self.out)
+        print(made.describe(self.length, is_causal=self.causal))
+        print(f"wrote {self.out}")
