@@ -174,6 +174,10 @@ class DilatedAttention:
             raise refuse("order", "None or a TokenOrder", self.order)
         if self.sharding is not None and not isinstance(self.sharding, AttentionSharding):
             raise refuse("sharding", "None or an AttentionSharding", self.sharding)
+        if self.order is not None and self.sharding is not None:
+            layout = self.sharding.layout
+            if layout != "contiguous":
+                raise refuse("layout", "'contiguous' with an order, which says it", layout)
 
     def _check_pattern(self) -> None:
         check_choice("visiting_order", self.visiting_order, VISITING_ORDERS)

@@ -8,10 +8,17 @@ from jax.core import Tracer
 
 from dilax._types import refuse
 from dilax.checks import check_array, check_choice, check_dropout, check_qkv
-from dilax.sharded import LAYOUTS, check_ring_size, chunk_length, sharded_dilated_attention
+from dilax.sharded import (
+    LAYOUTS,
+    check_ring_size,
+    chunk_length,
+    refuse_without_sequence,
+    sharded_dilated_attention,
+)
 from dilax.sharded_blocks import sharded_block_sparse_attention
+from dilax.union import positions_of
 
-_ROWS = ("q_segment_ids", "kv_segment_ids", "key_padding_mask")
+_ROWS = ("q_segment_ids", "kv_segment_ids", "key_padding_mask", "q_positions", "kv_positions")
 _HEADS = ("bias_k", "bias_v")
 # What block lists on a mesh do not have, and its default.
 _ABSENT_WITH_A_PATTERN = {
@@ -38,7 +45,8 @@ class AttentionSharding:
             order; None: every device has all tokens.
         batch, heads: mesh axes of examples and of heads. None follows the sharding of the query
             where that is known (outside jit, or on Explicit axes), and else leaves it to XLA.
-        layout, method, ring_size: as in `dilax.sharded_dilated_attention`.
+        layout, method, ring_size: as in `dilax.sharded_dilated_attention`; "contiguous" and None
+            without a mesh axis of the tokens.
         mesh: None for the mesh of the query, or else that of `jax.set_mesh`.
 
     Raises:
@@ -66,6 +74,8 @@ class AttentionSharding:
         if len(set(axes)) < len(axes):
             raise refuse("axis_name, batch_axis, head_axis", "different axes", axes)
         check_choice("layout", self.layout, LAYOUTS)
+        if self.sequence is None:
+            refuse_without_sequence(self.layout, self.method)
         if isinstance(self.method, list):
             object.__setattr__(self, "method", tuple(self.method))
         methods = self.method if isinstance(self.method, tuple) else (self.method,)
@@ -180,10 +190,12 @@ def dilated_attention_on_mesh(
         options.get("dropout_key"),
         options.get("deterministic", True),
     )
-    for name, x in (("q_positions", q_positions), ("kv_positions", kv_positions)):
-        if x is not None and (is_causal or drops):
-            wanted = "None on a mesh with causality or dropout, which go by the place there"
-            raise refuse(name, wanted, x)
+    places = positions_of(query, key, q_positions, kv_positions)
+    if places is not None and pattern is not None and (is_causal or drops):
+        wanted = "None with a pattern on a mesh and causality or dropout, which go by the place"
+        raise refuse("q_positions", wanted, q_positions)
+    if places is not None and pattern is None:
+        options |= {"q_positions": places[0], "kv_positions": places[1]}
     options |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
     options |= {"layout": sharding.layout, "method": sharding.method}
     if pattern is not None:

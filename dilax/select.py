@@ -15,6 +15,8 @@ from dilax import dropout, xla_attention
 from dilax._types import UnsupportedError, refuse, shown
 
 IMPLEMENTATIONS = ("pallas", "xla")  # the first that has no reason against it runs
+# Why no kernel takes positions.
+GIVEN_POSITIONS = "its causality and dropout go by indices, not by the positions of a token order"
 
 
 def check_implementation(implementation: Any) -> None:
@@ -75,7 +77,7 @@ def unsupported(
     if name == "xla":
         return ()
     if options.pop("q_positions", None) is not None:
-        return ("its causality and dropout go by indices, not by the positions of a token order",)
+        return (GIVEN_POSITIONS,)
     options.pop("kv_positions", None)
     if device_kind is None:
         device = device_of(query)

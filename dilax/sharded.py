@@ -20,9 +20,15 @@ from dilax.checks import (
     segment_ids_of,
 )
 from dilax.partial import Partial, merge
-from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
+from dilax.select import (
+    GIVEN_POSITIONS,
+    IMPLEMENTATIONS,
+    check_implementation,
+    sibling,
+    unsupported,
+)
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of, within
-from dilax.union import bias_key, check_extra_keys, constant_key, zero_keys
+from dilax.union import bias_key, check_extra_keys, constant_key, positions_of, zero_keys
 
 sibling("sharding")  # says which file it is that comes before ours, if there is one
 from sharding import attention as sharded  # noqa: E402
@@ -78,6 +84,8 @@ def sharded_dilated_attention(
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     key_padding_mask: jax.Array | None = None,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
     bias_k: jax.Array | None = None,
     bias_v: jax.Array | None = None,
     zero_attn: bool = False,
@@ -106,7 +114,9 @@ def sharded_dilated_attention(
         ring_size: if given, must be P.
         head_axis, batch_axis: mesh axes that heads and examples are sharded over, if any: residues
             follow the head's, dropout also the example's place in the whole.
-        q_segment_ids, kv_segment_ids: int32 [B, T]; key_padding_mask: bool [B, T]: this device's.
+        q_segment_ids, kv_segment_ids: int32 [B, T]; key_padding_mask: bool [B, T]; q_positions,
+            kv_positions: int32 [T] or [B, T]: this device's. Causality and dropout go by positions
+            where these are given; then every key of a segment may be seen, and moves.
         dropout_key: the same on all devices.
         implementation: of the attention on one device: "xla", "pallas" (inside shard_map with
             check_vma=False) or None.
@@ -160,10 +170,15 @@ def sharded_dilated_attention(
     branches = tuple(
         within(branch, total) for branch in branches_of(spec, N * head_parts, combine, head_offset)
     )
+    places = positions_of(query, key, q_positions, kv_positions)
+    if axis_name is None:
+        refuse_without_sequence(layout, method)
     ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
     rate, seed = 0.0, None
     if drops and dropout_key is not None:
         rate, seed = float(dropout_rate), dropout.seed_bits(dropout_key)
+    if not (is_causal or drops):
+        places = None  # they change nothing
     factor = H**-0.5 if scale is None else float(scale)
     plan = plan_of(
         branches,
@@ -171,14 +186,16 @@ def sharded_dilated_attention(
         query.dtype,
         devices=devices,
         layout=layout,
-        is_causal=is_causal,
+        is_causal=is_causal and places is None,
         head_parts=head_parts,
         method=method,
         packed=ids[0] is not None,
+        ordered=places is not None,
     )
     local = choose_local(implementation, query, key, value, plan, factor, ids, rate)
     setup = sharded.Setup(plan, local, axis_name, head_axis, batch_axis, is_causal, factor, rate)
-    parts = [Partial(*sharded.attend(setup, query, key, value, *ids, seed))]
+    masks = *ids, seed, *(places or ())
+    parts = [Partial(*sharded.attend(setup, query, key, value, *masks))]
     place = _Place(axis_name, head_axis, batch_axis, plan.layout, head_parts)
     if pad_mode == "zeros" and not is_causal:
         parts.append(zero_keys(query, branches, place.rows(T), total, place.heads(N)))
@@ -186,7 +203,8 @@ def sharded_dilated_attention(
         lse = jnp.zeros(query.shape[:-1], stats_dtype(query.dtype))
         parts.append(constant_key(query, lse))
     if bias_k is not None:
-        where = place.batch(B), place.heads(N), place.rows(T)[None]
+        rows = place.rows(T)[None] if places is None else places[0]
+        where = place.batch(B), place.heads(N), rows
         parts.append(bias_key(query, bias_k, bias_v, factor, where, rate, seed, len(branches)))
     out, lse = merge(*parts)
     if average_branches:
@@ -235,6 +253,14 @@ def axis_size_of(name: str, axis: Any) -> int:
     return axis_size(axis)
 
 
+def refuse_without_sequence(layout: Any, method: Any) -> None:
+    """Refuse what says how tokens lie and move, where every device has all of them."""
+    for name, x, default in (("layout", layout, "contiguous"), ("method", method, None)):
+        if x != default:
+            wanted = f"{default!r} without a mesh axis of the tokens (axis_name, or sequence)"
+            raise refuse(name, wanted, x)
+
+
 def check_ring_size(ring_size: Any, devices: int) -> None:
     """Refuse a ring_size that is not the number of devices along the sequence axis."""
     if ring_size is not None and check_index("ring_size", ring_size) != devices:
@@ -253,9 +279,12 @@ def plan_of(
     head_parts: int = 1,
     method: Any = None,
     packed: bool = False,
+    ordered: bool = False,
     **link: Any,
 ) -> Plan:
     """The plan for (B, T of all devices, N, K, H); N and K are those of one device.
+
+    packed, ordered: whether the tokens have segment ids, and positions of their own.
 
     Example:
         >>> from dilax.spec import Branch
@@ -272,7 +301,7 @@ def plan_of(
         tuple((int(w), int(r), int(first), tuple(offsets)) for w, r, first, offsets in branches),
         length=T,
         devices=devices,
-        sizes=Sizes(B, N, K, H, jnp.dtype(dtype).itemsize, stats, packed),
+        sizes=Sizes(B, N, K, H, jnp.dtype(dtype).itemsize, stats, packed, ordered),
         layout=layout,
         is_causal=is_causal,
         head_parts=head_parts,
@@ -302,6 +331,8 @@ def local_reasons(
     N, reasons = query.shape[2], []
     if rate:
         reasons.append(DROPOUT_ON_A_MESH)
+    if plan.sizes.positions:
+        reasons.append(GIVEN_POSITIONS)
     options: dict[str, Any] = dict(
         is_causal=plan.causal,
         scale=scale,

@@ -89,7 +89,7 @@ def union_attention(
         raise refuse("pad_mode", "'mask' when T differs from S or a start is not 0", pad_mode)
     drops = check_dropout(dropout_rate, dropout_key, deterministic)
     check_implementation(implementation)
-    positions = _positions(query, key, q_positions, kv_positions)
+    positions = positions_of(query, key, q_positions, kv_positions)
     where: dict[str, Any] = {} if spec is None else {"branches": branches}
     if blocks is not None:
         where["blocks"] = blocks(None if spec is None else branches, q_start, k_start)
@@ -155,7 +155,7 @@ def _placed_by_xla(attend: Any, query: jax.Array) -> Any:
     return run
 
 
-def _positions(query: Any, key: Any, q_positions: Any, kv_positions: Any):
+def positions_of(query: Any, key: Any, q_positions: Any, kv_positions: Any):
     """Both positions as int32 [B, T] and [B, S], or None."""
     if q_positions is None:
         if kv_positions is not None:

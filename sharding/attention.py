@@ -49,14 +49,19 @@ def attend(
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     dropout_seed: jax.Array | None = None,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, n, N, H] and lse [B, n, N] of this device's rows, in float32 (float64 for float64).
 
     Inside a shard_map over setup.axis_name. query [B, n, N, H], key and value [B, n, K, H], segment
-    ids int32 [B, n]: this device's part in the plan's layout. dropout_seed is uint32[2]. Gradients
-    flow to query, key and value, also from lse. Arguments are taken as checked.
+    ids int32 [B, n]: this device's part in the plan's layout. dropout_seed is uint32[2]. positions
+    int32 [B, n]: what causality and dropout go by in place of the places in the sequence; the plan
+    is then not causal. Gradients flow to query, key and value, also from lse. Arguments are taken
+    as checked.
     """
-    everything = (query, key, value, q_segment_ids, kv_segment_ids, dropout_seed)
+    masks = (q_segment_ids, kv_segment_ids, dropout_seed, q_positions, kv_positions)
+    everything = (query, key, value, *masks)
     arrays = (vary_like(x, everything) for x in everything)
     q, k, v, *masks = arrays
     return _attend(setup, q, k, v, tuple(masks))
@@ -89,7 +94,7 @@ def _attend(setup: Setup, query, key, value, masks):
 
 
 def rings_of(setup: Setup, masks) -> tuple[list[Any], Here]:
-    """What moves, and where this device is; masks: segment ids of both sides, dropout's seed."""
+    """What moves, and where this device is; masks: those of `Here`."""
 
     def index(axis: AxisName | None) -> Any:
         return 0 if axis is None else lax.axis_index(axis)
@@ -102,7 +107,9 @@ def rings_of(setup: Setup, masks) -> tuple[list[Any], Here]:
         first = setup.local, setup.plan, setup.make_lists, setup.axis_name, setup.is_causal
         return [BlockRing(*first, *args[1:])], here
     moving = [branch for branch in setup.plan.branches if not branch.in_place]
-    return [Ring(setup.local, setup.plan, branch, *args) for branch in moving], here
+    return [
+        Ring(setup.local, setup.plan, branch, setup.is_causal, *args) for branch in moving
+    ], here
 
 
 def _travellers(setup: Setup, rings: list[Any]) -> list[Travellers]:
@@ -151,7 +158,7 @@ def ring_forward(ring: Any, query, own, arrived, running: list) -> list:
     """The running (out, lse) per chunk with one branch added."""
     chunks = range(len(running))
     queries = [ring.queries(query, i) for i in chunks]
-    ids = [ring.query_ids(i) for i in chunks]
+    ids = [ring.query_marks(i) for i in chunks]
     state: list[Any] = [None] * len(running)
     if ring.direct:
         state = [old and tuple(x[None] for x in old) for old in running]
@@ -228,7 +235,7 @@ def _backward(ring: Any, arrays, own, arrived, totals: list) -> list:
     """Gradients [dq, dk, dv], each per chunk, with those of one branch added."""
     chunks = range(len(totals[0]))
     query, d_out, lse, delta = ([ring.queries(x, i) for i in chunks] for x in arrays)
-    ids = [ring.query_ids(i) for i in chunks]
+    ids = [ring.query_marks(i) for i in chunks]
     rows = list(zip(query, ids, d_out, lse, delta, strict=True))
     hops = ring.branch.hops
     dq: list[Any] = [None for _ in chunks]

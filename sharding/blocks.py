@@ -55,7 +55,7 @@ class BlockRing:
         """[B, n, ...] as [1, B, c, ...], of one chunk."""
         return self._chunk(x, chunk)[None]
 
-    def query_ids(self, chunk: int) -> jax.Array | None:
+    def query_marks(self, chunk: int) -> jax.Array | None:
         """Segment ids [1, B, c]."""
         return None if self.here.q_ids is None else self.queries(self.here.q_ids, chunk)
 

@@ -30,7 +30,10 @@ NVLINK = Link()
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of one device's call; heads are those on one device of the heads' axis."""
+    """The sizes of one device's call; heads are those on one device of the heads' axis.
+
+    ids, positions: whether the tokens have segment ids, and positions of their own.
+    """
 
     batch: int
     num_heads: int
@@ -39,6 +42,7 @@ class Sizes:
     itemsize: int
     stats_itemsize: int = 4
     ids: bool = False
+    positions: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,24 +54,29 @@ class Cost:
     masked: bool
 
     @property
-    def key_messages(self) -> int:
-        return 2 + self.masked
+    def marks(self) -> int:
+        """Numbers that go along with each key: its segment id, its position."""
+        return self.masked + self.sizes.positions
 
-    def _ids(self) -> int:
-        return 4 * self.sizes.batch * len(self.slots.queries) * self.masked
+    @property
+    def key_messages(self) -> int:
+        return 2 + self.marks
+
+    def _marks(self) -> int:
+        return 4 * self.sizes.batch * len(self.slots.queries) * self.marks
 
     def keys(self, spread: int) -> int:
         """Keys and values, dealt out among `spread` devices."""
         one = self.slots.rows * self.sizes.batch * 2 * self.sizes.head_dim * self.sizes.itemsize
-        return one // spread + self._ids() // (1 if self.slots.uniform else spread)
+        return one // spread + self._marks() // (1 if self.slots.uniform else spread)
 
     def dealt(self, spread: int) -> int:
         """All-to-all of queries, keys and values, and of out and lse back."""
         queries = self.slots.queries.size * self.sizes.batch
         there = 2 * self.sizes.head_dim * self.sizes.itemsize
-        there = queries * (there + self.sizes.stats_itemsize) + self.keys(1) - self._ids()
-        ids = 2 * self._ids() * (spread if self.slots.uniform else 1)
-        return (there + ids) * (spread - 1) // spread
+        there = queries * (there + self.sizes.stats_itemsize) + self.keys(1) - self._marks()
+        marks = 2 * self._marks() * (spread if self.slots.uniform else 1)
+        return (there + marks) * (spread - 1) // spread
 
 
 def compute_of(

@@ -20,7 +20,8 @@ class Local(NamedTuple):
 
     forward(query, key, value, *, branches, is_causal, scale, q_segment_ids, kv_segment_ids,
         q_start, k_start, dropout_rate, dropout_bits, carry) -> (out, lse): attention over the union
-        of the branches' keys that continues `carry`, in float32 (float64 for float64).
+        of the branches' keys that continues `carry`, in float32 (float64 for float64). Where the
+        tokens have positions of their own also q_positions, kv_positions: causality goes by those.
     backward(query, key, value, d_out, lse, delta, *, (the same without carry)) -> (dq, dk, dv)
         given the total lse and delta = sum(d_out * out) - d_lse, in the same dtype.
     merge(a, b) -> (out, lse) over the keys of both.
@@ -45,6 +46,7 @@ class Here(NamedTuple):
 
     device, head_index, batch_index: along the axes of the sequence, of heads, of the batch.
     q_ids, kv_ids: int32 [B, n] or None. seed: uint32[2] or None, without dropout.
+    q_positions, kv_positions: int32 [B, n], or None: the tokens' places in the sequence.
     """
 
     device: Any
@@ -53,6 +55,8 @@ class Here(NamedTuple):
     q_ids: jax.Array | None
     kv_ids: jax.Array | None
     seed: jax.Array | None
+    q_positions: jax.Array | None = None
+    kv_positions: jax.Array | None = None
 
 
 def stats_dtype(x: jax.Array) -> Any:
@@ -79,12 +83,16 @@ def options(local: Local, here: Here, plan: Any, branches: list[BranchPlan], sha
         starts = jnp.asarray(plan.token_starts, jnp.int32)[here.device]
         position = starts[:, None] + jnp.arange(n // len(starts), dtype=jnp.int32)[None]
         position = position.reshape(1, n, 1)
+        q_position, k_position = (
+            position if x is None else x[..., None] for x in (here.q_positions, here.kv_positions)
+        )
         batch = (here.batch_index * B + jnp.arange(B)).reshape(B, 1, 1)
         head = (here.head_index * N + jnp.arange(N)).reshape(1, 1, N)
-        rows = local.row_bits(here.seed, batch, head, position)
-        columns = [local.column_bits(here.seed, position, branch.number) for branch in branches]
+        rows = local.row_bits(here.seed, batch, head, q_position)
+        columns = [local.column_bits(here.seed, k_position, branch.number) for branch in branches]
         bits = (rows, jnp.stack(columns))
-    return {
+    by_position = positions(here.q_positions, here.kv_positions)
+    return by_position | {
         "branches": tuple(primitive_branch(branch) for branch in branches),
         "q_segment_ids": here.q_ids,
         "kv_segment_ids": here.kv_ids,
@@ -92,6 +100,11 @@ def options(local: Local, here: Here, plan: Any, branches: list[BranchPlan], sha
         "k_start": 0,
         "dropout_bits": bits,
     }
+
+
+def positions(query: Any, key: Any) -> dict[str, Any]:
+    """The primitive's options for tokens with positions of their own; empty without."""
+    return {} if query is None else {"q_positions": query, "kv_positions": key}
 
 
 def primitive_branch(branch: BranchPlan) -> Branch:

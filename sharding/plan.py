@@ -290,7 +290,7 @@ def _moving(shared, number, branch, name, spread, group, ranks, slots) -> Branch
         exposed += link.latency if len(hops) > 1 else 0.0
     if spread > 1:
         dealt = cost.dealt(spread) * C * rows
-        moved, messages = moved + dealt, messages + C * (cost.key_messages + 3 + masked)
+        moved, messages = moved + dealt, messages + C * (cost.key_messages + 3 + cost.marks)
         exposed += dealt / link.bandwidth + 2 * link.latency
     return BranchPlan(
         number,

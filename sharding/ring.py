@@ -16,7 +16,7 @@ from jax import lax
 
 from sharding.heads import Neighbours
 from sharding.hops import Call, Hop
-from sharding.local import Here, Local, empty
+from sharding.local import Here, Local, empty, positions
 from sharding.mesh import AxisName, aligned_groups
 from sharding.messages import Messages
 from sharding.plan import BranchPlan, Plan
@@ -24,20 +24,22 @@ from sharding.rows import add, put, take
 
 
 class Keys(NamedTuple):
-    """What travels: keys and values [S, B, L, k, H] and segment ids [S, B, L]."""
+    """What travels: keys and values [S, B, L, k, H]; segment ids and positions [S, B, L]."""
 
     key: jax.Array
     value: jax.Array
     ids: jax.Array | None
+    positions: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """One branch of a plan on this device."""
+    """One branch of a plan on this device; is_causal: of the whole call."""
 
     local: Local
     plan: Plan
     branch: BranchPlan
+    is_causal: bool
     axis_name: AxisName | None
     scale: float
     rate: float
@@ -85,8 +87,15 @@ class Ring:
         S, L = index.shape
         if ids is None:
             return jnp.broadcast_to(jnp.asarray(real, jnp.int32)[:, None], (S, self._batch, L))
-        found = take(self._chunk(ids, chunk)[:, :, None], index, np.zeros((S, 1), int))[..., 0]
+        found = self._positions(ids, index, chunk)
         return found if real is None else jnp.where(real[:, None], found, 0)
+
+    def _positions(self, x: Any, index: Any, chunk: int) -> Any:
+        """int32 [S, B, L]: x [B, n] of selected rows; None of None."""
+        if x is None:
+            return None
+        one = np.zeros((len(index), 1), int)
+        return take(self._chunk(x, chunk)[:, :, None], index, one)[..., 0]
 
     @property
     def _batch(self) -> int:
@@ -119,9 +128,12 @@ class Ring:
         index, _ = self.selection(chunk)
         return self._deal(take(self._chunk(x, chunk), index, self.branch.slots.queries), chunk)
 
-    def query_ids(self, chunk: int) -> jax.Array | None:
-        """Their segment ids."""
-        return self._deal(self._ids(self.here.q_ids, *self.selection(chunk), chunk), chunk)
+    def query_marks(self, chunk: int) -> tuple[jax.Array | None, jax.Array | None]:
+        """Their segment ids and positions."""
+        index, real = self.selection(chunk)
+        ids = self._ids(self.here.q_ids, index, real, chunk)
+        place = self._positions(self.here.q_positions, index, chunk)
+        return self._deal(ids, chunk), self._deal(place, chunk)
 
     def keys(self, key: jax.Array, value: jax.Array) -> tuple[Keys, ...]:
         """The kept rows of this device's keys and values, per chunk, dealt out or gathered."""
@@ -132,7 +144,7 @@ class Ring:
             k, v = (
                 take(self._chunk(x, chunk), index, self.branch.slots.keys) for x in (key, value)
             )
-            found = Keys(k, v, ids)
+            found = Keys(k, v, ids, self._positions(self.here.kv_positions, index, chunk))
             if self.branch.method == "all_gather":
                 found = jax.tree.map(self._neighbours(chunk, self.branch.group).gather, found)
             chunks.append(jax.tree.map(lambda x, chunk=chunk: self._deal(x, chunk), found))
@@ -172,21 +184,22 @@ class Ring:
         base = me // size * size
         return starts[me], starts[base + (me - base - hop.shift) % size]
 
-    def _options(self, hop: Hop, call: Call, h: int) -> dict:
+    def _options(self, hop: Hop, call: Call, h: int, places: tuple[Any, Any]) -> dict:
+        """The local attention's, for h heads; places: positions [S, B, L] of both, or None."""
         own, other = self._starts(hop)
         (q_low, q_high), (k_low, k_high) = call.q_rows, call.k_rows
         bits = None
         if self.here.seed is not None:
             q_rank = own[call.query] + jnp.arange(q_low, q_high, dtype=jnp.int32)
             k_rank = other[call.key] + jnp.arange(k_low, k_high, dtype=jnp.int32)
-            bits = self._bits(q_rank, k_rank)
+            bits = self._bits((q_rank, k_rank), places)
         if call.starts is not None:
             q_start, k_start = call.starts[0] + q_low, call.starts[1] + k_low
         else:
             q_start, k_start = own[call.query] + q_low, other[call.key] + k_low
-        return {
+        return positions(*(x if x is None else _flat(x) for x in places)) | {
             "branches": ((call.segment, 1, 0, (0,) * h),),
-            "is_causal": call.causal,
+            "is_causal": self.is_causal if places[0] is not None else call.causal,
             "scale": self.scale,
             "q_start": q_start,
             "k_start": k_start,
@@ -194,8 +207,11 @@ class Ring:
             "dropout_bits": bits,
         }
 
-    def _bits(self, q_rank: jax.Array, k_rank: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The dropout hash of rows [S B, L, h] and columns [1, S B, L, 1], by true positions."""
+    def _bits(self, rank: tuple, places: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+        """The dropout hash of rows [S B, L, h] and columns [1, S B, L, 1], by true positions.
+
+        rank: of rows and columns; places: their positions [S, B, L], or None: those of the ranks.
+        """
         slots, ranks, spread = self.branch.slots, self.branch.ranks, self.branch.spread
         offset, queries = jnp.asarray(self._offset()), jnp.asarray(slots.queries)
         if spread > 1:
@@ -207,36 +223,38 @@ class Ring:
         S, h = queries.shape
         head = self.here.head_index * self.plan.sizes.num_heads + queries.reshape(S, 1, 1, h)
         batch = (self.here.batch_index * self._batch + jnp.arange(self._batch)).reshape(1, -1, 1, 1)
-        place = ranks.position(q_rank[None], offset)[:, None, :, None]
-        rows = self.local.row_bits(self.here.seed, batch, head, place)
-        place = ranks.position(k_rank[None], offset)[:, None, :, None]
-        columns = self.local.column_bits(self.here.seed, place, self.branch.number)
+        q_place, k_place = (
+            (ranks.position(x[None], offset)[:, None] if place is None else place)[..., None]
+            for x, place in zip(rank, places, strict=True)
+        )
+        rows = self.local.row_bits(self.here.seed, batch, head, q_place)
+        columns = self.local.column_bits(self.here.seed, k_place, self.branch.number)
         columns = jnp.broadcast_to(columns, (S, self._batch, *columns.shape[2:]))
         return _flat(rows), _flat(columns)[None]
 
-    def _arguments(self, hop: Hop, call: Call, q, q_ids, arrived: Keys, sent) -> tuple[tuple, dict]:
-        """What one call takes: q, k, v and options."""
+    def _arguments(self, hop: Hop, call: Call, q, marks, arrived: Keys, sent) -> tuple[tuple, dict]:
+        """What one call takes: q, k, v and options; marks: of the queries."""
         k_rows = (call.k_rows[0] - sent[0], call.k_rows[1] - sent[0])
-        k = jax.tree.map(lambda x: _flat(_cut(x, k_rows)), arrived)
-        q = _flat(_cut(q, call.q_rows))
-        options = self._options(hop, call, q.shape[2])
+        k = jax.tree.map(lambda x: _cut(x, k_rows), arrived)
+        q, q_ids, place = jax.tree.map(lambda x: _cut(x, call.q_rows), (q, *marks))
+        options = self._options(hop, call, q.shape[3], (place, k.positions))
         if q_ids is not None:
-            options["q_segment_ids"] = _flat(_cut(q_ids, call.q_rows))
-            options["kv_segment_ids"] = k.ids
-        return (q, k.key, k.value), options
+            options["q_segment_ids"] = _flat(q_ids)
+            options["kv_segment_ids"] = _flat(k.ids)
+        return (_flat(q), _flat(k.key), _flat(k.value)), options
 
     def _sent(self, hop: Hop, call: Call, chunk: Keys) -> tuple[int, int]:
         """The range of a key chunk's rows that is here."""
         return (hop.shift and hop.rows[call.key]) or (0, chunk.key.shape[2])
 
-    def attend(self, hop: Hop, queries, ids, arrived, state: list) -> list:
+    def attend(self, hop: Hop, queries, marks, arrived, state: list) -> list:
         """`state` (per chunk None or (out, lse)), continued over the keys that a hop brought."""
         state = list(state)
         for call in hop.calls:
             chunk = arrived[call.key]
             sent = self._sent(hop, call, chunk)
             q = queries[call.query]
-            arrays, options = self._arguments(hop, call, q, ids[call.query], chunk, sent)
+            arrays, options = self._arguments(hop, call, q, marks[call.query], chunk, sent)
             old = state[call.query]
             whole = call.q_rows == (0, q.shape[2])
             if not whole and old is None:
@@ -254,14 +272,14 @@ class Ring:
     def gradients(self, hop: Hop, rows, arrived, dq: list) -> tuple[list, list]:
         """dq, continued, and per chunk the gradients (dk, dv) of what a hop brought.
 
-        rows: per chunk (q, ids, d_out, lse, delta).
+        rows: per chunk (q, marks, d_out, lse, delta).
         """
         dq, back = list(dq), {}
         for call in hop.calls:
-            q, ids, *others = rows[call.query]
+            q, marks, *others = rows[call.query]
             chunk = arrived[call.key]
             sent = self._sent(hop, call, chunk)
-            arrays, options = self._arguments(hop, call, q, ids, chunk, sent)
+            arrays, options = self._arguments(hop, call, q, marks, chunk, sent)
             others = [_flat(_cut(x, call.q_rows)) for x in others]
             gq, gk, gv = self.local.backward(*arrays, *others, **options)
             gq = gq.reshape(*q.shape[:2], *gq.shape[1:])

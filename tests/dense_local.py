@@ -10,11 +10,25 @@ from dilax.partial import Partial, merge
 from sharding.local import Local
 
 
-def _masks(q, k, branches, is_causal, q_segment_ids, kv_segment_ids, q_start, k_start):
+def _masks(
+    q,
+    k,
+    branches,
+    is_causal,
+    q_segment_ids,
+    kv_segment_ids,
+    q_start,
+    k_start,
+    q_positions=None,
+    kv_positions=None,
+):
     """bool [b, B, N, T, S]: which pairs each branch sees."""
     T, S, N = q.shape[1], k.shape[1], q.shape[2]
     i, j = q_start + jnp.arange(T)[:, None], k_start + jnp.arange(S)[None]
-    shared = jnp.broadcast_to(i >= j if is_causal else True, (q.shape[0], 1, T, S))
+    past = i >= j
+    if q_positions is not None:
+        past = (q_positions[:, :, None] >= kv_positions[:, None])[:, None]
+    shared = jnp.broadcast_to(past if is_causal else True, (q.shape[0], 1, T, S))
     if q_segment_ids is not None:
         same = q_segment_ids[:, :, None] == kv_segment_ids[:, None]
         shared = shared & (same & (kv_segment_ids != 0)[:, None])[:, None]

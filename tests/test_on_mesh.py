@@ -75,7 +75,7 @@ def test_a_mesh_with_both_kinds_of_axes(x64):
     mesh = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=kinds)
     attention = dilax.create_dilated_attention("ring", *SPEC, mesh=mesh, batch_axis="data")
     one = dilax.create_dilated_attention("dilated", *SPEC)
-    assert error(attention(*heads()), one(*heads())) < 1e-12
+    assert error(jax.jit(attention)(*heads()), one(*heads())) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,28 @@ def test_every_kind_equals_one_device(row):
     same = create(plain, 32, 4, *SPEC, **options)
     for alias in row.names:
         assert create(alias, 32, 4, *SPEC, mesh=mesh, **options).attention == layer.attention
-    causal = not row.order
     placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data", "sequence")))
-    run = nnx.jit(lambda layer, x: layer(x, is_causal=causal))
+    run = nnx.jit(lambda layer, x: layer(x, is_causal=True))
     assert error(run(layer, placed), run(same, x)) < 1e-5
+
+
+def test_ring_hilbert_drops_what_one_device_drops(x64):
+    """And sees no token after its own in the grid; the order comes before the places on a mesh."""
+    mesh = mesh_of((1, 4), names=("data", "sequence"))
+    options = {"dropout": 0.3, "grid": (4, 8)}
+    one = dilax.create_dilated_attention("hilbert", *SPEC, **options)
+    attention = dilax.create_dilated_attention("ring_hilbert", *SPEC, mesh=mesh, **options)
+    drop = {"dropout_key": jax.random.key(3)}
+    found, wanted = (results(functools.partial(x, **drop), *heads()) for x in (attention, one))
+    assert_exact([np.asarray(x) for x in found], [np.asarray(x) for x in wanted])
+    with pytest.raises(ValueError, match="layout: wanted 'contiguous' with an order"):
+        dilax.create_dilated_attention("ring_hilbert", *SPEC, layout="zigzag", **options)
+
+
+@pytest.mark.parametrize(("name", "x"), [("layout", "zigzag"), ("method", "ring")])
+def test_without_an_axis_of_the_tokens_none_is_placed(name, x):
+    with pytest.raises(ValueError, match=f"^{name}: wanted .* without a mesh axis of the tokens"):
+        dilax.create_multihead_dilated_attention("distributed", 32, 4, *SPEC, **{name: x})
 
 
 @pytest.mark.parametrize(

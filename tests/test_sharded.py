@@ -41,6 +41,7 @@ class Placed:
     combine: str = "lse"
     ids: bool = False
     dropout: float = 0.0
+    ordered: bool = False
 
     @property
     def name(self) -> str:
@@ -64,29 +65,32 @@ class Placed:
             **(drops if self.dropout else {}),
         }
 
-    def arrays(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """query, key, value and the cotangents of out and lse; segment ids, if there are any."""
+    def arrays(self) -> tuple[tuple[np.ndarray, ...], dict[str, np.ndarray]]:
+        """query, key, value and the cotangents of out and lse; segment ids and positions."""
         rng = np.random.default_rng(0)
         B, T, N, K, H = 2, self.T, self.N, self.K, 8
         q, do = rng.normal(size=(2, B, T, N, H))
         k, v = rng.normal(size=(2, B, T, K, H))
         ids = np.sort(rng.integers(1, 4, (B, T)), axis=1).astype(np.int32)
         ids[:, -3:] = 0
-        return (q, k, v, do, rng.normal(size=(B, T, N))), (ids,) if self.ids else ()
+        places = np.stack([rng.permutation(T) for _ in range(B)]).astype(np.int32)
+        rows = {"q_segment_ids": ids} if self.ids else {}
+        rows |= {"q_positions": places} if self.ordered else {}
+        return (q, k, v, do, rng.normal(size=(B, T, N))), rows
 
 
 def on_mesh(case: Placed, axis_type=jax.sharding.AxisType.Auto, **more):
     """out, lse, dq, dk, dv in the order of positions, and the function that gave them."""
     mesh = jax.make_mesh(case.mesh, AXES, axis_types=(axis_type,) * 3)
-    part, rows = jax.P(*AXES), jax.P(*AXES[:2])
+    part, (arrays, rows) = jax.P(*AXES), case.arrays()
 
-    def attend(q, k, v, *ids):
+    def attend(q, k, v, *others):
         return dilax.sharded_dilated_attention(
             q,
             k,
             v,
             **case.options(),
-            q_segment_ids=ids[0] if ids else None,
+            **dict(zip(rows, others, strict=True)),
             axis_name="sequence",
             layout=case.layout,
             method=case.method,
@@ -96,17 +100,16 @@ def on_mesh(case: Placed, axis_type=jax.sharding.AxisType.Auto, **more):
             **more,
         )
 
-    specs = (part,) * 3 + (rows,) * case.ids
+    specs = (part,) * 3 + (jax.P(*AXES[:2]),) * len(rows)
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(part, part))
 
-    def run(q, k, v, do, dl, *ids):
-        result, vjp = jax.vjp(lambda *x: mapped(*x, *ids), q, k, v)
+    def run(q, k, v, do, dl, *others):
+        result, vjp = jax.vjp(lambda *x: mapped(*x, *others), q, k, v)
         return *result, *vjp((do, dl))
 
     run = jax.jit(run)
-    arrays, ids = case.arrays()
-    placed = [to_layout(x, case.mesh[1], case.layout) for x in (*arrays, *ids)]
-    specs = (part,) * 5 + (rows,) * case.ids
+    placed = [to_layout(x, case.mesh[1], case.layout) for x in (*arrays, *rows.values())]
+    specs = (part,) * 5 + specs[3:]
     placed = [
         jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip(placed, specs, strict=True)
     ]
@@ -117,11 +120,9 @@ def on_mesh(case: Placed, axis_type=jax.sharding.AxisType.Auto, **more):
 
 @functools.cache
 def _on_one_device(case: Placed):
-    arrays, ids = case.arrays()
+    arrays, rows = case.arrays()
     q, k, v, do, dl = map(jnp.asarray, arrays)
-    attend = functools.partial(
-        reference.dilated_attention, **case.options(), q_segment_ids=ids[0] if ids else None
-    )
+    attend = functools.partial(reference.dilated_attention, **case.options(), **rows)
     result, vjp = jax.vjp(attend, q, k, v)
     return [np.asarray(x) for x in (*result, *vjp((do, dl)))]
 
@@ -153,6 +154,7 @@ METHODS = [
     Placed((16, 32), (2, 4), method=("ring", "all_gather"), dropout=0.3, K=2),
     Placed((11, 32), (2, 3), (2, 2, 2), causal=True, dropout=0.3, K=2, ids=True),
     Placed((4, 32), (1, 4), (1, 2, 2), combine="heads", causal=True, layout="zigzag"),
+    Placed((8, 11, 32), (2, 3, 2), causal=True, dropout=0.3, ids=True, ordered=True),
 ]
 
 
@@ -196,6 +198,9 @@ def compiled(case: Placed, dtype=np.float32):
         layout=case.layout,
         method=case.method,
     )
+    if case.ordered:
+        places = jnp.arange(case.T // case.mesh[1], dtype=jnp.int32)
+        attend = functools.partial(attend, q_positions=places, kv_positions=places + 1)
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part)
     q, k, v = (x.astype(dtype) for x in case.arrays()[0][:3])
     text = jax.jit(mapped).lower(q, k, v).compile().as_text() or ""
@@ -207,8 +212,9 @@ def compiled(case: Placed, dtype=np.float32):
         itemsize,
         devices=case.mesh[1],
         layout=case.layout,
-        is_causal=case.causal,
+        is_causal=case.causal and not case.ordered,
         method=case.method,
+        ordered=case.ordered,
     )
     return text, plan
 
@@ -237,7 +243,8 @@ MOVES = [
     Placed((32,), (2,), method="all_gather", K=1),
     Placed((32,), (4,), method="all_to_all"),
     Placed((32,), (2,), method="hybrid", N=2, K=2),
-    Placed((11,), (3,), causal=True),
+    Placed((11,), (3,), causal=True, ordered=True),
+    Placed((32,), (4,), method="all_to_all", causal=True, ordered=True),
 ]
 
 
