@@ -15,6 +15,7 @@ from dilax.checks import (
     check_dropout,
     check_index,
     check_qkv,
+    check_ratio,
     segment_ids_of,
 )
 from dilax.router import QUERY_FEATURES, Route, Routing, route
@@ -95,7 +96,7 @@ class AdaptiveAttention(nnx.Module):
                 raise refuse(name, "a positive int", x)
         if num_heads % num_kv_heads:
             raise refuse("num_kv_heads", f"a divisor of num_heads={num_heads}", num_kv_heads)
-        _check_ratio(sparsity_ratio)
+        check_ratio(sparsity_ratio)
         if query_feature is not None:
             check_choice("query_feature", query_feature, QUERY_FEATURES)
         check_choice("loss_target", loss_target, TARGETS)
@@ -125,7 +126,7 @@ class AdaptiveAttention(nnx.Module):
     ) -> Route:
         """The kept blocks, and their scores; arguments as those of a call."""
         ratio = self.sparsity_ratio if sparsity_ratio is None else sparsity_ratio
-        _check_ratio(ratio)
+        check_ratio(ratio)
         T, S = query.shape[1], key.shape[1]
         feature = self.query_feature or ("first" if is_causal else "mean")
         if is_causal and feature == "mean":
@@ -224,9 +225,3 @@ class AdaptiveAttention(nnx.Module):
             raise refuse("query", f"{sizes[0]} heads of {sizes[1]}", query)
         if key.shape[2] != self.num_kv_heads:
             raise refuse("key", f"{self.num_kv_heads} heads", key)
-
-
-def _check_ratio(ratio: Any) -> None:
-    wanted = "a Python number in (0, 1], the share of admissible blocks that is kept"
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-        raise refuse("sparsity_ratio", wanted, ratio)

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from dilax._types import FLOAT_DTYPES, dtype_name, refuse
 
@@ -63,6 +65,26 @@ def check_index(name: str, x: Any) -> int:
     if isinstance(x, bool) or number < 0:
         raise refuse(name, "an int that is not negative", x)
     return number
+
+
+def check_ratio(ratio: Any) -> None:
+    """Refuse a sparsity_ratio that is not a number in (0, 1]."""
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise refuse("sparsity_ratio", "the share of admissible blocks kept, in (0, 1]", ratio)
+
+
+def plain(name: str, x: Any) -> Any:
+    """x with the numbers of arrays as Python's and with lists as tuples, so that it has a hash.
+
+    Example:
+        >>> plain("window_size", [np.int64(3), None]), plain("dilation_rates", np.array([1, 2]))
+        ((3, None), (1, 2))
+    """
+    if isinstance(x, Tracer):
+        raise refuse(name, "a value that is known when the call is traced", x)
+    if is_array(x):
+        x = np.asarray(x).tolist()
+    return tuple(plain(name, i) for i in x) if isinstance(x, list | tuple) else x
 
 
 def check_scale(scale: Any) -> None:

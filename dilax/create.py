@@ -267,11 +267,12 @@ def create_block_sparse_attention(
     """Block-sparse attention of the named kind, a function, or a module if the kind is one.
 
     Args:
-        kind: "block_sparse" (also "block_sparse_ring"), "hierarchical", "hilbert_post_pattern", a
-            preset ("local", "global_local", "ultra_sparse", "hilbert_standard", "hilbert_ultra",
-            "fine_grained", "long_range", "hierarchical_ultra_sparse"), "block_sparse_multihead", a
-            module, or "adaptive" and its preset "adaptive_standard", an `AdaptiveAttention` with a
-            router that learns.
+        kind: "block_sparse" (also "block_sparse_ring"), "hilbert_post_pattern", a preset ("local",
+            "global_local", "ultra_sparse", "hilbert_standard", "hilbert_ultra", "fine_grained",
+            "long_range", "hierarchical_ultra_sparse"), "hierarchical", the preset of that name, or
+            with options such as sparsity_ratio a `SparsePatternConfig` of that type,
+            "block_sparse_multihead", a module, or "adaptive" and its preset "adaptive_standard", an
+            `AdaptiveAttention` with a router that learns.
         segment_lengths, dilation_rates: None, or dilated branches inside which the pattern acts.
         sparse_config: the pattern: a `SparsePatternConfig`, a pattern or the name of a preset.
         embed_dim, num_heads: sizes; a module and a router need them.

@@ -10,6 +10,7 @@ from dilax.names import Kind
 from dilax.on_mesh import AttentionSharding
 from dilax.order import TokenOrder
 from dilax.pattern_config import PRESETS, SparsePatternConfig, as_pattern
+from dilax.patterns import Hierarchical
 from dilax.select import check_implementation
 from dilax.spec import DilatedSpec, as_spec
 
@@ -48,10 +49,16 @@ def pattern_of(kind: str, row: Kind, need_speed: Any, pattern: Any, **fields: An
     if pattern is not None:
         for name, x in fields.items():
             raise refuse(name, "None with a pattern, which says it", x)
-        return as_pattern("pattern", pattern)
-    if row.pattern not in (None, "local_window", fields.get("pattern_type", row.pattern)):
-        wanted = f"None or {row.pattern!r} with kind {kind!r}"
-        raise refuse("pattern_type", wanted, fields["pattern_type"])
+        made = as_pattern("pattern", pattern)
+        if default in row.names and not isinstance(made, Hierarchical):
+            raise refuse("pattern", f"None or a hierarchical one with kind {kind!r}", pattern)
+        return made
+    if default in row.names:  # "hierarchical": the name of a type, and of its preset
+        if not fields:
+            return PRESETS[default]
+        if fields.get("pattern_type", default) != default:
+            wanted = f"None or {default!r} with kind {kind!r}"
+            raise refuse("pattern_type", wanted, fields["pattern_type"])
     return SparsePatternConfig(**{"pattern_type": default, **fields}).pattern()
 
 

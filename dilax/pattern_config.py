@@ -4,8 +4,15 @@ import dataclasses
 from typing import Any
 
 from dilax._types import refuse
-from dilax.checks import check_choice, check_index
-from dilax.patterns import DilatedSparse, GlobalLocal, Hierarchical, LocalWindow, Pattern
+from dilax.checks import check_choice, check_index, plain
+from dilax.patterns import (
+    DilatedSparse,
+    GlobalLocal,
+    Hierarchical,
+    LocalWindow,
+    Pattern,
+    check_size,
+)
 
 PATTERN_TYPES = ("local_window", "dilated_sparse", "global_local", "hierarchical")
 DEFAULT_RATIO = 0.1
@@ -27,7 +34,8 @@ class SparsePatternConfig:
             classes of `dilax.patterns`.
         sparsity_ratio: the share of admissible blocks that is kept, in (0, 1]: each row keeps
             clip(round(ratio * a), 1, a) of its a admissible blocks, the diagonal one always; 1 is
-            dense. None: the sizes decide, or 0.1 where there are none.
+            dense. None: the sizes decide, or 0.1 where there are none. (The presets of the names
+            "global_local" and "hierarchical" have sizes: ask `describe` what a pattern keeps.)
         block_size: tokens of a block, a multiple of 64.
         window_size: instead of a ratio, in tokens: for local_window and global_local the window,
             exact to the token; for dilated_sparse as many blocks as it fills; for hierarchical how
@@ -58,8 +66,9 @@ class SparsePatternConfig:
 
     def __post_init__(self):
         check_choice("pattern_type", self.pattern_type, PATTERN_TYPES)
-        size = check_index("block_size", self.block_size)
-        if size == 0 or size % 64:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, plain(f.name, getattr(self, f.name)))
+        if check_index("block_size", self.block_size) % 64 or self.block_size == 0:
             raise refuse("block_size", "64, 128 or another multiple of 64", self.block_size)
         for name, default, types in (
             (
@@ -75,9 +84,6 @@ class SparsePatternConfig:
             x = getattr(self, name)
             if x != default and self.pattern_type not in types:
                 raise refuse(name, f"{default} with pattern_type={self.pattern_type!r}", x)
-        for name in ("window_size", "global_tokens", "dilation_rates"):
-            x = getattr(self, name)
-            object.__setattr__(self, name, tuple(x) if isinstance(x, list) else x)
         self.pattern()
 
     def pattern(self) -> Pattern:
@@ -92,13 +98,12 @@ class SparsePatternConfig:
             window: Any = self.window_size  # a pair is refused there
             return DilatedSparse(ratio, window, rates, size)
         if kind == "hierarchical":
-            near = self.window_size
+            near: Any = self.window_size
             if near is not None:
-                if check_index("window_size", near) == 0:
-                    raise refuse("window_size", "a positive int", near)
+                check_size("window_size", near)
                 if ratio is not None:
                     raise refuse("window_size", "None with a sparsity_ratio", near)
-                near = -(-check_index("window_size", near) // size)
+                near = -(-near // size)
             return Hierarchical(ratio, near, block_size=size)
         tokens, window = self.global_tokens, self.window_size
         if ratio is None:
@@ -125,7 +130,7 @@ PRESETS: dict[str, Pattern] = {
 
 
 def as_pattern(name: str, x: Any) -> Pattern:
-    """The pattern of a config, of the name of a preset or of a type, or x itself.
+    """The pattern of a config, of the name of a preset or else of a type, or x itself.
 
     Raises:
         ValueError: x is none of these.
@@ -142,6 +147,6 @@ def as_pattern(name: str, x: Any) -> Pattern:
         return PRESETS[x]
     if isinstance(x, str) and x in PATTERN_TYPES:
         return SparsePatternConfig(x).pattern()
-    names = ", ".join((*PRESETS, *PATTERN_TYPES[:3]))
+    names = ", ".join(dict.fromkeys((*PRESETS, *PATTERN_TYPES)))
     wanted = f"a SparsePatternConfig, a pattern, BlockLists, or one of {names}"
     raise refuse(name, wanted, x)

@@ -4,15 +4,14 @@ They combine with | and &, and with what `dilax.pattern` has besides, which is e
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dilax import block_entries
 from dilax._types import refuse
-from dilax.block_entries import Entries, Grid, budget, first_by, nearest, ranges, whole
-from dilax.checks import check_index
+from dilax.block_entries import UNLIMITED, Entries, Grid, budget, first_by, nearest, ranges, whole
+from dilax.checks import check_index, check_ratio, plain
 from dilax.pattern import Causal as Causal
 from dilax.pattern import Intersection as Intersection
 from dilax.pattern import Pattern as Pattern
@@ -20,10 +19,15 @@ from dilax.pattern import PerHead as PerHead
 from dilax.pattern import Union as Union
 
 
+def _make_plain(pattern: Any) -> None:
+    """Replace what NumPy has in the fields, first of all."""
+    for f in dataclasses.fields(pattern):
+        object.__setattr__(pattern, f.name, plain(f.name, getattr(pattern, f.name)))
+
+
 def _check_sizes(pattern: Any, *sizes: str) -> bool:
     """Does the pattern go by its ratio? Refuses a ratio and sizes together, and neither."""
-    if check_index("block_size", pattern.block_size) == 0:
-        raise refuse("block_size", "a positive int", pattern.block_size)
+    check_size("block_size", pattern.block_size)
     ratio = pattern.sparsity_ratio
     given = [name for name in sizes if getattr(pattern, name) is not None]
     if ratio is None:
@@ -36,23 +40,23 @@ def _check_sizes(pattern: Any, *sizes: str) -> bool:
     return True
 
 
-def check_ratio(ratio: Any) -> None:
-    """Refuse a sparsity_ratio that is not a number in (0, 1]."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-        raise refuse("sparsity_ratio", "the share of blocks kept, in (0, 1]", ratio)
-
-
-def _pair(name: str, x: Any, positive: bool = True) -> Any:
-    """x, refused unless it is None, an int, or a pair of ints or None."""
-    if x is None:
-        return None
-    if isinstance(x, tuple | list):
-        if len(x) != 2:
-            raise refuse(name, "an int or a pair of ints", x)
-        return tuple(None if i is None else check_index(name, i) for i in x)
-    if check_index(name, x) < positive:
+def check_size(name: str, x: Any, least: int = 1) -> None:
+    """Refuse x unless it is an int from `least` on and small enough to count with."""
+    if check_index(name, x) < least:
         raise refuse(name, "a positive int", x)
-    return int(x)
+    if x >= UNLIMITED:
+        raise refuse(name, f"an int below {UNLIMITED}", x)
+
+
+def _check_pair(name: str, x: Any) -> None:
+    """Refuse x unless it is None, a positive int, or a pair of ints or None."""
+    if not isinstance(x, tuple):
+        return None if x is None else check_size(name, x)
+    if len(x) != 2:
+        raise refuse(name, "an int or a pair of ints", x)
+    for i in x:
+        if i is not None:
+            check_size(name, i, least=0)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -81,13 +85,13 @@ class LocalWindow(Pattern):
     block_size: int = 128
 
     def __post_init__(self):
-        object.__setattr__(self, "window_size", _pair("window_size", self.window_size))
+        _make_plain(self)
+        _check_pair("window_size", self.window_size)
         _check_sizes(self, "window_size", "window_blocks")
         if self.window_blocks is not None:
             if self.window_size is not None:
                 raise refuse("window_blocks", "None with a window_size", self.window_blocks)
-            if check_index("window_blocks", self.window_blocks) == 0:
-                raise refuse("window_blocks", "a positive int", self.window_blocks)
+            check_size("window_blocks", self.window_blocks)
 
     def entries(self, grid: Grid, group: int = 0, groups: int = 1) -> Entries:
         """The blocks of a grid that the window touches."""
@@ -148,18 +152,14 @@ class DilatedSparse(Pattern):
     block_size: int = 128
 
     def __post_init__(self):
-        if _pair("window_size", self.window_size) is not None:
-            if check_index("window_size", self.window_size) == 0:
-                raise refuse("window_size", "a positive int", self.window_size)
+        _make_plain(self)
+        if self.window_size is not None:
+            check_size("window_size", self.window_size)
         _check_sizes(self, "window_size")
-        if not isinstance(self.dilation_rates, Sequence) or isinstance(self.dilation_rates, str):
+        if not isinstance(self.dilation_rates, tuple) or not self.dilation_rates:
             raise refuse("dilation_rates", "a sequence of positive ints", self.dilation_rates)
-        if not self.dilation_rates:
-            raise refuse("dilation_rates", "a sequence of positive ints", self.dilation_rates)
-        rates = tuple(check_index("dilation_rates", r) for r in self.dilation_rates)
-        if min(rates) == 0:
-            raise refuse("dilation_rates", "positive ints", rates)
-        object.__setattr__(self, "dilation_rates", rates)
+        for rate in self.dilation_rates:
+            check_size("dilation_rates", rate)
 
     def entries(self, grid: Grid, group: int = 0, groups: int = 1) -> Entries:
         """The first blocks of every row, as many as it keeps."""
@@ -214,11 +214,12 @@ class GlobalLocal(Pattern):
     block_size: int = 128
 
     def __post_init__(self):
-        tokens = _pair("global_tokens", self.global_tokens)
+        _make_plain(self)
+        tokens = self.global_tokens
+        _check_pair("global_tokens", tokens)
         if isinstance(tokens, tuple) and (None in tokens or not any(tokens)):
-            raise refuse("global_tokens", "a positive int or a pair of ints", self.global_tokens)
-        object.__setattr__(self, "global_tokens", tokens)
-        object.__setattr__(self, "window_size", _pair("window_size", self.window_size))
+            raise refuse("global_tokens", "a positive int or a pair of ints", tokens)
+        _check_pair("window_size", self.window_size)
         for name in ("random_blocks", "seed"):
             check_index(name, getattr(self, name))
         if self.seed and not self.random_blocks:
@@ -307,8 +308,9 @@ class Hierarchical(Pattern):
     block_size: int = 128
 
     def __post_init__(self):
-        if self.near_blocks is not None and check_index("near_blocks", self.near_blocks) == 0:
-            raise refuse("near_blocks", "a positive int", self.near_blocks)
+        _make_plain(self)
+        if self.near_blocks is not None:
+            check_size("near_blocks", self.near_blocks)
         if self.levels is not None:
             check_index("levels", self.levels)
         _check_sizes(self, "near_blocks")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from dilax import cli, commands
 from dilax._types import refuse
@@ -142,6 +143,39 @@ def test_show_writes_a_picture(tmp_path, capsys):
     status, out, _ = run(capsys, "show", *options, "--num-heads", "2", "--out", str(path))
     assert status == 0
     assert str(path) in out
+    assert path.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "said"),
+    [
+        (
+            "global_local",
+            "--global-tokens 64 100 --random-blocks 3 --seed 2 --window-size 129 --block-size 64",
+            "GlobalLocal(global_tokens=(64, 100), window_size=129, random_blocks=3, seed=2, block",
+        ),
+        ("local_window", "--window-size None 200", "LocalWindow(window_size=(None, 200))"),
+        (
+            "dilated_sparse , local_window|hierarchical",
+            "--sparsity-ratio 0.2 --causal",
+            "PerHead(patterns=(DilatedSparse(sparsity_ratio=0.2), Union(patterns=(Local",
+        ),
+        ("dilated_sparse", "--dilation-rates 1 3", "sparsity_ratio=0.1, dilation_rates=(1, 3))"),
+        ("hilbert_standard & local", "", "Intersection(patterns=(DilatedSparse(sparsity_ratio=0.1"),
+    ],
+)
+def test_show_draws_block_patterns(pattern, options, said, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        show.plotting, "draw_blocks", lambda made, **_: drawn.append(made) or Figure()
+    )
+    path = tmp_path / "blocks.png"
+    where = ["--length", "512", "--out", str(path), *options.split()]
+    status, out, _ = run(capsys, "show", "--pattern", pattern, *where)
+    assert status == 0
+    assert said in out
+    assert said in str(drawn[0])
+    assert "of the admissible blocks" in out
     assert path.read_bytes().startswith(PNG)
 
 

@@ -16,7 +16,7 @@ NAMED = {
     "block_sparse": LocalWindow(0.1),
     "block_sparse_ring": LocalWindow(0.1),
     "BlockSparseTorchSparse": LocalWindow(0.1),
-    "hierarchical": Hierarchical(0.1),
+    "hierarchical": Hierarchical(near_blocks=4, block_size=64),  # as the preset
     "hilbert_post_pattern": DilatedSparse(0.1),
     **{
         name: PRESETS[name]
@@ -37,6 +37,16 @@ def test_names_have_their_pattern(name):
     assert layer.attention.pattern == NAMED[name]
     decision = dilax.explain(name, seq_len=4096, device_kind="cpu")
     assert "of the admissible blocks" in decision.variant
+
+
+def test_hierarchical_is_its_preset_or_with_options_its_type():
+    made = dilax.create_block_sparse_attention
+    assert made("hierarchical") == made("block_sparse", pattern="hierarchical")
+    typed = {"pattern_type": "hierarchical", "block_size": 64}
+    assert made("hierarchical", block_size=64) == made("block_sparse", **typed)
+    assert made("hierarchical", block_size=64).pattern == Hierarchical(0.1, block_size=64)
+    other = Hierarchical(near_blocks=3)
+    assert made("hierarchical", pattern=other).pattern == other
 
 
 def test_functions_compute_block_sparse_attention(x64):
@@ -106,6 +116,8 @@ def test_hilbert_is_a_curve():
          {"block_size": 64}),
         ("pattern_type: wanted None or 'hierarchical' with kind", "hierarchical",
          {"pattern_type": "local_window"}),
+        ("pattern: wanted None or a hierarchical one with kind", "hierarchical",
+         {"pattern": "local"}),
         ("sparsity_ratio: wanted None with a pattern", "block_sparse",
          {"sparsity_ratio": 0.1, "pattern": "local"}),
         ("ring_size: wanted None or 1", "block_sparse_ring", {"ring_size": 2}),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -205,6 +206,24 @@ def test_config_means_the_patterns():
     assert as_pattern("pattern", "local_window") == LocalWindow(0.1)
 
 
+def test_fields_may_be_numpy():
+    """Their numbers are kept as Python's, so that a config has a hash."""
+    made = dilax.SparsePatternConfig("local_window", block_size=np.array(64),
+                                     window_size=np.array([3, 5]))  # fmt: skip
+    assert made == dilax.SparsePatternConfig("local_window", None, 64, (3, 5))
+    made = dilax.SparsePatternConfig(
+        "dilated_sparse", np.float32(0.5), dilation_rates=np.arange(1, 3)
+    )
+    assert hash(made.pattern()) == hash(DilatedSparse(0.5, dilation_rates=(1, 2)))
+    assert Hierarchical(near_blocks=np.int64(1), levels=np.int64(64)) == Hierarchical(None, 1, 64)
+    for name in ("window_size", "dilation_rates", "random_blocks", "seed", "global_tokens"):
+        for x in (np.array([1, 2, 3]), np.array([]), np.array(["a"]), np.array([[1, 2]])):
+            with pytest.raises(ValueError, match=f"^{name}: wanted "):
+                dilax.SparsePatternConfig("hierarchical", **{name: x})
+    with pytest.raises(ValueError, match="window_size: wanted a value that is known when"):
+        jax.jit(lambda x: dilax.SparsePatternConfig(window_size=x))(1)
+
+
 def test_presets_have_the_density_they_are_shown_with():
     found = {
         name: [round(PRESETS[name].density(T, is_causal=True), 3) for T in (4096, 16384)]
@@ -237,6 +256,7 @@ def test_presets_have_the_density_they_are_shown_with():
         ("block_size: wanted .*, got 0", {"block_size": 0}),
         ("window_size: wanted a positive int", {"window_size": 0}),
         ("window_size: wanted an int that is not", {"window_size": (-1, 3)}),
+        ("window_size: wanted an int below", {"window_size": 2**70}),
         ("window_size: wanted an int or a pair", {"window_size": (1, 2, 3)}),
         ("global_tokens: wanted None with pattern_type", {"global_tokens": 64}),
         ("dilation_rates: wanted None with pattern_type", {"dilation_rates": (1, 2)}),
@@ -245,7 +265,7 @@ def test_presets_have_the_density_they_are_shown_with():
         ("window_size: wanted None with a sp", {"pattern_type": "hierarchical", "window_size": 64,
                                                 "sparsity_ratio": 0.2}),
         ("seed: wanted 0 without random_blocks", {"pattern_type": "global_local", "seed": 3}),
-        ("dilation_rates: wanted positive ints", {"pattern_type": "dilated_sparse",
+        ("dilation_rates: wanted a positive int", {"pattern_type": "dilated_sparse",
                                                   "dilation_rates": (0, 2)}),
     ],
 )  # fmt: skip

@@ -8,6 +8,16 @@ from dilax import plotting
 from dilax._types import refuse
 from dilax.commands.output import check_output
 from dilax.pattern_config import PATTERN_TYPES, SparsePatternConfig, as_pattern
+from dilax.patterns import Intersection, Pattern, PerHead, Union
+
+_FIELDS = (
+    "sparsity_ratio",
+    "block_size",
+    "window_size",
+    "global_tokens",
+    "random_blocks",
+    "seed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +27,7 @@ class Show:
     segment_lengths: tuple[int, ...] = (8, 16, 32)
     """Segment length W of each branch, in tokens."""
     dilation_rates: tuple[int, ...] = (1, 2, 4)
-    """Dilation rate R of each branch."""
+    """Dilation rate R of each branch; of the pattern type dilated_sparse, in blocks."""
     length: int = 32
     """Number of tokens, up to 65536."""
     num_heads: int = 4
@@ -29,25 +39,30 @@ class Show:
     causal: bool = False
     """A query sees no key after it."""
     pattern: str | None = None
-    """Draw a block pattern instead: a preset (local, dilated, ...) or a pattern type."""
+    """Draw a block pattern instead: a preset (local, dilated, ...) or a pattern type, which takes
+    the options below; several with | (union), & (intersection) or , (one per group of heads)."""
     sparsity_ratio: float | None = None
     """Of a pattern type: the share of admissible blocks kept."""
     block_size: int | None = None
     """Of a pattern type: tokens of a block, a multiple of 64."""
-    window_size: int | None = None
-    """Of a pattern type: tokens of the window, in place of a ratio."""
-    global_tokens: int | None = None
-    """Of global_local: tokens that everybody sees, in place of a ratio."""
+    window_size: int | tuple[int | None, int | None] | None = None
+    """Of a pattern type: tokens of the window, or those to the left and to the right."""
+    global_tokens: int | tuple[int, int] | None = None
+    """Of global_local: tokens that everybody sees, from the start, or from the start and the end.
+    """
+    random_blocks: int = 0
+    """Of global_local: more blocks per row."""
+    seed: int = 0
+    """Of the random blocks."""
     out: Path = Path("pattern.png")
     """The picture to write, a name that ends in .png."""
 
     def run(self) -> None:
         """Write the picture and say so."""
         check_output("out", self.out, ".png")
-        fields = ("sparsity_ratio", "block_size", "window_size", "global_tokens")
-        given = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        given = {name: x for name in _FIELDS if (x := getattr(self, name)) != getattr(Show, name)}
         if self.pattern is not None:
-            self._draw_blocks(given)
+            self._draw_blocks(self.pattern, given)
             return
         for name, x in given.items():
             raise refuse(name, "no value without a pattern", x)
@@ -63,16 +78,28 @@ class Show:
         figure.savefig(self.out)
         print(f"wrote {self.out}")
 
-    def _draw_blocks(self, given: dict[str, Any]) -> None:
-        for name in ("segment_lengths", "dilation_rates", "combine", "head_offset"):
+    def _draw_blocks(self, pattern: str, given: dict[str, Any]) -> None:
+        for name in ("segment_lengths", "combine", "head_offset"):
             x = getattr(self, name)
             if x != getattr(Show, name):
                 raise refuse(name, "its default with a pattern", x)
-        if given and self.pattern not in PATTERN_TYPES:
-            raise refuse("pattern", f"one of {', '.join(PATTERN_TYPES)} with options", self.pattern)
-        made = SparsePatternConfig(self.pattern or "", **given) if given else self.pattern
-        made = as_pattern("pattern", made)
+        if self.dilation_rates != Show.dilation_rates:
+            given["dilation_rates"] = self.dilation_rates
+        made = _pattern(pattern, given)
         sizes = {"num_heads": self.num_heads, "is_causal": self.causal}
         plotting.draw_blocks(made, length=self.length, **sizes).savefig(self.out)
         print(made.describe(self.length, is_causal=self.causal))
         print(f"wrote {self.out}")
+
+
+def _pattern(text: str, given: dict[str, Any]) -> Pattern:
+    """The pattern that a text names, each type in it with the given options."""
+    for mark, compose in ((",", PerHead), ("|", Union), ("&", Intersection)):
+        if mark in text:
+            return compose(tuple(_pattern(part, given) for part in text.split(mark)))
+    name = text.strip()
+    if not given:
+        return as_pattern("pattern", name)
+    if name not in PATTERN_TYPES:
+        raise refuse("pattern", f"one of {', '.join(PATTERN_TYPES)} with options", name)
+    return SparsePatternConfig(name, **given).pattern()
