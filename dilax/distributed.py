@@ -133,12 +133,24 @@ def _first_line(error: Exception) -> str:
 class Placement:
     """Where the arrays of a run lie: on the devices of a mesh, or (None) on the default device.
 
+    Explicit axes of the mesh count as Auto ones: a run places its own arrays, and XLA the rest.
+
     Example:
         >>> Placement(None).batch({"tokens": np.zeros((2, 8))})["tokens"].shape
         (2, 8)
     """
 
     mesh: jax.sharding.Mesh | None
+
+    def __post_init__(self):
+        if self.mesh is not None and set(self.mesh.axis_types) != {jax.sharding.AxisType.Auto}:
+            auto = (jax.sharding.AxisType.Auto,) * len(self.mesh.axis_names)
+            mesh = jax.sharding.Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=auto)
+            object.__setattr__(self, "mesh", mesh)
+
+    def around(self) -> contextlib.AbstractContextManager[Any]:
+        """Its mesh around a call, in place of another one of `jax.set_mesh`."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @classmethod
     def of(cls, mesh: str | None, *, batch_size: int, sequence_length: int) -> "Placement":

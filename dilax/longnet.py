@@ -429,7 +429,7 @@ class LongNetLM(nnx.Module):
         """int32 [B, T] -> [B, T, vocab_size]; see the class."""
         check_array("tokens", tokens, (None, None), ("int32",))
         x = self.decoder(
-            self.embed(tokens) * self.config.embed_dim**0.5,
+            self._embedded(tokens) * self.config.embed_dim**0.5,
             segment_ids=segment_ids,
             positions=positions,
             order=order,
@@ -437,3 +437,16 @@ class LongNetLM(nnx.Module):
             rngs=rngs,
         )
         return self.embed.attend(x) if self.head is None else self.head(x)
+
+    def _embedded(self, tokens: jax.Array) -> jax.Array:
+        sharding: Any = jax.typeof(tokens).sharding
+        if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+            return self.embed(tokens)
+        # Flax's lookup does not say where the rows shall lie.
+        where = jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec, None))
+        lookup: Any = jax.sharding.auto_axes(
+            lambda table, tokens: jnp.take(table, tokens, axis=0), out_sharding=where
+        )
+        embed: Any = self.embed
+        (table,) = embed.promote_dtype((embed.embedding[...],), dtype=embed.dtype, inexact=False)
+        return lookup(table, tokens)

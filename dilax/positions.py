@@ -31,7 +31,12 @@ def _checked_positions(name: str, positions: Any, x: jax.Array) -> jax.Array:
         raise refuse(name, f"None or an int32 array [{T}] or [{B}, {T}]", positions)
     else:
         check_array(name, positions, (B, T)[2 - positions.ndim :], ("int32",))
-    return jnp.broadcast_to(positions, (B, T))
+    positions = jnp.broadcast_to(positions, (B, T))
+    sharding: Any = jax.typeof(x).sharding
+    if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
+        where = jax.NamedSharding(sharding.mesh, jax.P(*tuple(sharding.spec)[:2]))
+        positions = jax.reshard(positions, where)  # to where x lies
+    return positions
 
 
 def _check_rotated(query: Any, key: Any) -> None:

@@ -144,7 +144,8 @@ def evaluate_on(model: LongNetLM, batches: Iterable[data.Batch], placement: Plac
     nats, number = 0.0, 0
     for batch in batches:
         batch = placement.batch(data.shifted(batch))
-        total, count = _evaluation_step(placement, graphdef, state, batch)
+        with placement.around():
+            total, count = _evaluation_step(placement, graphdef, state, batch)
         nats, number = nats + float(total), number + int(count)
     if not number:
         raise refuse("batches", "at least one predicted token", number)

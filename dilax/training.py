@@ -170,16 +170,17 @@ class _Run:
     def advance(self) -> tuple[float, int]:
         """One step; the mean loss in bits and the number of predicted tokens."""
         batch = self.placement.batch(data.shifted(next(self.batches)))
-        self.params, self.optimizer_state, (total, number) = train_step(
-            self.config.computed(),
-            self.placement,
-            self.graphdef,
-            self.params,
-            self.optimizer_state,
-            self.rest,
-            batch,
-            self.step,
-        )
+        with self.placement.around():
+            self.params, self.optimizer_state, (total, number) = train_step(
+                self.config.computed(),
+                self.placement,
+                self.graphdef,
+                self.params,
+                self.optimizer_state,
+                self.rest,
+                batch,
+                self.step,
+            )
         bits = float(total) / max(int(number), 1) / math.log(2)
         if not math.isfinite(bits):
             raise _diverged(f"the loss of step {self.step + 1}", bits, self.config)

@@ -186,7 +186,9 @@ def test_a_mesh_is_one_device(config, alone, monkeypatch):
         return attend(query, *arrays, **options)
 
     monkeypatch.setattr(on_mesh, "sharded_dilated_attention", spy)
-    found = train(dataclasses.replace(config, mesh="data=4,sequence=2"), on_step=stop_at(6))
+    other = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(other):  # the run has a mesh of its own
+        found = train(dataclasses.replace(config, mesh="data=4,sequence=2"), on_step=stop_at(6))
     assert found.interrupted
     assert set(parts) == {(1, 16, 2, 8)}  # the attention ran on parts of examples and sequences
     assert error(found.bits_per_byte, alone.bits_per_byte[:6]) <= EXACT
@@ -261,6 +263,9 @@ def test_each_part_lies_on_its_device():
     for shard in placed.addressable_shards:
         assert shard.data.shape == (1, 2)
         np.testing.assert_array_equal(shard.data, x[shard.index])
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    explicit = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=kinds)
+    assert Placement(explicit) == placement
     everywhere = placement.everywhere({"x": x, "key": jax.random.key(3)})
     assert everywhere["x"].is_fully_replicated
     assert (jax.random.key_data(everywhere["key"]) == jax.random.key_data(jax.random.key(3))).all()

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from dilax.longnet import LongNetConfig, LongNetDecoder, LongNetEncoder, LongNetLM
+from dilax.on_mesh import AttentionSharding
 from tests.compare import assert_exact, error
 
 SMALL = LongNetConfig(
@@ -109,6 +110,36 @@ def test_remat_and_gqa_change_memory_only(x64):
     program = str(jax.make_jaxpr(loss, static_argnums=1)(state, graphdef))
     assert "remat" in program or "checkpoint" in program
     assert program.count("scan[") >= 1
+
+
+def test_on_explicit_axes(x64):
+    """Examples and tokens lie on them, and the logits where the tokens do."""
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=kinds)
+    config = dataclasses.replace(SMALL, num_layers=1, position="xpos", remat=None)
+    plain, placed = (
+        LongNetLM(config, sharding=sharding, rngs=nnx.Rngs(0))
+        for sharding in (None, AttentionSharding(batch="data", mesh=mesh))
+    )
+    tokens = np.tile(TOKENS[:, :8], (1, 2))
+    where = jax.NamedSharding(mesh, jax.P("data", "sequence"))
+
+    @nnx.jit
+    def run(model, tokens):
+        def loss(model):
+            logits = model(tokens)
+            return (jnp.cos(logits) * logits).sum(), logits
+
+        return nnx.grad(loss, has_aux=True)(model)
+
+    with jax.set_mesh(mesh):
+        gradients, logits = run(placed, jax.device_put(tokens, where))
+    assert logits.sharding.spec[:2] == ("data", "sequence")
+    found, wanted = (
+        jax.tree.map(np.asarray, (nnx.to_pure_dict(nnx.state(g)), out))
+        for g, out in ((gradients, logits), run(plain, tokens))
+    )
+    assert_exact(found, wanted)
 
 
 def test_dropout_needs_rngs_and_follows_them():
