@@ -64,6 +64,11 @@ class BlockLists:
         """bool [b, n, rows, capacity]: which entries count."""
         return _along_last(self.capacity, 4) < self.counts[..., None]
 
+    def blocks(self, length: int) -> int:
+        """How many blocks as many tokens fill."""
+        _check_block_size(self.block_size)
+        return -(-length // self.block_size)
+
 
 def from_mask(
     mask: Any,
@@ -218,10 +223,13 @@ def _is_known(x: Any) -> bool:
     return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_fully_addressable
 
 
-def _check_bands(lists: BlockLists) -> None:
-    size = lists.block_size
+def _check_block_size(size: Any) -> None:
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         raise refuse("blocks.block_size", "a positive int", size)
+
+
+def _check_bands(lists: BlockLists) -> None:
+    _check_block_size(lists.block_size)
     if not lists.bands or tuple(lists.bands[0]) != WHOLE:
         raise refuse("blocks.bands", "(None, None), the whole block, first", lists.bands)
     for band in lists.bands:

@@ -3,12 +3,13 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 from dilax._types import refuse
-from dilax.block_lists import BlockLists, check_lists
+from dilax.block_lists import BlockLists, check_lists, window
 from dilax.checks import check_choice
 from dilax.pattern_config import as_pattern
-from dilax.spec import Branch, Combine, HeadOffset
+from dilax.spec import Branch, Combine, DilatedSpec, HeadOffset, as_spec
 from dilax.union import union_attention
 
 VISITING_ORDERS = ("longest_first", "row", "hilbert")
@@ -54,7 +55,8 @@ def block_sparse_attention(
         query: [B, T, N, H], float32, bfloat16, float16 or float64; H a multiple of 8 up to 256.
         key, value: [B, S, K, H] of the same dtype; N is a multiple of K.
         pattern: a `SparsePatternConfig`, a pattern of `dilax.patterns`, the name of a preset, or
-            `BlockLists`, static or traced (one per branch if there are segments).
+            `BlockLists`, static or traced (one per branch if there are segments, for the
+            ceil(W / R) places of a segment; where W is longer than the sequence they are cut).
         segment_lengths, dilation_rates: None, or branches as in `dilax.dilated_attention`: the
             pattern then applies inside each branch, in blocks of the places that a segment has
             after dilation, and is cut where a segment is short; window sizes count such places.
@@ -94,8 +96,10 @@ def block_sparse_attention(
 
     def blocks(branches: tuple[Branch, ...] | None, q_start: int, k_start: int):
         causal = is_causal and q_positions is None  # of the indices
-        found = lists_of(query, key, pattern, branches, causal, q_start, k_start)
-        return found[0] if branches is None else found
+        if branches is None:
+            return whole_lists(query, key, pattern, causal, q_start, k_start)
+        spec = as_spec(segment_lengths, dilation_rates)
+        return branch_lists(query, key, pattern, spec, branches, causal)
 
     with jax.named_scope("dilax.block_sparse_attention"):
         return union_attention(
@@ -142,26 +146,43 @@ def refuse_branch_options(dilation_rates, combine, head_offset, average_branches
             raise refuse(name, f"{default!r} without segment_lengths", x)
 
 
-def lists_of(query, key, pattern, branches, is_causal: bool, q_start: int, k_start: int) -> tuple:
-    """The block lists of a call, checked: one per branch, or one alone."""
+def whole_lists(query, key, pattern, is_causal: bool, q_start: int, k_start: int) -> BlockLists:
+    """The checked block lists of a call without branches."""
     (B, T, N), (S, K) = query.shape[:3], key.shape[1:3]
-    if branches is None:
-        sizes = [(T, S, q_start, k_start)]
-    else:
-        lengths = (-(-branch.segment_length // branch.dilation_rate) for branch in branches)
-        sizes = [(L, L, 0, 0) for L in lengths]
-    given = (pattern,) if isinstance(pattern, BlockLists) else pattern
-    if isinstance(given, tuple | list) and given and isinstance(given[0], BlockLists):
-        if len(given) != len(sizes) or not all(isinstance(x, BlockLists) for x in given):
-            raise refuse("pattern", f"{len(sizes)} BlockLists, one per branch", pattern)
-        lists = tuple(given)
-    else:
-        made = as_pattern("pattern", pattern)
-        lists = tuple(
-            made.lists(t, s, N, K, is_causal=is_causal, q_start=q, k_start=k)
-            for t, s, q, k in sizes
-        )
-    for one, (t, s, _, _) in zip(lists, sizes, strict=True):
-        blocks = (-(-t // one.block_size), -(-s // one.block_size))
-        check_lists(one, *blocks, batch=(1, B), heads=(1, K, N))
+    lists = pattern[0] if _are_lists(pattern) and len(pattern) == 1 else pattern
+    if not isinstance(lists, BlockLists):
+        where = {"is_causal": is_causal, "q_start": q_start, "k_start": k_start}
+        lists = as_pattern("pattern", lists).lists(T, S, N, K, **where)
+    check_lists(lists, lists.blocks(T), lists.blocks(S), batch=(1, B), heads=(1, K, N))
     return lists
+
+
+def branch_lists(
+    query, key, pattern, spec: DilatedSpec, branches: tuple[Branch, ...], is_causal: bool
+) -> tuple[BlockLists, ...]:
+    """The checked block lists of each branch: `branches` are those of the spec within the call."""
+    B, N, K = query.shape[0], query.shape[2], key.shape[2]
+    given = (pattern,) if isinstance(pattern, BlockLists) else pattern
+    if not _are_lists(given):
+        made = as_pattern("pattern", pattern)
+        lengths = (-(-branch.segment_length // branch.dilation_rate) for branch in branches)
+        given = [made.lists(L, L, N, K, is_causal=is_causal) for L in lengths]
+    if len(given) != len(branches) or not all(isinstance(x, BlockLists) for x in given):
+        raise refuse("pattern", f"{len(branches)} BlockLists, one per branch", pattern)
+    found = []
+    for i, (lists, branch) in enumerate(zip(given, branches, strict=True)):
+        w, r = spec.segment_lengths[i], spec.dilation_rates[i]
+        natural = lists.blocks(-(-w // r))
+        rows = lists.blocks(-(-branch.segment_length // branch.dilation_rate))
+        has = np.shape(lists.columns)[2:3]
+        if has not in ((rows,), (natural,)):
+            cut = f", or {rows} within the sequence" if rows < natural else ""
+            wanted = f"lists with {natural} rows, for segments of {w} every {r}{cut}"
+            raise refuse(f"pattern[{i}].columns", wanted, lists.columns)
+        check_lists(lists, *has, *has, batch=(1, B), heads=(1, K, N))
+        found.append(window(lists, 0, rows, 0, rows) if has != (rows,) else lists)
+    return tuple(found)
+
+
+def _are_lists(x: Any) -> bool:
+    return isinstance(x, tuple | list) and len(x) > 0 and isinstance(x[0], BlockLists)

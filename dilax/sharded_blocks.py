@@ -10,7 +10,7 @@ import numpy as np
 from dilax import dropout
 from dilax._types import UnsupportedError, refuse, shown, stats_dtype
 from dilax.block_lists import BlockLists
-from dilax.block_sparse import lists_of
+from dilax.block_sparse import whole_lists
 from dilax.checks import (
     check_bool,
     check_choice,
@@ -217,7 +217,7 @@ def block_plan_of(
     """The plan of a pattern over `devices` parts like query and key, and what makes its lists."""
     (B, n, N, H), K = query.shape, key.shape[2]
     whole_q, whole_k = (jax.ShapeDtypeStruct((1, n * devices, x, H), query.dtype) for x in (N, K))
-    (lists,) = lists_of(whole_q, whole_k, pattern, None, is_causal, 0, 0)
+    lists = whole_lists(whole_q, whole_k, pattern, is_causal, 0, 0)
     if not lists.is_static:
         raise refuse("pattern", "a pattern that is known when tracing, on a mesh", pattern)
     if one_for_all and lists.columns.shape[1] > 1:

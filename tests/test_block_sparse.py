@@ -121,6 +121,24 @@ def test_inside_dilated_branches(name, pattern, lengths, rates, sizes, x64):
 
 
 @pytest.mark.newest
+def test_lists_of_segments_longer_than_the_sequence(x64):
+    """They have the sizes of the segments, and are cut; so does the pattern that they are of."""
+    one = case("longer", B=1, K=2, options=CAUSAL)
+    branches = {"segment_lengths": (24, 90, 800), "dilation_rates": (1, 2, 3)}
+    given = [HEADS.lists(L, num_heads=4, is_causal=True) for L in (24, 45, 267)]
+    wanted = run(oracle, one, HEADS, **branches)
+    assert_exact(run(library, one, given, **branches), wanted)
+    cut = [HEADS.lists(L, num_heads=4, is_causal=True) for L in (24, 19, 13)]
+    assert_exact(run(library, one, [given[0], *cut[1:]], **branches), wanted)
+    x = jnp.ones((1, 37, 4, 8))
+    wrong = (
+        r"^pattern\[2\].columns: wanted lists with 34 rows, for segments of 800 every 3, or 2 wi"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        dilax.block_sparse_attention(x, x, x, given[:2] + given[:1], **branches)
+
+
+@pytest.mark.newest
 def test_traced_lists(x64):
     """Lists that are arguments of a compiled function: two of them, one compilation."""
     one, compiled = case("traced", B=1, K=2, options=CAUSAL), []
@@ -294,6 +312,7 @@ def test_wrong_arguments_are_refused():
     refused("blocks.columns: wanted columns from 0 to 4, got 5", lists((2, 4, 5, 6), 1))
     for one in (lists((2, 4, 5, 6), 1), dataclasses.replace(good, counts=good.counts + 9)):
         refused("blocks.co(lumns|unts): wanted", jax.tree.map(jnp.asarray, one))
+    refused("blocks.block_size: wanted a pos", dataclasses.replace(good, block_size=0))
     refused("axis 0 of size 1 or 2", lists((3, 4, 5, 5)))
     refused("axis 1 of size 1 or 4", lists((1, 3, 5, 5)))
     refused("pattern: wanted 2 BlockLists, one per branch", good,
