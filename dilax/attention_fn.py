@@ -75,6 +75,12 @@ def _takes_part(x: Any) -> bool:
     return True
 
 
+def refuse_layout_of_order(sharding: AttentionSharding) -> None:
+    """Refuse a layout of the tokens beside a token order: they come row by row of their grid."""
+    if sharding.layout != "contiguous":
+        raise refuse("layout", "'contiguous' with an order, which says it", sharding.layout)
+
+
 def checkpointed(function: Callable, choice: Any) -> Callable:
     """`function` under `jax.checkpoint` as `use_gradient_checkpointing` says, or as it is.
 
@@ -175,9 +181,7 @@ class DilatedAttention:
         if self.sharding is not None and not isinstance(self.sharding, AttentionSharding):
             raise refuse("sharding", "None or an AttentionSharding", self.sharding)
         if self.order is not None and self.sharding is not None:
-            layout = self.sharding.layout
-            if layout != "contiguous":
-                raise refuse("layout", "'contiguous' with an order, which says it", layout)
+            refuse_layout_of_order(self.sharding)
 
     def _check_pattern(self) -> None:
         check_choice("visiting_order", self.visiting_order, VISITING_ORDERS)

@@ -13,20 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from dilax._types import UnsupportedError, refuse, shown
-from dilax.attention_fn import check_dtype, check_number
+from dilax.attention_fn import check_dtype, check_number, refuse_layout_of_order
 from dilax.block_lists import BlockLists, density
 from dilax.checks import check_bool, check_index, check_qkv
-from dilax.create_adaptive import (
-    STANDARD,
-)
+from dilax.create_adaptive import STANDARD
 from dilax.kind_options import SEGMENT_LENGTHS, implementation_of, pattern_of, segments_of
+from dilax.mesh_plan import placed_call, sharding_on
 from dilax.names import Kind, find_kind
-from dilax.plan_table import block_plan_table, placement, plan_table
 from dilax.router import Routing, budgets
 from dilax.select import IMPLEMENTATIONS, device_of, unsupported
-from dilax.sharded import Link, chunk_length, local_reasons, plan_of
-from dilax.sharded_blocks import block_plan_of, block_reasons
-from dilax.spec import Combine, HeadOffset, as_spec, branches_of, within
+from dilax.spec import Combine, HeadOffset, as_spec, branches_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +73,18 @@ def explain(
     use_flash_attn: bool | None = None,
     pattern: Any = None,
     device_kind: str | None = None,
+    sparsity_ratio: float | None = None,
+    block_size: int | None = None,
+    pattern_type: str | None = None,
     devices: int = 1,
-    layout: str = "contiguous",
+    mesh: Any = None,
+    axis_name: Any = None,
+    batch_axis: Any = None,
+    head_axis: Any = None,
+    layout: str | None = None,
     method: Any = None,
-    gigabytes_per_second: float = 340.0,
+    ring_size: int | None = None,
+    gigabytes_per_second: Any = None,
 ) -> Decision:
     """What a call of these sizes would run, and why not something else. Computes nothing.
 
@@ -91,12 +95,18 @@ def explain(
         segment_lengths, dilation_rates, combine, head_offset, is_causal, dropout, implementation:
             as in `dilax.dilated_attention`.
         packed: the call has segment ids or a key padding mask.
-        use_flash_attn, pattern: as in `create_dilated_attention`.
+        use_flash_attn, pattern, sparsity_ratio, block_size, pattern_type: as in
+            `create_dilated_attention`.
         device_kind: `jax.Device.device_kind` of another device, such as "NVIDIA H100 80GB HBM3";
             None for the default device of this process.
-        devices: along the mesh axis of the tokens; with several the decision has a plan.
-        layout, method: as in `dilax.sharded_dilated_attention`.
-        gigabytes_per_second: what a device receives, for the expected times of the plan.
+        mesh: for kinds on a mesh: a jax.sharding.Mesh, or axes with sizes, as "data=2,sequence=4"
+            or {"host": 2, "device": 4}; then the decision has a plan.
+        devices: in place of a mesh, of which only the axis of the tokens counts.
+        axis_name, batch_axis, head_axis, layout, method, ring_size: as in
+            `create_dilated_attention`; batch and num_heads are those of all devices.
+        gigabytes_per_second: what a device receives, for the expected times of the plan: one
+            number, or one for each axis of axis_name, the outermost first. None: 340 inside a host
+            (the last axis), 50 between hosts.
 
     Raises:
         ValueError: an argument is wrong; the message says which, what was wanted and what came.
@@ -120,7 +130,12 @@ def explain(
     check_number("dropout", dropout, 0.0, 1.0, "a Python number in [0, 1)")
     if row.adaptive and pattern is not None:
         raise refuse("pattern", f"None with kind {kind!r}, whose router finds one", pattern)
-    made = None if row.adaptive else pattern_of(kind, row, False, pattern)
+    fields = {"sparsity_ratio": sparsity_ratio, "block_size": block_size}
+    fields |= {"pattern_type": pattern_type}
+    for name, x in fields.items():
+        if row.adaptive and x is not None:
+            raise refuse(name, f"None with kind {kind!r}, whose router finds blocks", x)
+    made = None if row.adaptive else pattern_of(kind, row, False, pattern, **fields)
     segments, rates = segments_of(row, segment_lengths, dilation_rates)
     if row.adaptive and segments is not None:
         wanted = f"None with kind {kind!r}: a router looks for blocks in the whole sequence"
@@ -147,70 +162,49 @@ def explain(
         "dropout_rate": float(dropout),
         "dropout_seed": jax.ShapeDtypeStruct((2,), jnp.uint32) if dropout else None,
     }
-    if row.order is not None and (is_causal or dropout):
+    ordered = row.order is not None and bool(is_causal or dropout)
+    if ordered:
         options["q_positions"] = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     named = implementation_of(row, implementation, use_flash_attn)
-    plan = table = None
-    if check_index("devices", devices) == 0:
-        raise refuse("devices", "a positive int", devices)
-    check_number("gigabytes_per_second", gigabytes_per_second, 1e-6, 1e12, "a positive number")
+    axes = {"axis_name": axis_name, "batch_axis": batch_axis, "head_axis": head_axis}
+    axes |= {"layout": layout, "method": method}
+    sharding = sharding_on(kind, row, devices, mesh, ring_size, **axes)
     reasons_of: Any = functools.partial(unsupported, device_kind=device_kind, **options)
-    if devices > 1:
-        if row.adaptive or (made is not None and segments is not None):
-            raise refuse("devices", "1 with a router, or a pattern inside branches", devices)
-        where = {"devices": devices, "layout": layout, "is_causal": is_causal, "packed": packed}
-        where |= {"link": Link(bandwidth=gigabytes_per_second * 1e9)}
-        if made is None:
-            where["method"] = row.method if method is None else method
-        elif method is not None:
-            raise refuse("method", "None with a block pattern", method)
-        plan, table, reasons_of = _placed(made, arrays, options, where, device_kind)
+    placed = None
+    if sharding is not None:
+        if row.order is not None:
+            refuse_layout_of_order(sharding)
+        if made is not None and segments is not None:
+            raise refuse("segment_lengths", "None with a pattern on a mesh", segment_lengths)
+        placed = placed_call(
+            sharding,
+            made,
+            arrays,
+            options,
+            ordered=ordered,
+            gigabytes_per_second=gigabytes_per_second,
+            device_kind=device_kind,
+        )
+        reasons_of = placed.reasons_of
+    elif gigabytes_per_second is not None:
+        raise refuse("gigabytes_per_second", "None on one device", gigabytes_per_second)
     taken, over = _implementations(kind, row, named, arrays, reasons_of)
     if made is None and not row.adaptive:
         over += [("variant", "block_sparse", "changes the result: never chosen unasked")]
-    if devices == 1:
-        why = "one device: nothing to place (see devices)"
+    if placed is None:
+        why = "one device: nothing to place (see mesh)"
         over += [("placement", name, why) for name in ("ring", "head_parallel")]
+    else:
+        over += placed.passed_over
     return Decision(
         kind=kind,
         variant=variant + (f" in {row.order} order" if row.order else ""),
         implementation=taken,
-        placement="where the inputs lie" if plan is None else placement(plan),
+        placement="where the inputs lie" if placed is None else placed.placement,
         device_kind=device_of(None).device_kind if device_kind is None else device_kind,
         passed_over=tuple(over),
-        plan=table,
+        plan=None if placed is None else placed.table,
     )
-
-
-def _placed(pattern: Any, arrays: tuple, options: dict, where: dict, device_kind: str | None):
-    """The plan of a call on a mesh, as text, and the reasons against an implementation there."""
-    (B, T, N, H), K = arrays[0].shape, arrays[1].shape[2]
-    if T != arrays[1].shape[1]:
-        raise refuse("kv_seq_len", f"None or {T} with several devices", arrays[1].shape[1])
-    devices, rate = where["devices"], options["dropout_rate"]
-    part = chunk_length(T, devices, "contiguous")
-    q, k, v = (jax.ShapeDtypeStruct((B, part, *x.shape[2:]), x.dtype) for x in arrays)
-    ids = (None, None)
-    if where["packed"]:
-        ids = (jax.ShapeDtypeStruct((B, part), jnp.int32),) * 2
-    if pattern is None:
-        branches = tuple(within(branch, T) for branch in options["branches"])
-        plan: Any = plan_of(branches, (B, T, N, K, H), arrays[0].dtype, **where)
-
-        def reasons_of(name: str, *_: Any) -> tuple[str, ...]:
-            if name == "xla":
-                return ()
-            return local_reasons(name, q, k, v, plan, H**-0.5, ids, rate, device_kind)
-
-        return plan, plan_table(plan), reasons_of
-    plan, make = block_plan_of(pattern, q, k, **where)
-
-    def block_reasons_of(name: str, *_: Any) -> tuple[str, ...]:
-        if name == "xla":
-            return ()
-        return block_reasons(name, q, k, v, plan, make, ids[0], H**-0.5, rate, device_kind)
-
-    return plan, block_plan_table(plan), block_reasons_of
 
 
 def _routed(arrays: tuple, is_causal: bool) -> BlockLists:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dilax._types import LostProcessError, refuse
-from dilax.on_mesh import AttentionSharding
+from dilax.on_mesh import AttentionSharding, parse_axes
 
 AXES = ("data", "sequence")
 # After this many seconds without a sign of life a process counts as lost.
@@ -39,14 +39,10 @@ def parse_mesh(mesh: str) -> dict[str, int]:
         {'data': 2, 'sequence': 1}
     """
     wanted = f"axes among {', '.join(AXES)} with sizes, such as data=2,sequence=2"
-    if not isinstance(mesh, str):
+    sizes = parse_axes(mesh, wanted)
+    if not sizes.keys() <= set(AXES):
         raise refuse("mesh", wanted, mesh)
-    pairs = [part.partition("=")[::2] for part in mesh.replace(" ", "").split(",")]
-    sizes = {name: size for name, size in pairs}
-    known = len(sizes) == len(pairs) and sizes.keys() <= set(AXES)
-    if not known or not all(size.isascii() and size.isdigit() and int(size) for _, size in pairs):
-        raise refuse("mesh", wanted, mesh)
-    return {name: int(sizes.get(name, 1)) for name in AXES}
+    return {name: sizes.get(name, 1) for name in AXES}
 
 
 def start_processes(

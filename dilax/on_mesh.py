@@ -1,6 +1,7 @@
 """Dilated attention of arrays on a mesh: `jax.shard_map` around `sharded_dilated_attention`."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -105,11 +106,15 @@ class AttentionSharding:
         heads = self.heads or (spec[2] if not own & set(_names(spec[2])) else None)
         return dataclasses.replace(self, mesh=mesh, batch=batch, heads=heads)._checked(query)
 
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """Devices along the mesh axes of "sequence", "batch" or "heads"."""
+        every = dict(zip(self.mesh.axis_names, self.mesh.axis_sizes, strict=True))
+        return tuple(every[axis] for axis in _names(getattr(self, name)))
+
     def _checked(self, query: Any) -> "AttentionSharding":
         sizes = dict(zip(self.mesh.axis_names, self.mesh.axis_sizes, strict=True))
         counts = {}
         for name in ("sequence", "batch", "heads"):
-            counts[name] = 1
             for axis in _names(getattr(self, name)):
                 if axis not in sizes:
                     argument = {"sequence": "axis_name", "heads": "head_axis"}.get(
@@ -117,7 +122,7 @@ class AttentionSharding:
                     )
                     wanted = f"an axis of the mesh, which has {', '.join(sizes)}"
                     raise refuse(f"{argument} (AttentionSharding.{name})", wanted, axis)
-                counts[name] *= sizes[axis]
+            counts[name] = math.prod(self.sizes(name))
         order = [axis for axis in sizes if axis in _names(self.sequence)]
         if order != list(_names(self.sequence)):
             raise refuse("axis_name", f"axes in the order of the mesh, {order}", self.sequence)
@@ -130,6 +135,35 @@ class AttentionSharding:
         if counts["sequence"] > 1:
             chunk_length(query.shape[1], counts["sequence"], self.layout)
         return self
+
+
+def parse_axes(mesh: Any, wanted: str) -> dict[str, int]:
+    """Sizes of the axes of a mesh that is written "data=2,sequence=4", in its order.
+
+    Raises:
+        ValueError: the text is not axes and sizes; `wanted` says what would be.
+
+    Example:
+        >>> parse_axes("data=2,sequence=4", "a mesh")
+        {'data': 2, 'sequence': 4}
+    """
+    if not isinstance(mesh, str):
+        raise refuse("mesh", wanted, mesh)
+    pairs = [part.partition("=") for part in mesh.replace(" ", "").split(",")]
+    sizes = {name: size for name, _, size in pairs}
+    real = all(size.isascii() and size.isdigit() and int(size) for size in sizes.values())
+    if len(sizes) != len(pairs) or "" in sizes or not real:
+        raise refuse("mesh", wanted, mesh)
+    return {name: int(size) for name, size in sizes.items()}
+
+
+def kv_heads_of_a_device(key: Any, sharding: AttentionSharding) -> int:
+    """Of key [B, S, K, H]: K over the devices along the heads, or one that all of them have."""
+    heads, parts = key.shape[2], math.prod(sharding.sizes("heads"))
+    if heads % parts and heads > 1:
+        wanted = f"one kv head, or a multiple of the {parts} devices along {sharding.heads!r}"
+        raise refuse("key", wanted, key)
+    return max(1, heads // parts)
 
 
 def _only(axes: set[str], spec: Any) -> Any:
@@ -247,14 +281,7 @@ def _mapped(sharding: AttentionSharding, arrays: dict, options: dict) -> Any:
     specs |= dict.fromkeys(_ROWS, jax.P(batch, sequence))
     specs |= dict.fromkeys(_HEADS, jax.P(heads, None))
     specs["dropout_key"] = jax.P()
-    sizes = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_sizes, strict=True))
-    parts = 1
-    for axis in _names(heads):
-        parts *= sizes[axis]
-    if key.shape[2] % parts:
-        if key.shape[2] > 1:
-            wanted = f"one kv head, or a multiple of the {parts} devices along {heads!r}"
-            raise refuse("key", wanted, key)
+    if kv_heads_of_a_device(key, sharding) * math.prod(sharding.sizes("heads")) != key.shape[2]:
         specs |= dict.fromkeys(("key", "value"), jax.P(batch, sequence, None, None))
         specs |= dict.fromkeys(_HEADS, jax.P())
     specs = {name: specs[name] for name in arrays}

@@ -1,6 +1,6 @@
 """Plans of a mesh as text."""
 
-from dilax.sharded import Plan
+from dilax.sharded import Link, Plan
 from dilax.sharded_blocks import BlockPlan
 
 
@@ -39,8 +39,8 @@ def block_plan_table(plan: BlockPlan) -> str:
     return _text(rows, plan)
 
 
-def placement(plan: Plan | BlockPlan) -> str:
-    """Where a plan places a call, in one line."""
+def placement(plan: Plan | BlockPlan, examples: int = 1, heads: int = 1) -> str:
+    """Where a plan places a call, in one line; examples, heads: devices along those."""
     if isinstance(plan, BlockPlan):
         shifts = {hop.shift for hop in plan.hops[1:]}
         methods = [f"ring of {len(shifts)} hops" if shifts else "local"]
@@ -48,7 +48,11 @@ def placement(plan: Plan | BlockPlan) -> str:
             methods.append(f"global queries to {len(plan.moves.shifts)} devices")
     else:
         methods = list(dict.fromkeys(branch.method for branch in plan.branches))
-    return f"{plan.devices} devices along the tokens, {plan.layout}: {', '.join(methods)}"
+    others = (("examples", examples), ("heads", heads))
+    along = "".join(f"{count} along the {name}, " for name, count in others if count > 1)
+    if plan.devices == 1:
+        return f"{along}all tokens on every device"
+    return f"{along}{plan.devices} devices along the tokens, {plan.layout}: {', '.join(methods)}"
 
 
 def _text(rows: list[tuple[str, ...]], plan: Plan | BlockPlan) -> str:
@@ -57,9 +61,17 @@ def _text(rows: list[tuple[str, ...]], plan: Plan | BlockPlan) -> str:
     lines.append(
         f"each of {plan.devices} devices ({plan.layout}) receives {_bytes(plan.bytes)} in"
         f" {plan.messages} messages; the busiest has {plan.balance:.2f} times the mean work;"
-        f" expected {plan.seconds * 1e3:.3g} ms forward"
+        f" expected {plan.seconds * 1e3:.3g} ms forward {_speeds(plan.link)}"
     )
     return "\n".join(lines)
+
+
+def _speeds(link: Link) -> str:
+    """What the expected times assume of messages."""
+    text = f"at {link.bandwidth / 1e9:.3g} GB/s"
+    for size, bandwidth in link.levels:
+        text += f" among {size} neighbours and {bandwidth / 1e9:.3g} GB/s beyond"
+    return text
 
 
 def _bytes(count: float) -> str:

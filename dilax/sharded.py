@@ -1,6 +1,7 @@
 """Dilated attention of a sequence on a mesh axis, inside a shard_map: the same answer."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ from sharding import attention as sharded  # noqa: E402
 from sharding.cost import Link as Link  # noqa: E402
 from sharding.cost import Sizes  # noqa: E402
 from sharding.local import Local, primitive_branch  # noqa: E402
-from sharding.mesh import LAYOUTS, axis_size, local_positions  # noqa: E402
+from sharding.mesh import LAYOUTS, local_positions  # noqa: E402
 from sharding.mesh import chunk_length as chunk_length  # noqa: E402
 from sharding.mesh import from_layout as from_layout  # noqa: E402
 from sharding.mesh import positions as layout_positions  # noqa: E402, F401
@@ -161,12 +162,13 @@ def sharded_dilated_attention(
     check_extra_keys(key, bias_k, bias_v)
     check_implementation(implementation)
     drops = check_dropout(dropout_rate, dropout_key, deterministic)
-    devices = 1 if axis_name is None else axis_size_of("axis_name", axis_name)
+    sizes = () if axis_name is None else axis_sizes_of("axis_name", axis_name)
+    devices = math.prod(sizes)
     check_ring_size(ring_size, devices)
     (B, T, N, H), total = query.shape, query.shape[1] * devices
-    head_parts = 1 if head_axis is None else axis_size_of("head_axis", head_axis)
+    head_parts = 1 if head_axis is None else math.prod(axis_sizes_of("head_axis", head_axis))
     if batch_axis is not None:
-        axis_size_of("batch_axis", batch_axis)
+        axis_sizes_of("batch_axis", batch_axis)
     branches = tuple(
         within(branch, total) for branch in branches_of(spec, N * head_parts, combine, head_offset)
     )
@@ -191,6 +193,7 @@ def sharded_dilated_attention(
         method=method,
         packed=ids[0] is not None,
         ordered=places is not None,
+        link=link_of(sizes),
     )
     local = choose_local(implementation, query, key, value, plan, factor, ids, rate)
     setup = sharded.Setup(plan, local, axis_name, head_axis, batch_axis, is_causal, factor, rate)
@@ -239,8 +242,8 @@ def _first(axis: Any, count: int) -> Any:
     return 0 if axis is None else lax.axis_index(axis) * count
 
 
-def axis_size_of(name: str, axis: Any) -> int:
-    """Devices along the mesh axis (or axes) that an argument names."""
+def axis_sizes_of(name: str, axis: Any) -> tuple[int, ...]:
+    """Devices along the mesh axis, or along each of the axes, that an argument names."""
     names = axis if isinstance(axis, tuple) else (axis,)
     if not names or not all(isinstance(x, str) for x in names):
         raise refuse(name, "the name of a mesh axis, or a tuple of names", axis)
@@ -250,7 +253,33 @@ def axis_size_of(name: str, axis: Any) -> int:
     if missing:
         wanted = f"axes of the shard_map around this call ({', '.join(manual) or 'there is none'})"
         raise refuse(name, wanted, axis)
-    return axis_size(axis)
+    return tuple(lax.axis_size(x) for x in names)
+
+
+def link_of(sizes: tuple[int, ...], gigabytes_per_second: Any = None) -> Link:
+    """What messages cost along mesh axes of the tokens with these sizes, the outermost first.
+
+    gigabytes_per_second: that a device receives along each of them, or one number for all. None:
+    340 along the innermost (NVLink, measured) and 50 along the others (InfiniBand of 400 Gbit/s).
+
+    Example:
+        >>> link_of((2, 4)).levels
+        ((4, 50000000000.0),)
+    """
+    speeds = gigabytes_per_second
+    if speeds is None:
+        speeds = (*(50.0,) * (len(sizes) - 1), 340.0)
+    elif not isinstance(speeds, tuple | list):
+        speeds = (speeds,) * max(len(sizes), 1)
+    real = all(isinstance(x, int | float) and not isinstance(x, bool) for x in speeds)
+    if not real or not all(1e-6 <= x < 1e12 for x in speeds):
+        raise refuse("gigabytes_per_second", "positive numbers", gigabytes_per_second)
+    if len(speeds) != max(len(sizes), 1):
+        wanted = f"one number, or one for each of the {len(sizes)} axes of the tokens"
+        raise refuse("gigabytes_per_second", wanted, gigabytes_per_second)
+    *outer, inner = (float(x) * 1e9 for x in speeds)
+    runs = np.cumprod(sizes[:0:-1]).tolist()
+    return Link(bandwidth=inner, levels=tuple(zip(runs, reversed(outer), strict=True)))
 
 
 def refuse_without_sequence(layout: Any, method: Any) -> None:

@@ -1,6 +1,7 @@
 """Block-sparse attention of a sequence on a mesh axis, inside a shard_map: the same answer."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,7 +21,14 @@ from dilax.checks import (
     segment_ids_of,
 )
 from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
-from dilax.sharded import DROPOUT_ON_A_MESH, LAYOUTS, XLA, axis_size_of, check_ring_size
+from dilax.sharded import (
+    DROPOUT_ON_A_MESH,
+    LAYOUTS,
+    XLA,
+    axis_sizes_of,
+    check_ring_size,
+    link_of,
+)
 from sharding.attention import Setup, attend
 from sharding.block_plan import BlockPlan, TokenCost, make_block_plan
 from sharding.local import Local
@@ -96,11 +104,12 @@ def sharded_block_sparse_attention(
     check_scale(scale)
     check_implementation(implementation)
     drops = check_dropout(dropout_rate, dropout_key, deterministic)
-    devices = axis_size_of("axis_name", axis_name)
+    sizes = axis_sizes_of("axis_name", axis_name)
+    devices = math.prod(sizes)
     check_ring_size(ring_size, devices)
     for name, axis in (("head_axis", head_axis), ("batch_axis", batch_axis)):
         if axis is not None:
-            axis_size_of(name, axis)
+            axis_sizes_of(name, axis)
     ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
     rate, seed = 0.0, None
     if drops and dropout_key is not None:
@@ -114,6 +123,7 @@ def sharded_block_sparse_attention(
         is_causal=is_causal,
         packed=ids[0] is not None,
         one_for_all=head_axis is not None,
+        link=link_of(sizes),
     )
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     setup = Setup(

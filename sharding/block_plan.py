@@ -85,6 +85,7 @@ class BlockPlan:
     balance: float
     compute: float
     exposed: float
+    link: Link
 
     @property
     def seconds(self) -> float:
@@ -156,7 +157,7 @@ def make_block_plan(
     share = lists.columns.shape[0] * lists.columns.shape[1]
     compute = float(work.max()) / share * block_size**2 * cost.pair / link.flops
     received = costs.of(lists, kept)[0]
-    late = received / link.bandwidth + len(hops) * link.latency
+    late = costs.seconds(hops, moves, link) + len(hops) * link.latency
     return BlockPlan(
         devices,
         length,
@@ -173,6 +174,7 @@ def make_block_plan(
         compute,
         # What travels hides behind the calls before its own.
         max(0.0, late - compute * (len(hops) - 1) / len(hops)) if messages else 0.0,
+        link,
     )
 
 
@@ -250,6 +252,17 @@ class _Costs:
         most = np.bincount(lists.owner[moved], minlength=1).max()
         queries = len(_moved_shifts(lists, moved)) * int(most) * self.cost.queries
         return (sent * self.cost.keys + queries) * self.block_size, int(moved.sum())
+
+    def seconds(self, hops: list[BlockHop], moves: QueryMoves | None, link: Link) -> float:
+        """That the messages of a plan take, one after the other."""
+        total = 0.0
+        for hop in hops[1:]:
+            sent = sum(high - low for low, high in filter(None, hop.rows))
+            total += sent * self.cost.keys / link.slowest(hop.pairs)
+        for pairs in moves.pairs if moves else ():
+            sent = moves.blocks.shape[1] * self.block_size if moves else 0
+            total += sent * self.cost.queries / link.slowest(pairs)
+        return total
 
 
 def _moved_shifts(lists: _Lists, moved: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a plan costs: bytes on the wire, expected seconds of messages and of attention."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -17,12 +18,37 @@ class Link:
     bandwidth: bytes per second that a device receives. latency: seconds per message.
     flops: products and sums per second of the attention.
     memory: bytes that gathered keys and values may take.
+    levels: where speeds differ, (devices of a host, bandwidth from beyond it), inner ones first:
+    runs of so many devices along the axis of the sequence are near each other.
+
+    Example:
+        >>> two = Link(bandwidth=300.0, levels=((4, 50.0),))
+        >>> two.slowest([(0, 3)]), two.slowest([(0, 1), (3, 4)])
+        (300.0, 50.0)
+        >>> two.gather(8) == 3 / 300 + 4 / 50
+        True
     """
 
     bandwidth: float = 340e9
     latency: float = 15e-6
     flops: float = 550e12
     memory: float = 2**30
+    levels: tuple[tuple[int, float], ...] = ()
+
+    def slowest(self, pairs: Iterable[tuple[int, int]]) -> float:
+        """Bandwidth of the slowest of the messages (source, destination) of one hop."""
+        found = [self.bandwidth]
+        for size, bandwidth in self.levels:
+            if any(source // size != destination // size for source, destination in pairs):
+                found.append(bandwidth)
+        return min(found)
+
+    def gather(self, group: int) -> float:
+        """Seconds for a byte from each other device of `group` consecutive ones."""
+        sizes = [1, *(size for size, _ in self.levels), group]
+        speeds = [self.bandwidth, *(bandwidth for _, bandwidth in self.levels)]
+        reached = [min(size, group) for size in sizes]
+        return sum((b - a) / v for a, b, v in zip(reached, reached[1:], speeds, strict=False))
 
 
 NVLINK = Link()

@@ -277,21 +277,21 @@ def _moving(shared, number, branch, name, spread, group, ranks, slots) -> Branch
     if name == "all_gather":
         hops = (Hop(0, (), (None,) * C, gathered_calls(view)),)
         moved, messages = (group - 1) * C * rows * cost.keys(1), C * cost.key_messages
-        exposed = moved / link.bandwidth + messages * link.latency
+        exposed = moved / (group - 1) * link.gather(group) + messages * link.latency
     else:
         hops = tuple(hop for shift in range(group // spread) for hop in view.hops(shift))
         for hop in hops[1:]:
             sent = [b - a for a, b in filter(None, hop.rows)]
             moved += sum(sent) * cost.keys(spread)
             messages += len(sent) * cost.key_messages
-            arrives = sum(sent) * cost.keys(spread) / link.bandwidth + link.latency
+            arrives = sum(sent) * cost.keys(spread) / link.slowest(hop.pairs) + link.latency
             # A hop travels while the one before is computed.
             exposed += max(0.0, arrives - compute / len(hops))
         exposed += link.latency if len(hops) > 1 else 0.0
     if spread > 1:
         dealt = cost.dealt(spread) * C * rows
         moved, messages = moved + dealt, messages + C * (cost.key_messages + 3 + cost.marks)
-        exposed += dealt / link.bandwidth + 2 * link.latency
+        exposed += dealt / (spread - 1) * link.gather(spread) + 2 * link.latency
     return BranchPlan(
         number,
         branch,

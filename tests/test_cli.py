@@ -52,7 +52,7 @@ def test_overview_lists_every_command(capsys):
     assert status == 0
     assert all(f"  {name}" in out for name in cli.COMMANDS)
     modules = {info.name for info in pkgutil.iter_modules(commands.__path__)}
-    assert modules == {*cli.COMMANDS, "output"}
+    assert modules == {*cli.COMMANDS, "output", "patterns"}
     assert run(capsys)[0] == 2
 
 
@@ -78,7 +78,16 @@ def test_every_command_has_help(name, capsys):
         ),
         (["show", "--combine", "sum"], "combine: wanted 'lse' or 'heads', got 'sum'"),
         (["explain", "--kind", "nothing"], "nothing"),
-        (["explain", "--devices", "7"], "16384 tokens on 7 devices: wanted a multiple of 7"),
+        (
+            ["explain", "--kind", "ring", "--devices", "7"],
+            "16384 tokens on 7 devices: wanted a multiple of 7",
+        ),
+        (["explain", "--devices", "2"], "devices: wanted 1 with kind 'auto': 'ring' takes a mesh"),
+        (["explain", "--mesh", "data=2"], "mesh: wanted None with kind 'auto': 'ring' takes it"),
+        (
+            ["explain", "--kind", "block_sparse", "--window-size", "512"],
+            "window_size: wanted no value without a pattern, got 512",
+        ),
         (["explain", "--head-dim", "7"], "head dim"),
         (["bench", "--repeats", "0"], "repeats: wanted a positive int, got 0"),
         (["train", "--text", "/no/such/file"], "text: wanted"),
@@ -185,6 +194,19 @@ def test_explain_block_sparse_kinds(kind, capsys):
     status, out, _ = run(capsys, "explain", "--kind", kind, "--device-kind", "NVIDIA H100")
     assert status == 0
     assert "every (1, 2, 4)" not in out
+
+
+def test_explain_takes_a_mesh_and_a_pattern(capsys):
+    """Two levels of the tokens, each with its speed, and an axis of the examples."""
+    mesh = ["--mesh", "data=2,host=2,device=4", "--axis-name", "host,device", "--batch", "2"]
+    pattern = ["--pattern", "local_window", "--window-size", "512", "--block-size", "64"]
+    speeds = ["--gigabytes-per-second", "25", "300"]
+    kind = ["--kind", "block_sparse_distributed"]
+    status, out, _ = run(capsys, "explain", *kind, *mesh, *pattern, *speeds)
+    assert status == 0
+    assert "2 along the examples, 8 devices along the tokens, contiguous: ring of 2 hops" in out
+    assert "window_size=512" in out
+    assert "at 300 GB/s among 4 neighbours and 25 GB/s beyond" in out
 
 
 def test_explain_gives_reasons(capsys):

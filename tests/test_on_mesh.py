@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import dilax
+from dilax import plan_table, sharded, sharded_blocks
 from dilax.names import KINDS
 from tests.compare import assert_exact, error
 
@@ -191,6 +192,66 @@ def test_explain_has_the_plan():
     assert decision.placement == "8 devices along the tokens, contiguous: local, all_to_all"
     assert "65536     8  all_to_all" in str(decision)
     assert "receives" in str(decision)
+
+
+MESHES = {
+    "ring": {"axis_name": ("host", "device"), "batch_axis": "data", "layout": "zigzag"},
+    "head_parallel": {"axis_name": "device", "head_axis": "host"},
+    "distributed": {"head_axis": ("host", "device")},
+    "block_sparse_distributed": {"axis_name": ("host", "device"), "pattern": "local"},
+}
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_explain_plans_what_runs(kind, monkeypatch):
+    """The plan of the call that it explains, for the same description of the mesh."""
+    plans = []
+
+    def spy(make, *args, **options):
+        plans.append(make(*args, **options))
+        return plans[-1]
+
+    for module, name in ((sharded, "plan_of"), (sharded_blocks, "block_plan_of")):
+        monkeypatch.setattr(module, name, functools.partial(spy, getattr(module, name)))
+    mesh = mesh_of((2, 2, 2), names=("data", "host", "device"))
+    segments = {"segment_lengths": (64, 512), "dilation_rates": (1, 2)}
+    options = MESHES[kind] | ({} if "pattern" in MESHES[kind] else segments)
+    attention = dilax.create_multihead_dilated_attention(kind, 32, 4, mesh=mesh, **options)
+    x = jax.ShapeDtypeStruct((2, 512, 4, 8), jnp.float32)
+    jax.eval_shape(functools.partial(attention.attention, is_causal=True), x, x, x)
+    sizes = {"seq_len": 512, "batch": 2, "num_heads": 4, "head_dim": 8, "is_causal": True}
+    axes = {"data": 2, "host": 2, "device": 2}
+    decision = dilax.explain(kind, mesh=axes, **sizes, **options)
+    (plan,) = plans
+    blocks = "pattern" in options
+    text = plan_table.block_plan_table(plan[0]) if blocks else plan_table.plan_table(plan)
+    assert decision.plan == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("dilated", {"devices": 4}, "devices: wanted 1 with kind 'dilated'"),
+        ("distributed", {"devices": 4}, "devices: wanted 1 with .*tokens lie on no mesh axis"),
+        ("hilbert", {"mesh": "sequence=4"}, "mesh: wanted None with kind 'hilbert'"),
+        ("ring", {"mesh": "sequence"}, "mesh: wanted axes with sizes"),
+        (
+            "ring",
+            {"mesh": "data=2"},
+            r"axis_name \(.*\): wanted an axis of the mesh, .*data",
+        ),
+        ("ring", {"mesh": "sequence=4", "devices": 4}, "devices: wanted 1 with a mesh"),
+        ("ring", {"layout": "zigzag"}, "layout: wanted None without a mesh"),
+        ("ring", {"devices": 4, "ring_size": 2}, "ring_size: wanted None or 4"),
+        ("distributed", {"mesh": "data=2", "method": "ring"}, "method: wanted None without"),
+        ("ring_distributed", {"mesh": "data=2,sequence=2"}, "batch: wanted axes that divide"),
+        ("ring_hilbert", {"devices": 2, "layout": "zigzag"}, "layout: wanted 'contiguous' with"),
+        ("dilated", {"gigabytes_per_second": 3.0}, "gigabytes_per_second: wanted None on one"),
+    ],
+)
+def test_explain_refuses_a_mesh_that_does_not_apply(kind, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        dilax.explain(kind, seq_len=8192, **options)
 
 
 def test_explain_has_the_plan_of_a_pattern():

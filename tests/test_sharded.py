@@ -278,6 +278,26 @@ def test_zigzag_balances_causal_work():
     assert balance("zigzag") == pytest.approx(1.0)
 
 
+def test_each_level_of_the_tokens_has_its_speed():
+    """Groups of four devices are a host: only what is wider gets slower, and nothing else."""
+    branches = tuple((w, 1, 0, (0,) * 8) for w in (1 << 15, 1 << 16))
+    sizes = (1, 1 << 16, 8, 8, 64)
+    one, two, all_slow = (
+        sharded.plan_of(branches, sizes, "bfloat16", devices=8, method="ring", link=link)
+        for link in (
+            sharded.link_of((8,)),
+            sharded.link_of((2, 4), (5, 340)),
+            sharded.link_of((2, 4), 5),
+        )
+    )
+    assert one.bytes == two.bytes == all_slow.bytes > 0
+    near, far = two.branches
+    assert (near.group, near.exposed) == (4, one.branches[0].exposed)
+    assert one.branches[1].exposed < far.exposed <= all_slow.branches[1].exposed
+    with pytest.raises(ValueError, match="gigabytes_per_second: wanted one number, or one for ea"):
+        sharded.link_of((2, 4), (1, 2, 3))
+
+
 def attend_on(axis="sequence", mesh=("sequence",), T=32, **options):
     """A call on a mesh of four devices, traced only."""
     devices = jax.make_mesh(

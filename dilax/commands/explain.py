@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dilax.commands.patterns import PATTERN_FIELDS, pattern_of, refuse_without_pattern
 from dilax.decision import explain
 
 
@@ -43,14 +44,41 @@ class Explain:
     """Name one instead of leaving the choice to the library."""
     device_kind: str | None = None
     """Of another machine, such as "NVIDIA H100 80GB HBM3"; None for this one."""
+    pattern: str | None = None
+    """Of a block-sparse kind: a preset (local, dilated, ...) or a pattern type, which takes the
+    options below; several with | (union), & (intersection) or , (one per group of heads)."""
+    sparsity_ratio: float | None = None
+    """Of a pattern type: the share of admissible blocks kept."""
+    block_size: int | None = None
+    """Of a pattern type: tokens of a block, a multiple of 64."""
+    window_size: int | tuple[int | None, int | None] | None = None
+    """Of a pattern type: tokens of the window, or those to the left and to the right."""
+    global_tokens: int | tuple[int, int] | None = None
+    """Of global_local: tokens that everybody sees, from the start, or from the start and the end.
+    """
+    random_blocks: int = 0
+    """Of global_local: more blocks per row."""
+    seed: int = 0
+    """Of the random blocks."""
     devices: int = 1
     """Along the mesh axis of the tokens; with several a plan says who sends how much."""
-    layout: str = "contiguous"
+    mesh: str | None = None
+    """In place of devices, axes with sizes: data=2,sequence=4, or host=2,device=8."""
+    axis_name: str | None = None
+    """The mesh axis of the tokens, or two, between hosts and inside one: host,device."""
+    batch_axis: str | None = None
+    """The mesh axis of the examples."""
+    head_axis: str | None = None
+    """The mesh axis of the heads."""
+    ring_size: int | None = None
+    """If given, must be the number of devices along the tokens."""
+    layout: str | None = None
     """Which tokens a device holds: contiguous, or zigzag, which balances causal work."""
     method: str | None = None
     """How rows move: ring, all_to_all, all_gather or hybrid; None for the fastest expected."""
-    gigabytes_per_second: float = 340.0
-    """What a device receives, for the expected times of the plan."""
+    gigabytes_per_second: tuple[float, ...] | None = None
+    """What a device receives, for the expected times: one number, or one for each axis of the
+    tokens, the outermost first; None for 340 inside a host and 50 between hosts."""
 
     def run(self) -> None:
         """Print the decision."""
@@ -58,4 +86,17 @@ class Explain:
         for name in ("segment_lengths", "dilation_rates"):
             if fields[name] is None:
                 del fields[name]
+        given = {name: fields.pop(name) for name in PATTERN_FIELDS}
+        given = {name: x for name, x in given.items() if x != getattr(Explain, name)}
+        if self.pattern is None:
+            refuse_without_pattern(given)
+        else:
+            fields["pattern"] = pattern_of(self.pattern, given)
+        speeds = self.gigabytes_per_second
+        if speeds is not None and len(speeds) == 1:
+            fields["gigabytes_per_second"] = speeds[0]
+        for name in ("axis_name", "batch_axis", "head_axis"):
+            axis = fields[name]
+            if axis is not None and "," in axis:
+                fields[name] = tuple(axis.replace(" ", "").split(","))
         print(explain(**fields))

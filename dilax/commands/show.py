@@ -7,17 +7,7 @@ from typing import Any
 from dilax import plotting
 from dilax._types import refuse
 from dilax.commands.output import check_output
-from dilax.pattern_config import PATTERN_TYPES, SparsePatternConfig, as_pattern
-from dilax.patterns import Intersection, Pattern, PerHead, Union
-
-_FIELDS = (
-    "sparsity_ratio",
-    "block_size",
-    "window_size",
-    "global_tokens",
-    "random_blocks",
-    "seed",
-)
+from dilax.commands.patterns import PATTERN_FIELDS, pattern_of, refuse_without_pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +50,12 @@ class Show:
     def run(self) -> None:
         """Write the picture and say so."""
         check_output("out", self.out, ".png")
-        given = {name: x for name in _FIELDS if (x := getattr(self, name)) != getattr(Show, name)}
+        given = {name: getattr(self, name) for name in PATTERN_FIELDS}
+        given = {name: x for name, x in given.items() if x != getattr(Show, name)}
         if self.pattern is not None:
             self._draw_blocks(self.pattern, given)
             return
-        for name, x in given.items():
-            raise refuse(name, "no value without a pattern", x)
+        refuse_without_pattern(given)
         figure = plotting.draw_pattern(
             self.segment_lengths,
             self.dilation_rates,
@@ -85,21 +75,8 @@ class Show:
                 raise refuse(name, "its default with a pattern", x)
         if self.dilation_rates != Show.dilation_rates:
             given["dilation_rates"] = self.dilation_rates
-        made = _pattern(pattern, given)
+        made = pattern_of(pattern, given)
         sizes = {"num_heads": self.num_heads, "is_causal": self.causal}
         plotting.draw_blocks(made, length=self.length, **sizes).savefig(self.out)
         print(made.describe(self.length, is_causal=self.causal))
         print(f"wrote {self.out}")
-
-
-def _pattern(text: str, given: dict[str, Any]) -> Pattern:
-    """The pattern that a text names, each type in it with the given options."""
-    for mark, compose in ((",", PerHead), ("|", Union), ("&", Intersection)):
-        if mark in text:
-            return compose(tuple(_pattern(part, given) for part in text.split(mark)))
-    name = text.strip()
-    if not given:
-        return as_pattern("pattern", name)
-    if name not in PATTERN_TYPES:
-        raise refuse("pattern", f"one of {', '.join(PATTERN_TYPES)} with options", name)
-    return SparsePatternConfig(name, **given).pattern()
