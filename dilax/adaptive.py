@@ -18,6 +18,7 @@ from dilax.checks import (
     check_ratio,
     segment_ids_of,
 )
+from dilax.order import TokenOrder
 from dilax.router import QUERY_FEATURES, Route, Routing, route
 from dilax.router_signal import TARGETS, kept_mass, kl_loss, straight_through
 
@@ -49,6 +50,9 @@ class AdaptiveAttention(nnx.Module):
             for which one of many does not count (it does not learn to retrieve).
         straight_through: the router also gets the gradient that a bias on the kept blocks' logits
             would have; the result does not change.
+        order: a `TokenOrder` of the grid that the tokens are; they come and go row by row, blocks
+            are of the order, causality and dropout go by the original positions. A causal router
+            then knows of a block that lies before a row only in part its earliest key.
         attention_scale: factor on the logits, None for 1 / sqrt(H).
         dropout: share of attention probabilities dropped, in [0, 1), if not deterministic.
         implementation: "xla", "pallas" or None, as in `dilax.block_sparse_attention`.
@@ -80,6 +84,7 @@ class AdaptiveAttention(nnx.Module):
         query_feature: str | None = None,
         loss_target: str = "max",
         straight_through: bool = False,
+        order: TokenOrder | None = None,
         attention_scale: float | None = None,
         dropout: float = 0.0,
         implementation: str | None = None,
@@ -101,6 +106,8 @@ class AdaptiveAttention(nnx.Module):
             check_choice("query_feature", query_feature, QUERY_FEATURES)
         check_choice("loss_target", loss_target, TARGETS)
         check_bool("straight_through", straight_through)
+        if order is not None and not isinstance(order, TokenOrder):
+            raise refuse("order", "None or a TokenOrder", order)
         if attention_scale is not None:
             wanted = "None or a finite Python number"
             check_number("attention_scale", attention_scale, -1e30, 1e30, wanted)
@@ -110,6 +117,7 @@ class AdaptiveAttention(nnx.Module):
         self.query_feature, self.loss_target = query_feature, loss_target
         self.straight_through, self.dropout = straight_through, dropout
         self.attention_scale, self.implementation = attention_scale, implementation
+        self.order = order
         dtype = check_dtype("param_dtype", param_dtype)
         self.q_weight = _identity(num_heads, head_dim, dtype)
         self.k_weight = _identity(num_kv_heads, head_dim, dtype)
@@ -123,8 +131,12 @@ class AdaptiveAttention(nnx.Module):
         q_segment_ids: jax.Array | None = None,
         kv_segment_ids: jax.Array | None = None,
         sparsity_ratio: float | None = None,
+        order: TokenOrder | None = None,
     ) -> Route:
-        """The kept blocks, and their scores; arguments as those of a call."""
+        """The kept blocks, and their scores; arguments as those of a call.
+
+        The tokens are taken as they lie, in `order`, also by a router with an order of its own.
+        """
         ratio = self.sparsity_ratio if sparsity_ratio is None else sparsity_ratio
         check_ratio(ratio)
         T, S = query.shape[1], key.shape[1]
@@ -132,9 +144,12 @@ class AdaptiveAttention(nnx.Module):
         if is_causal and feature == "mean":
             wanted = "'first' or 'previous' in a causal call: a mean knows the block's later tokens"
             raise refuse("query_feature", wanted, feature)
+        if is_causal and order is not None and feature != "first":
+            wanted = "'first' in a causal call in an order: blocks do not follow each other in time"
+            raise refuse("query_feature", wanted, feature)
         if is_causal and T != S:
             raise refuse("key", f"as many keys as queries, {T}, in a causal call", key)
-        routing = Routing(ratio, self.block_size, feature, is_causal)
+        routing = Routing(ratio, self.block_size, feature, is_causal, order)
         weights = self.q_weight[...], self.k_weight[...]
         with jax.named_scope("dilax.router"):
             return route(query, key, *weights, routing, q_segment_ids, kv_segment_ids)
@@ -155,6 +170,7 @@ class AdaptiveAttention(nnx.Module):
         dropout_key: jax.Array | None = None,
         deterministic: bool = False,
         sparsity_ratio: float | None = None,
+        order: TokenOrder | None = None,
         return_lse: bool = False,
         return_loss: bool = False,
     ) -> Any:
@@ -163,6 +179,8 @@ class AdaptiveAttention(nnx.Module):
         Args:
             query: [B, T, N, H]; key, value: [B, S, K, H]. In a causal call T = S.
             sparsity_ratio: in place of the constructor's, such as 1.0 while a router warms up.
+            order: the `TokenOrder` in which queries and keys already lie and the result stays, for
+                a router without an order of its own.
             return_loss: also return the router's loss, a scalar: the KL divergence of its softmax
                 over the kept blocks from the attention that they took.
             is_causal, q_segment_ids, kv_segment_ids, key_padding_mask, bias_k, bias_v, zero_attn,
@@ -183,6 +201,11 @@ class AdaptiveAttention(nnx.Module):
         if check_dropout(self.dropout, dropout_key, deterministic) and self.straight_through:
             raise refuse("straight_through", "False when dropout acts", True)
         ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
+        order = self._order(query, key, order)
+        if self.order is not None:
+            query, key, value = (self.order.permute(x) for x in (query, key, value))
+            ids = tuple(None if x is None else self.order.permute(x) for x in ids)
+        places = None if order is None else jnp.asarray(order.positions)
         found = self.route(
             query,
             key,
@@ -190,6 +213,7 @@ class AdaptiveAttention(nnx.Module):
             q_segment_ids=ids[0],
             kv_segment_ids=ids[1],
             sparsity_ratio=sparsity_ratio,
+            order=order,
         )
         out, lse = block_sparse_attention(
             query,
@@ -200,6 +224,7 @@ class AdaptiveAttention(nnx.Module):
             scale=self.attention_scale,
             q_segment_ids=ids[0],
             kv_segment_ids=ids[1],
+            q_positions=places,
             bias_k=bias_k,
             bias_v=bias_v,
             zero_attn=zero_attn,
@@ -210,14 +235,28 @@ class AdaptiveAttention(nnx.Module):
             return_lse=True,
         )
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
-        said: Any = {"scale": scale, "is_causal": is_causal, "segment_ids": ids}
+        said: Any = {"scale": scale, "is_causal": is_causal, "order": order}
+        said["segment_ids"] = ids
         if self.straight_through:
             out, lse = straight_through((out, lse), found, query, key, value, **said)
-        results = [out, *([lse] if return_lse else [])]
+        results = [out, lse] if return_lse else [out]
+        if self.order is not None:
+            results = [self.order.unpermute(x) for x in results]
         if return_loss:
             mass = kept_mass(query, key, lse, found.lists, target=self.loss_target, **said)
             results.append(kl_loss(found, mass))
-        return tuple(results) if len(results) > 1 else out
+        return tuple(results) if len(results) > 1 else results[0]
+
+    def _order(self, query: Any, key: Any, order: Any) -> TokenOrder | None:
+        """The order that the tokens are in while attention runs, checked."""
+        if order is not None and (self.order is not None or not isinstance(order, TokenOrder)):
+            wanted = "None or a TokenOrder" if self.order is None else "None: the router has one"
+            raise refuse("order", wanted, order)
+        order = self.order if order is None else order
+        if order is not None:
+            for name, x in (("query", query), ("key", key)):
+                order.check_length(name, x)
+        return order
 
     def _check_sizes(self, query: Any, key: Any) -> None:
         sizes = (self.num_heads, self.head_dim)

@@ -25,7 +25,7 @@ _WHY = {
     "a row may keep any block, so the tokens lie on one device (examples may lie on several)": (
         "sharding axis_name batch_axis head_axis layout method mesh ring_size"
     ),
-    "a router goes by index: permute the tokens before, without causality": "order grid",
+    "say `order`, a TokenOrder of the grid": "grid",
 }
 _OUTER = inspect.signature(MultiheadDilatedAttention.__init__).parameters
 

@@ -281,7 +281,8 @@ class MultiheadDilatedAttention(nnx.Module):
         query, key, _ = _three(inputs)
         check_bool("is_causal", is_causal)
         check_bool("return_loss", return_loss)
-        if return_loss and not isinstance(self.attention, AdaptiveAttention):
+        adaptive = isinstance(self.attention, AdaptiveAttention)
+        if return_loss and not adaptive:
             raise refuse("return_loss", "False without an AdaptiveAttention", return_loss)
         ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
         own = None if order is None else self._original_positions(query, key, order)
@@ -295,6 +296,8 @@ class MultiheadDilatedAttention(nnx.Module):
         dropout_key = self._dropout_key(rngs) if drops else None
 
         more: dict[str, Any] = {} if own is None else {"q_positions": own}
+        if adaptive:
+            more = {"order": order}
         if return_loss:
             more["return_loss"] = True
 
@@ -347,8 +350,7 @@ class MultiheadDilatedAttention(nnx.Module):
         return (query, key, value)
 
     def _original_positions(self, query: Any, key: Any, order: Any) -> jax.Array:
-        attention = self.attention
-        taken = isinstance(attention, AdaptiveAttention) or attention.order is not None
+        taken = self.attention.order is not None
         if not isinstance(order, TokenOrder) or taken:
             wanted = "None" if taken else "None or a TokenOrder"
             raise refuse("order", f"{wanted} in a call of this module", order)

@@ -16,6 +16,7 @@ from jax import lax
 
 from dilax._types import stats_dtype
 from dilax.block_lists import BlockLists, admissible
+from dilax.order import TokenOrder
 
 QUERY_FEATURES = ("mean", "first", "previous")
 
@@ -30,12 +31,14 @@ class Routing:
         query_feature: "mean" of the block's queries (it knows later tokens of the block: not for
             causal attention), its "first" query, or the mean of the "previous" block's.
         is_causal: blocks after a row's own are not admissible.
+        order: the order in which the tokens lie; causality goes by their original positions.
     """
 
     sparsity_ratio: float
     block_size: int
     query_feature: str
     is_causal: bool
+    order: TokenOrder | None = None
 
 
 class Route(NamedTuple):
@@ -48,6 +51,33 @@ class Route(NamedTuple):
     scores: jax.Array
 
 
+class Reach(NamedTuple):
+    """What causality leaves: bool [1, 1, rows, columns] each, but `first`; known when tracing."""
+
+    admissible: np.ndarray  # some query of the row sees some key of the block
+    past: np.ndarray  # every query sees every key
+    begun: np.ndarray  # every query sees the block's earliest key, but not all keys
+    first: np.ndarray  # int [blocks]: the place of a block's earliest token
+
+
+def causal_reach(T: int, routing: Routing) -> Reach:
+    """The reach of a causal call of T queries and keys.
+
+    Example:
+        >>> order = TokenOrder((4, 4), "tile", (2, 4))
+        >>> causal_reach(16, Routing(0.5, 4, "first", True, order)).begun[0, 0].astype(int).tolist()
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    """
+    size = routing.block_size
+    place = np.arange(T) if routing.order is None else routing.order.positions
+    starts = np.arange(0, T, size)
+    low, high = (f.reduceat(place, starts) for f in (np.minimum, np.maximum))
+    first = np.array([place[i : i + size].argmin() for i in starts])
+    low, high = low[None, None], high[None, None]
+    past = high < low[..., None]
+    return Reach(low <= high[..., None], past, (low <= low[..., None]) & ~past, first)
+
+
 def budgets(T: int, S: int, routing: Routing) -> np.ndarray:
     """int [rows]: how many blocks each row keeps.
 
@@ -55,7 +85,10 @@ def budgets(T: int, S: int, routing: Routing) -> np.ndarray:
         >>> budgets(640, 640, Routing(0.25, 64, "first", True)).tolist()
         [1, 1, 1, 1, 1, 2, 2, 2, 2, 3]
     """
-    limit = admissible(T, S, routing.block_size, routing.is_causal)
+    if routing.is_causal and routing.order is not None:
+        limit = causal_reach(T, routing).admissible[0, 0].sum(1)
+    else:
+        limit = admissible(T, S, routing.block_size, routing.is_causal)
     kept = np.floor(routing.sparsity_ratio * limit + 0.5).astype(int)
     return np.clip(kept, np.minimum(1, limit), limit)
 
@@ -78,14 +111,19 @@ def _mean(x: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.where(real, x, 0).sum(2) / count
 
 
-def _query_features(query: jax.Array, ids: jax.Array, routing: Routing) -> jax.Array:
+def _at(x: jax.Array, place: np.ndarray) -> jax.Array:
+    """x [B, blocks, size, ...] at one place of each block."""
+    return x[:, np.arange(len(place)), place]
+
+
+def _query_features(query: jax.Array, ids: jax.Array, first: np.ndarray, routing: Routing):
     blocks = in_blocks(query, routing.block_size)
     if routing.query_feature == "mean":
         return _mean(blocks, ids)
-    first = blocks[:, :, 0]
+    earliest = _at(blocks, first)
     if routing.query_feature == "first":
-        return first
-    return jnp.concatenate([first[:, :1], _mean(blocks, ids)[:, :-1]], axis=1)
+        return earliest
+    return jnp.concatenate([earliest[:, :1], _mean(blocks, ids)[:, :-1]], axis=1)
 
 
 def route(
@@ -103,6 +141,10 @@ def route(
     one key head share a list: their score is the mean of theirs. Kept first are the row's own block
     (if T = S), the first block, then the best scores. Query and key are taken as constants.
 
+    Causally a choice may know what all queries of the row see. In an order, blocks lie in part
+    before a row: the score of such a block is that of its earliest key, if all queries see this
+    one; blocks that only some queries reach come last.
+
     Example:
         >>> x = jax.random.normal(jax.random.key(0), (1, 256, 2, 8))
         >>> eye = jnp.broadcast_to(jnp.eye(8), (2, 8, 8))
@@ -117,27 +159,34 @@ def route(
         ids_in_blocks(q_segment_ids, B, T, size),
         ids_in_blocks(kv_segment_ids, B, S, size),
     )
-    q = jnp.einsum("BRNH,NHD->BRND", _query_features(query, q_ids, routing), q_weight)
-    k = jnp.einsum("BCKH,KHD->BCKD", _mean(in_blocks(key, size), k_ids), k_weight)
-    q = q.reshape(B, q.shape[1], K, N // K, H).mean(3)
-    scores = jnp.einsum("BRKD,BCKD->BKRC", q, k) / math.sqrt(H)
+    rows, columns = q_ids.shape[1], k_ids.shape[1]
+    reach = causal_reach(T, routing) if routing.is_causal else None
+    first = np.zeros(rows, int) if reach is None else reach.first
+    own = (np.eye(rows, columns, dtype=bool) & (T == S))[None, None]
+    blocks = in_blocks(key, size)
+    q = jnp.einsum("BRNH,NHD->BRND", _query_features(query, q_ids, first, routing), q_weight)
+    q = q.reshape(B, rows, K, N // K, H).mean(3)
+
+    def scores_of(k):
+        k = jnp.einsum("BCKH,KHD->BCKD", k, k_weight)
+        return jnp.einsum("BRKD,BCKD->BKRC", q, k) / math.sqrt(H)
+
+    scores = scores_of(_mean(blocks, k_ids))
+    if reach is not None and (reach.begun & ~own).any():
+        scores = jnp.where(reach.begun & ~own, scores_of(_at(blocks, first)), scores)
 
     counts = budgets(T, S, routing)
-    rows, columns = scores.shape[2:]
-    limit = admissible(T, S, size, routing.is_causal)
-    allowed = (np.arange(columns) < limit[:, None])[None, None]
-    shared = _share_ids(q_ids, k_ids, routing)[:, None]
-    first = (np.arange(columns) == 0)[None, None, None]
-    rank = jnp.where(first, jnp.finfo(stats).max, lax.stop_gradient(scores))
-    if routing.is_causal:
-        # Later tokens of the row may have other ids: such blocks come last, but are not left out.
-        rank = jnp.where(shared, rank, jnp.finfo(stats).min)
+    shared = _share_ids(q_ids, k_ids, reach)
+    start = (np.arange(columns) == 0)[None, None, None]
+    rank = jnp.where(start, jnp.finfo(stats).max, lax.stop_gradient(scores))
+    if reach is None:
+        allowed = shared
     else:
-        allowed = allowed & shared
+        # Later tokens of the row may have other ids: such blocks come last, but are not left out.
+        rank = jnp.where(shared & (reach.past | reach.begun), rank, jnp.finfo(stats).min)
+        allowed = reach.admissible
     rank = jnp.where(allowed, rank, -jnp.inf)
-    if T == S:
-        own = np.eye(rows, columns, dtype=bool)[None, None]
-        rank = jnp.where(own, jnp.inf, rank)
+    rank = jnp.where(own, jnp.inf, rank)
     capacity = max(1, int(counts.max()))
     best, column = lax.top_k(rank, capacity)
     valid = (best > -jnp.inf) & (np.arange(capacity) < counts[:, None])[None, None]
@@ -148,17 +197,21 @@ def route(
     return Route(BlockLists(column, counts, block_size=size), chosen)
 
 
-def _share_ids(q_ids: jax.Array, k_ids: jax.Array, routing: Routing) -> jax.Array:
-    """bool [B, rows, columns]: may a query of the row and a key of the column have one id?
+def _share_ids(q_ids: jax.Array, k_ids: jax.Array, reach: Reach | None) -> jax.Array:
+    """bool [B, 1, rows, columns]: may a query of the row and a key of the column have one id?
 
-    Judged by the range of a block's ids. Causally the row is judged by its first token alone, for
-    the choice may not know later ones.
+    Judged by the range of a block's ids. Causally the row is judged by its first token alone, and
+    so is a block that is not past, for the choice may not know later ones.
     """
-    low, high = (
-        (jnp.where(ids != 0, ids, fill).min(2), jnp.where(ids != 0, ids, 0).max(2))
-        for ids, fill in ((q_ids, np.int32(2**30)), (k_ids, np.int32(2**30)))
-    )
-    (q_low, k_low), (q_high, k_high) = zip(low, high, strict=True)
-    if routing.is_causal:
-        q_low = q_high = q_ids[:, :, 0]
-    return (q_low[:, :, None] <= k_high[:, None]) & (q_high[:, :, None] >= k_low[:, None])
+
+    def meet(q_ids, k_ids):
+        (q_low, q_high), (k_low, k_high) = (
+            (jnp.where(ids != 0, ids, 2**30).min(-1), jnp.where(ids != 0, ids, 0).max(-1))
+            for ids in (q_ids[:, None, :, None], k_ids[:, None, None])
+        )
+        return (q_low <= k_high) & (q_high >= k_low)
+
+    if reach is None:
+        return meet(q_ids, k_ids)
+    q_ids, k_first = (_at(ids, reach.first)[..., None] for ids in (q_ids, k_ids))
+    return jnp.where(reach.past, meet(q_ids, k_ids), meet(q_ids, k_first))

@@ -17,6 +17,7 @@ from jax import lax
 
 from dilax._types import stats_dtype
 from dilax.block_lists import BlockLists
+from dilax.order import TokenOrder
 from dilax.router import Route, ids_in_blocks, in_blocks
 
 TARGETS = ("mean", "max")
@@ -30,7 +31,7 @@ def _heads_first(x: jax.Array, K: int, size: int) -> jax.Array:
 
 
 def _per_kept_block(
-    measure: Callable, query, key, lse, lists: BlockLists, ids, scale, is_causal, more
+    measure: Callable, query, key, lse, lists: BlockLists, ids, scale, causality, more
 ) -> jax.Array:
     """measure(p, more) -> [B, K, capacity] for each row of blocks: [B, K, rows, capacity].
 
@@ -40,6 +41,9 @@ def _per_kept_block(
     (B, T), (S, K), size = query.shape[:2], key.shape[1:3], lists.block_size
     stats = stats_dtype(query.dtype)
     q_ids, k_ids = ids_in_blocks(ids[0], B, T, size), ids_in_blocks(ids[1], B, S, size)
+    is_causal, order = causality
+    place = jnp.arange(max(T, S)) if order is None else jnp.asarray(order.positions)
+    place = in_blocks(place[None], size)[0]
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(s - inf) = 0: rows that saw nothing
     mine = [_heads_first(x, K, size) for x in (query, lse, *more[0])]
     theirs = [_heads_first(x, K, size)[:, :, 0] for x in (key, *more[1])]
@@ -55,9 +59,7 @@ def _per_kept_block(
         visible = (k_ids[:, :, None] == q_ids[:, None, :, None, None]) & (k_ids != 0)[:, :, None]
         visible &= valid[:, :, None, :, None]
         if is_causal:
-            q_place = (number * size + jnp.arange(size)).reshape(1, 1, size, 1, 1)
-            k_place = column[..., None] * size + np.arange(size).reshape(1, 1, 1, size)
-            visible &= q_place >= k_place[:, :, None]
+            visible &= place[number].reshape(1, 1, size, 1, 1) >= place[column][:, :, None]
         visible = visible[:, :, None]
         s = jnp.where(visible, s, 0) - lse[..., None, None]
         return measure(jnp.where(visible, jnp.exp(s), 0), mine[2:], met[1:-1])
@@ -80,6 +82,7 @@ def kept_mass(
     *,
     scale: float,
     is_causal: bool,
+    order: TokenOrder | None = None,
     segment_ids: tuple[Any, Any] = (None, None),
     target: str = "max",
 ) -> jax.Array:
@@ -101,7 +104,8 @@ def kept_mass(
         return mass.max((2, 3)) if target == "max" else mass.sum((2, 3))
 
     query, key, lse = (lax.stop_gradient(x) for x in (query, key, lse))
-    mass = _per_kept_block(measure, query, key, lse, lists, segment_ids, scale, is_causal, ((), ()))
+    causality = (is_causal, order)
+    mass = _per_kept_block(measure, query, key, lse, lists, segment_ids, scale, causality, ((), ()))
     total = mass.sum(-1, keepdims=True)
     return lax.stop_gradient(mass / jnp.where(total > 0, total, 1))
 
@@ -126,7 +130,9 @@ def kl_loss(found: Route, mass: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _through(fixed: tuple[float, bool], result, scores, lists, arrays, ids):
+def _through(
+    fixed: tuple[float, tuple[bool, TokenOrder | None]], result, scores, lists, arrays, ids
+):
     return result
 
 
@@ -137,7 +143,7 @@ def _through_fwd(fixed, result, scores, lists, arrays, ids):
 def _through_bwd(fixed, residuals, cotangents):
     (out, lse), lists, (query, key, value), ids = residuals
     d_out, d_lse = cotangents
-    scale, is_causal = fixed
+    scale, causality = fixed
     stats = lse.dtype
     delta = (d_out.astype(stats) * out.astype(stats)).sum(-1) - jnp.where(lse > -jnp.inf, d_lse, 0)
 
@@ -147,7 +153,7 @@ def _through_bwd(fixed, residuals, cotangents):
         return (p * (dp - delta[..., None, None])).sum((2, 3, 5))
 
     more = ((d_out, delta), (value,))
-    d_scores = _per_kept_block(measure, query, key, lse, lists, ids, scale, is_causal, more)
+    d_scores = _per_kept_block(measure, query, key, lse, lists, ids, scale, causality, more)
     return cotangents, d_scores, None, None, None
 
 
@@ -163,6 +169,7 @@ def straight_through(
     *,
     scale: float,
     is_causal: bool,
+    order: TokenOrder | None = None,
     segment_ids: tuple[Any, Any] = (None, None),
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse) as they are, with the gradient that a bias of 0 on each kept block would have.
@@ -180,4 +187,4 @@ def straight_through(
         True
     """
     scores, arrays = found.scores, tuple(map(lax.stop_gradient, (query, key, value)))
-    return _through((scale, is_causal), result, scores, found.lists, arrays, segment_ids)
+    return _through((scale, (is_causal, order)), result, scores, found.lists, arrays, segment_ids)

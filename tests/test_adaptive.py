@@ -170,6 +170,54 @@ def test_the_future_changes_nothing_also_through_the_router(name, rng, x64):
         assert (changed[:, t:] != base[:, t:]).any()
 
 
+@pytest.mark.parametrize("kind", ["tile", "hilbert"])
+def test_causality_goes_by_the_original_positions_in_an_order(kind, rng, x64):
+    order = dilax.TokenOrder((9, 10), kind, (4, 4) if kind == "tile" else None)
+    router, ids = made(rng, order=order, sparsity_ratio=0.6), packed(rng)
+    arrays, said = heads(rng), {"is_causal": True, "return_loss": True}
+    attend = jax.jit(lambda ids, *arrays: router(*arrays, q_segment_ids=ids, **said))
+    base, loss = attend(ids, *arrays)
+    for t in (1, 23, 50, 89):
+        changed = (x.at[:, t:].add(rng.normal(size=x[:, t:].shape)) for x in arrays)
+        out, _ = attend(ids.at[:, t:].set(3), *changed)
+        assert (out[:, :t] == base[:, :t]).all()
+        assert (out[:, t:] != base[:, t:]).any()
+
+    # Tokens that lie in the order already, what a row keeps, and the loss from a dense softmax.
+    inside = made(np.random.default_rng(0), sparsity_ratio=0.6)
+    inside.q_weight[...], inside.k_weight[...] = router.q_weight[...], router.k_weight[...]
+    moved, ids = [order.permute(x) for x in arrays], order.permute(ids)
+    again = jax.jit(lambda *x: inside(*x, q_segment_ids=ids, order=order, **said))(*moved)
+    assert (order.unpermute(again[0]) == base).all()
+    found = inside.route(*moved[:2], is_causal=True, order=order, q_segment_ids=ids,
+                         kv_segment_ids=ids)  # fmt: skip
+    place = order.positions
+    low = np.minimum.reduceat(place, np.arange(0, T, SIZE))
+    high = np.maximum.reduceat(place, np.arange(0, T, SIZE))
+    reached = (low <= high[:, None]).sum(1)
+    counts = np.clip(np.floor(0.6 * reached + 0.5), 1, reached)
+    assert (np.asarray(found.lists.counts) == counts).all()
+    mask = (
+        jnp.repeat(token_mask(found.lists, T, T), N // K, 1) & (place <= place[:, None])[None, None]
+    )
+    mask &= ((ids[:, :, None] == ids[:, None]) & (ids != 0)[:, None])[:, None]
+    q, k, v = moved[0], *(jnp.repeat(x, N // K, axis=2) for x in moved[1:])
+    p = jnp.exp(jnp.where(mask, jnp.einsum("BTNH,BSNH->BNTS", q, k) * H**-0.5, -jnp.inf))
+    p = p / jnp.where(mask.any(-1, keepdims=True), p.sum(-1, keepdims=True), 1)
+    assert_exact(again[0], jnp.einsum("BNTS,BSNH->BTNH", p, v))
+    p = jnp.pad(p, [(0, 0), (0, 0), *[(0, ROWS * SIZE - T)] * 2])
+    mass = p.reshape(B, K, N // K, ROWS, SIZE, ROWS, SIZE).sum(-1).max((2, 4))
+    mass = jnp.take_along_axis(mass, found.lists.columns, -1) * found.lists.valid
+    seen = mass.sum(-1, keepdims=True) > 0
+    mass = mass / jnp.where(seen, mass.sum(-1, keepdims=True), 1)
+    share = jax.nn.softmax(found.scores, axis=-1, where=found.lists.valid)
+    terms = jnp.where(mass > 0, mass * jnp.log(jnp.where(mass > 0, mass / share, 1)), 0)
+    assert_exact(loss, terms.sum() / seen.sum())
+    whole, _ = reference.dilated_attention(*arrays, [T], [1], is_causal=True)
+    router.sparsity_ratio = 1.0
+    assert_exact(router(*arrays, is_causal=True), whole)
+
+
 def test_examples_of_a_batch_do_not_influence_each_other(rng, x64):
     router, (q, k, v) = made(rng), heads(rng)
     attend = jax.jit(lambda q, k, v: router(q, k, v, is_causal=True))
@@ -270,7 +318,7 @@ def test_a_module_with_a_router_is_attention_between_projections(rng):
         ("embed_dim", {"embed_dim": 30, "num_heads": 4}),
         ("segment_lengths", {"segment_lengths": [8], "embed_dim": 32, "num_heads": 4}),
         ("axis_name: .*the tokens lie on one device", {"axis_name": "seq"}),
-        ("order: .*goes by index", {"order": dilax.TokenOrder((4, 8))}),
+        ("grid: .*say `order`", {"grid": (4, 8)}),
         ("sparse_config", {"sparse_config": "local", "embed_dim": 32, "num_heads": 4}),
         ("head_dim", {"head_dim": 8, "embed_dim": 32, "num_heads": 4}),
         ("use_flash_attn", {"use_flash_attn": 1, "embed_dim": 32, "num_heads": 4}),
@@ -299,7 +347,7 @@ def test_presets_and_modules_refuse_what_they_say_themselves():
         layer(jnp.zeros((1, 8, 32)), return_loss=True)
 
 
-CALL = {"is_causal": True}
+CALL, ORDER = {"is_causal": True}, dilax.TokenOrder((9, 10))
 
 
 @pytest.mark.parametrize(
@@ -321,6 +369,10 @@ CALL = {"is_causal": True}
         ),
         ("dropout_key", {"dropout": 0.5}, CALL),
         ("return_loss", {}, CALL | {"return_loss": "yes"}),
+        ("order", {"order": "hilbert"}, None),
+        ("order", {"order": ORDER}, {"order": ORDER}),
+        ("query_feature", {"query_feature": "previous"}, CALL | {"order": ORDER}),
+        ("query", {}, {"order": dilax.TokenOrder((3, 4))}),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(name, options, call, rng):
