@@ -125,20 +125,41 @@ def budget(grid: Grid, ratio: float) -> np.ndarray:
 
 
 def first_by(
-    grid: Grid, counts: np.ndarray, priority: Callable[[int, np.ndarray], np.ndarray]
+    counts: np.ndarray, candidates: Entries, priority: Callable[[int, np.ndarray], np.ndarray]
 ) -> Entries:
-    """The counts[i] admissible blocks of row i that have the lowest priority(i, columns).
+    """The counts[i] candidates of row i that have the lowest priority(i, columns).
 
     Example:
-        >>> first_by(Grid(192, 192, 64), np.full(3, 1), lambda i, c: -c).column.tolist()
+        >>> all_blocks = ranges(Grid(192, 192, 64), np.zeros(3, int), np.full(3, 3))
+        >>> first_by(np.full(3, 1), all_blocks, lambda i, c: -c).column.tolist()
         [2, 2, 2]
     """
     kept = []
-    for i, (count, limit) in enumerate(zip(counts, grid.limit, strict=True)):
-        order = np.argsort(priority(i, np.arange(limit)), kind="stable")
-        kept.append(np.sort(order[:count]))
-    row = np.repeat(np.arange(grid.rows), [len(x) for x in kept])
-    return whole(row, np.concatenate(kept))
+    for i, (count, columns) in enumerate(zip(counts, by_row(candidates, len(counts)), strict=True)):
+        order = np.argsort(priority(i, columns), kind="stable")
+        kept.append(np.sort(columns[order[:count]]))
+    return from_rows(kept)
+
+
+def by_row(entries: Entries, rows: int) -> list[np.ndarray]:
+    """The columns of each row.
+
+    Example:
+        >>> [x.tolist() for x in by_row(whole([0, 0, 2], [1, 4, 3]), 3)]
+        [[1, 4], [], [3]]
+    """
+    return np.split(entries.column, np.searchsorted(entries.row, np.arange(1, rows)))
+
+
+def from_rows(columns: Sequence[np.ndarray]) -> Entries:
+    """Whole blocks from the sorted columns of each row.
+
+    Example:
+        >>> from_rows([np.array([1, 4]), np.array([0])]).row.tolist()
+        [0, 0, 1]
+    """
+    row = np.repeat(np.arange(len(columns)), [len(x) for x in columns])
+    return whole(row, np.concatenate(columns))
 
 
 def union(grid: Grid, parts: Sequence[Entries]) -> Entries:

@@ -168,6 +168,9 @@ class DilatedSparse(Pattern):
         else:
             counts = np.minimum(-(-(self.window_size or 1) // self.block_size), grid.limit)
         diagonal, rates = grid.diagonal, self.dilation_rates
+        # So far away at most lies what the turns reach until a row has its count.
+        far = np.minimum(counts * min(max(rates), grid.columns), grid.columns)
+        candidates = ranges(grid, diagonal - far, diagonal + far + 1)
 
         def priority(row: int, column: np.ndarray) -> np.ndarray:
             distance = np.abs(column - diagonal[row])
@@ -177,10 +180,10 @@ class DilatedSparse(Pattern):
                 turn = np.where(reached, np.minimum(turn, distance // rate * len(rates) + i), turn)
             return np.where(distance == 0, -1, turn * 2 + (column > diagonal[row]))
 
-        return first_by(grid, counts, priority)
+        return first_by(counts, candidates, priority)
 
 
-UNREACHED = 2**40  # later than every turn of a rate
+UNREACHED = 2**40  # later than every turn of a rate, and more than every column
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -253,31 +256,39 @@ class GlobalLocal(Pattern):
         kept = block_entries.union(grid, parts)
         if not self.random_blocks:
             return kept
-        random = [
-            self._random(i, np.setdiff1d(np.arange(grid.limit[i]), kept.column[kept.row == i]))
-            for i in range(grid.rows)
-        ]
-        number = np.repeat(row, [len(x) for x in random])
-        return block_entries.union(grid, [kept, whole(number, np.concatenate(random))])
+        return block_entries.union(grid, [kept, self._random(grid, kept)])
 
-    def _random(self, row: int, free: np.ndarray) -> np.ndarray:
-        """Some of the free columns, ascending."""
-        order = np.random.default_rng((self.seed, row)).permutation(len(free))
-        return np.sort(free[order[: self.random_blocks]])
+    def _random(self, grid: Grid, kept: Entries) -> Entries:
+        """Some of the admissible blocks that are not kept."""
+        chosen = []
+        for i, column in enumerate(block_entries.by_row(kept, grid.rows)):
+            free = grid.limit[i] - len(column)
+            number = min(self.random_blocks, free)
+            draw = np.random.default_rng((self.seed, i)).choice
+            rank = np.sort(draw(free, number, replace=False)) if number else np.zeros(0, int)
+            # The free block of a rank lies behind as many kept ones as have fewer free before.
+            before = np.searchsorted(column - np.arange(len(column)), rank, side="right")
+            chosen.append(rank + before)
+        return block_entries.from_rows(chosen)
 
     def _by_ratio(self, grid: Grid, counts: np.ndarray) -> Entries:
-        diagonal = grid.diagonal
+        diagonal, zero = grid.diagonal, np.zeros(grid.rows, int)
+        first = np.maximum(1, (counts + 2) // 4)
+        always = [ranges(grid, zero, first), ranges(grid, diagonal, diagonal + 1)]
+        near = ranges(grid, diagonal - counts, diagonal + counts + 1)
+        parts, drawn = [*always, near], [zero[:0]] * grid.rows
+        if self.random_blocks:
+            parts.append(self._random(grid, block_entries.union(grid, always)))
+            drawn = block_entries.by_row(parts[-1], grid.rows)
 
         def priority(row: int, column: np.ndarray) -> np.ndarray:
             distance = np.abs(column - diagonal[row])
             turn = 2 * distance + (column > diagonal[row]) + 2 * grid.columns
-            first = column < max(1, (counts[row] + 2) // 4)
-            turn = np.where(first, column, turn)
-            free = column[~first & (distance > 0)]
-            turn[self._random(row, free)] = grid.columns
+            turn = np.where(column < first[row], column, turn)
+            turn = np.where(np.isin(column, drawn[row]), grid.columns, turn)
             return np.where(distance == 0, -1, turn)
 
-        return first_by(grid, counts, priority)
+        return first_by(counts, block_entries.union(grid, parts), priority)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -317,26 +328,32 @@ class Hierarchical(Pattern):
 
     def entries(self, grid: Grid, group: int = 0, groups: int = 1) -> Entries:
         """The blocks of a grid, nearest bands first."""
-        diagonal, columns = grid.diagonal, np.arange(grid.columns)
-        power = np.where(columns > 0, columns & -columns, UNREACHED)
-        if self.levels is not None:
-            power = np.minimum(power, min(2**self.levels, UNREACHED))
-
-        def near(row: int, column: np.ndarray) -> np.ndarray:
-            """The smallest near_blocks, less one, with which a block is kept."""
-            return np.abs(column - diagonal[row]) // power[column]
-
         if self.near_blocks is not None:
-            rows = [
-                np.flatnonzero(near(i, np.arange(limit)) < self.near_blocks)
-                for i, limit in enumerate(grid.limit)
-            ]
-            return whole(
-                np.repeat(np.arange(grid.rows), list(map(len, rows))), np.concatenate(rows)
-            )
+            return self._within(grid, np.full(grid.rows, self.near_blocks))
+        counts, diagonal = budget(grid, self.sparsity_ratio or 1.0), grid.diagonal
+        power = self._power(np.arange(grid.columns))
 
         def priority(row: int, column: np.ndarray) -> np.ndarray:
             distance = np.abs(column - diagonal[row])
-            return near(row, column) * grid.columns + distance
+            return distance // power[column] * grid.columns + distance
 
-        return first_by(grid, budget(grid, self.sparsity_ratio or 1.0), priority)
+        # With near_blocks = n a row keeps n blocks or more.
+        return first_by(counts, self._within(grid, counts), priority)
+
+    def _power(self, column: np.ndarray) -> np.ndarray:
+        """The largest power of two, of those with a band, that divides a column."""
+        power = np.where(column > 0, column & -column, UNREACHED)
+        return power if self.levels is None else np.minimum(power, 2 ** min(self.levels, 40))
+
+    def _within(self, grid: Grid, near: np.ndarray) -> Entries:
+        """What each row keeps with near_blocks of its own."""
+        diagonal, near, parts = grid.diagonal, np.minimum(near, grid.columns), []
+        bands = grid.columns.bit_length()
+        for band in range(bands if self.levels is None else min(bands, self.levels + 1)):
+            step = 2**band  # of which all multiples nearer than this are kept
+            first = -((near * step - 1 - diagonal) // step)
+            end = np.minimum((diagonal + near * step - 1) // step + 1, -(-grid.limit // step))
+            row, multiple, *_ = ranges(grid, first, end)
+            parts.append(whole(row, multiple * step))
+        zero = np.flatnonzero((self._power(np.zeros(1, int)) * near > diagonal) & (grid.limit > 0))
+        return block_entries.union(grid, [*parts, whole(zero, 0 * zero)])
