@@ -240,7 +240,15 @@ class TokenOrder:
 
     def _take(self, name: str, x: Any, index: np.ndarray, axis: int) -> jax.Array:
         self.check_length(name, x, axis)
-        return jnp.take(x, index, axis=axis, unique_indices=True, mode="clip")
+
+        def take(x: Any) -> Any:
+            return jnp.take(x, index, axis=axis, unique_indices=True, mode="clip")
+
+        sharding: Any = jax.typeof(x).sharding
+        if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
+            inside: Any = jax.sharding.auto_axes(take, out_sharding=sharding)
+            return inside(x)
+        return take(x)
 
 
 def window_blocks(order: TokenOrder, window: Sequence[int], block_size: int) -> np.ndarray:

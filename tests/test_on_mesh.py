@@ -146,6 +146,13 @@ def test_ring_hilbert_drops_what_one_device_drops(x64):
     drop = {"dropout_key": jax.random.key(3)}
     found, wanted = (results(functools.partial(x, **drop), *heads()) for x in (attention, one))
     assert_exact([np.asarray(x) for x in found], [np.asarray(x) for x in wanted])
+    explicit = mesh_of((2, 4), EXPLICIT, ("data", "sequence"))
+    where = jax.NamedSharding(explicit, jax.P("data", "sequence"))
+    attention = dilax.create_dilated_attention("ring_hilbert", *SPEC, **options)
+    placed = jax.device_put(tuple(heads()), where)
+    out = jax.jit(functools.partial(attention, is_causal=True, **drop))(*placed)
+    assert out.sharding.spec[:2] == ("data", "sequence")
+    assert error(out, wanted[0]) < 1e-12
     with pytest.raises(ValueError, match="layout: wanted 'contiguous' with an order"):
         dilax.create_dilated_attention("ring_hilbert", *SPEC, layout="zigzag", **options)
 
