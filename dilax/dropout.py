@@ -6,6 +6,8 @@ pass computes the mask again in place of storing it. The mixer is the 32-bit fin
 MurmurHash3 (Appleby, 2011).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -53,6 +55,40 @@ def column_bits(seed: jax.Array, k_position, branch) -> jax.Array:
     """uint32 bits of a key column; `branch` counts the branches of the call from 0."""
     bits = _mix(seed[1] + _u32(branch) * jnp.uint32(_PRIME))
     return _mix(bits + _u32(k_position) * jnp.uint32(_GOLDEN))
+
+
+def seed_from(seed: jax.Array, batch) -> jax.Array:
+    """The seed with which examples counted from 0 on get the bits of those from `batch` on.
+
+    Example:
+        >>> import jax
+        >>> seed = seed_bits(jax.random.key(0))
+        >>> bool(row_bits(seed, 5, 1, 2) == row_bits(seed_from(seed, 3), 2, 1, 2))
+        True
+    """
+    return jnp.stack([seed[0] + _u32(batch) * jnp.uint32(_GOLDEN), seed[1]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """The hash for a call whose branches are those with these numbers in a longer list."""
+
+    numbers: tuple[int, ...]
+
+    def row_bits(self, *where) -> jax.Array:
+        """As `row_bits`."""
+        return row_bits(*where)
+
+    def column_bits(self, seed: jax.Array, k_position, branch) -> jax.Array:
+        """As `column_bits`, of the branch that `branch` is in the longer list."""
+        number = jnp.int32(self.numbers[0])
+        for i, x in enumerate(self.numbers[1:], 1):
+            number = jnp.where(branch == i, jnp.int32(x), number)
+        return column_bits(seed, k_position, number)
+
+    def keep(self, *bits) -> jax.Array:
+        """As `keep`."""
+        return keep(*bits)
 
 
 def keep(rows: jax.Array, columns: jax.Array, rate: float) -> jax.Array:

@@ -117,7 +117,7 @@ def placed_call(
         "packed": packed,
         "link": link_of(sharding.sizes("sequence"), gigabytes_per_second),
     }
-    call = H**-0.5, options["dropout_rate"], device_kind
+    scale, rate = H**-0.5, options["dropout_rate"]
     if pattern is None:
         plan: Any = plan_of(
             tuple(within(branch, T) for branch in options["branches"]),
@@ -139,9 +139,9 @@ def placed_call(
         if name == "xla":
             return ()
         if pattern is None:
-            scale, rate, kind = call
-            return local_reasons(name, q, k, v, plan, scale, ids, rate, kind)
-        return block_reasons(name, q, k, v, plan, make, ids[0], *call)
+            return local_reasons(name, q, k, v, plan, scale, ids, rate, device_kind)
+        drops = rate, sharding.heads is not None
+        return block_reasons(name, q, k, v, plan, make, ids[0], scale, drops, device_kind)
 
     return PlacedCall(
         placement(plan, parts["batch"], parts["heads"]), table, _unused(sharding), reasons_of

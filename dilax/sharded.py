@@ -44,10 +44,8 @@ from sharding.mesh import to_layout as to_layout  # noqa: E402
 from sharding.plan import METHODS, Plan, make_plan  # noqa: E402
 from sharding.rows import UNBOUNDED  # noqa: E402
 
-# Why no kernel drops anything there.
-DROPOUT_ON_A_MESH = (
-    "dropout on a mesh: its kernels count examples, heads and rows from 0, not in the whole"
-)
+# Why kernels cannot drop the pairs that one device would.
+HEADS_FROM_0 = "dropout with heads over several devices: its kernels count heads from 0"
 
 
 def _merge(*parts: Any) -> Partial:
@@ -359,7 +357,7 @@ def local_reasons(
     """Why an implementation cannot take the calls of a plan; empty if it can."""
     N, reasons = query.shape[2], []
     if rate:
-        reasons.append(DROPOUT_ON_A_MESH)
+        reasons += _dropout_reasons(plan)
     if plan.sizes.positions:
         reasons.append(GIVEN_POSITIONS)
     options: dict[str, Any] = dict(
@@ -370,6 +368,9 @@ def local_reasons(
         out_dtype=jnp.float32,
         device_kind=device_kind,
     )
+    if rate and plan.devices > 1:  # then they must know where they are
+        where = jax.ShapeDtypeStruct((), jnp.int32)
+        options |= {"q_start": where, "k_start": where}
     here = [b for b in plan.branches if b.in_place]
     used = [(tuple(primitive_branch(b) for b in here), ids)] if here else []
     for moving in (b for b in plan.branches if not b.in_place):
@@ -381,19 +382,42 @@ def local_reasons(
     return tuple(dict.fromkeys(reasons))
 
 
+def _dropout_reasons(plan: Plan) -> list[str]:
+    """Why kernels, which count rows from one start, cannot drop what one device would."""
+    reasons = [HEADS_FROM_0] if plan.head_parts > 1 else []
+    for branch in plan.branches:
+        what = f"dropout in segments of {branch.ranks.segment} at rate {branch.ranks.rate}"
+        if branch.in_place and plan.layout == "zigzag":
+            reasons.append(f"{what}: its kernels count the rows of both chunks from one start")
+        if not (branch.in_place or branch.direct(plan.sizes.num_heads)):
+            reasons.append(f"{what}: its kernels do not know the positions of rows that were cut")
+    return reasons
+
+
+def kernel_options(
+    *, dropout_rate, dropout_bits=None, dropout_seed=None, dropout_numbers=(), **options
+) -> dict[str, Any]:
+    """The options of a local call as kernels take them; dropout_bits: None."""
+    if dropout_seed is None:
+        return options
+    keep = dropout.Numbered(dropout_numbers)
+    return options | {"dropout_rate": dropout_rate, "dropout_seed": dropout_seed, "keep": keep}
+
+
 @functools.cache
 def _pallas(all_local: bool) -> Local:
     flash = sibling("pallas_kernels.flash")
     assert flash is not None  # `unsupported` looked
     out_dtype = None if all_local else jnp.float32  # the query's where nothing will be added
 
-    def forward(query, key, value, *, dropout_bits, dropout_rate, carry, **options):
+    def forward(query, key, value, *, carry, **options):
+        options = kernel_options(**options)
         return flash.attend(query, key, value, carry=carry, out_dtype=out_dtype, **options)
 
-    def backward(*arrays, dropout_bits, dropout_rate, **options):
-        return flash.attend_backward(*arrays, **options)
+    def backward(*arrays, **options):
+        return flash.attend_backward(*arrays, **kernel_options(**options))
 
     # The kernels hold every multiprocessor until they are done: one block of theirs that waits for
     # a message's makes the whole call wait (measured: benchmarks/NOTES.md).
     bits = dropout.row_bits, dropout.column_bits
-    return Local(forward, backward, _merge, *bits, alone=True)
+    return Local(forward, backward, _merge, *bits, alone=True, seed_from=dropout.seed_from)

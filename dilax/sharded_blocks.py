@@ -22,11 +22,12 @@ from dilax.checks import (
 )
 from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
 from dilax.sharded import (
-    DROPOUT_ON_A_MESH,
+    HEADS_FROM_0,
     LAYOUTS,
     XLA,
     axis_sizes_of,
     check_ring_size,
+    kernel_options,
     link_of,
 )
 from sharding.attention import Setup, attend
@@ -103,7 +104,7 @@ def sharded_block_sparse_attention(
     check_choice("layout", layout, LAYOUTS)
     check_scale(scale)
     check_implementation(implementation)
-    drops = check_dropout(dropout_rate, dropout_key, deterministic)
+    dropping = check_dropout(dropout_rate, dropout_key, deterministic)
     sizes = axis_sizes_of("axis_name", axis_name)
     devices = math.prod(sizes)
     check_ring_size(ring_size, devices)
@@ -112,7 +113,7 @@ def sharded_block_sparse_attention(
             axis_sizes_of(name, axis)
     ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
     rate, seed = 0.0, None
-    if drops and dropout_key is not None:
+    if dropping and dropout_key is not None:
         rate, seed = float(dropout_rate), dropout.seed_bits(dropout_key)
     plan, make = block_plan_of(
         pattern,
@@ -125,10 +126,11 @@ def sharded_block_sparse_attention(
         one_for_all=head_axis is not None,
         link=link_of(sizes),
     )
+    drops = rate, head_axis is not None
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     setup = Setup(
         plan,
-        choose_block_local(implementation, query, key, value, plan, make, ids, factor, rate),
+        choose_block_local(implementation, query, key, value, plan, make, ids, factor, drops),
         axis_name,
         head_axis,
         batch_axis,
@@ -143,25 +145,29 @@ def sharded_block_sparse_attention(
 
 
 def choose_block_local(
-    implementation, query, key, value, plan: BlockPlan, make, ids, scale, rate
+    implementation, query, key, value, plan: BlockPlan, make, ids, scale, drops
 ) -> Local:
     """The attention that runs on each device: the named one, or the first that takes the calls."""
     reasons = {}
     for name in IMPLEMENTATIONS if implementation is None else (implementation,):
         if name == "xla":
             return XLA
-        reasons[name] = block_reasons(name, query, key, value, plan, make, ids[0], scale, rate)
+        reasons[name] = block_reasons(name, query, key, value, plan, make, ids[0], scale, drops)
         if not reasons[name]:
             return _pallas()
     raise UnsupportedError(f"query {shown(query)}, key {shown(key)} on a mesh", reasons)
 
 
 def block_reasons(
-    name, query, key, value, plan: BlockPlan, make, ids, scale, rate, device_kind=None
+    name, query, key, value, plan: BlockPlan, make, ids, scale, drops, device_kind=None
 ) -> tuple[str, ...]:
-    """Why an implementation cannot take the calls of a plan; empty if it can."""
-    if rate:
-        return (DROPOUT_ON_A_MESH,)
+    """Why an implementation cannot take the calls of a plan; empty if it can.
+
+    drops: the rate of dropout, and whether heads are over several devices.
+    """
+    rate, one_for_all = drops
+    if rate and one_for_all:
+        return (HEADS_FROM_0,)
 
     def rows(x: Any, count: int) -> Any:
         return jax.ShapeDtypeStruct((x.shape[0], count, *x.shape[2:]), x.dtype)
@@ -203,13 +209,14 @@ def _pallas() -> Local:
     kernels = sibling("pallas_kernels.blocks")
     assert kernels is not None  # `unsupported` looked
 
-    def forward(query, key, value, *, dropout_bits, dropout_rate, carry, **options):
+    def forward(query, key, value, *, carry, **options):
+        options = kernel_options(**options)
         return kernels.attend(query, key, value, carry=carry, out_dtype=jnp.float32, **options)
 
-    def backward(*arrays, dropout_bits, dropout_rate, **options):
-        return kernels.attend_backward(*arrays, **options)
+    def backward(*arrays, **options):
+        return kernels.attend_backward(*arrays, **kernel_options(**options))
 
-    return Local(forward, backward, *XLA[2:5], alone=True)
+    return Local(forward, backward, *XLA[2:5], alone=True, seed_from=dropout.seed_from)
 
 
 def block_plan_of(

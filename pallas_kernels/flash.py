@@ -139,6 +139,9 @@ def attend_backward(
     kv_segment_ids: jax.Array | None = None,
     q_start: int | jax.Array = 0,
     k_start: int | jax.Array = 0,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
+    keep: Any = None,
     deterministic: bool | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value through these keys alone, given the totals over all keys.
@@ -154,8 +157,8 @@ def attend_backward(
         scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
         q_start=starts[0],
         k_start=starts[1],
-        rate=0.0,
-        keep=None,
+        rate=float(dropout_rate),
+        keep=keep if dropout_rate else None,
         out_dtype=jnp.dtype(jnp.float32),
         ids=q_segment_ids is not None,
         device_kind=current_device_kind(),
@@ -163,7 +166,7 @@ def attend_backward(
         deterministic=two_passes(deterministic, config.fused_is_faster(len(branches))),
         wide=True,
     )
-    seed = jnp.zeros((2,), jnp.uint32)
+    seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
     where = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
     kv_segment_ids = q_segment_ids if kv_segment_ids is None else kv_segment_ids
     ids = (q_segment_ids, kv_segment_ids) if call.ids else None

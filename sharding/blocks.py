@@ -95,8 +95,11 @@ class BlockRing:
             "q_start": starts[0],
             "k_start": starts[1],
             "dropout_rate": self.rate,
-            "dropout_bits": self._bits(starts, q, keys),
         }
+        if self.local.hashes(self.here):
+            options |= self.local.drops(self.here, q.shape[0], (0,))
+        else:
+            options["dropout_bits"] = self._bits(starts, q, keys)
         if q_ids is not None and keys.ids is not None:
             options |= {"q_segment_ids": q_ids, "kv_segment_ids": keys.ids}
         return options

@@ -26,6 +26,9 @@ class Local(NamedTuple):
         given the total lse and delta = sum(d_out * out) - d_lse, in the same dtype.
     merge(a, b) -> (out, lse) over the keys of both.
     row_bits(seed, batch, head, position), column_bits(seed, position, branch): the dropout hash.
+    seed_from(seed, batch): a local attention that has it hashes itself: in place of dropout_bits it
+        takes dropout_seed, such that its first example counts as `batch`, and dropout_numbers, of
+        the branches; q_start and k_start are then positions in the whole.
     alone: messages and calls take turns, because a call leaves no part of the device to messages.
     """
 
@@ -35,6 +38,17 @@ class Local(NamedTuple):
     row_bits: Callable[..., Any]
     column_bits: Callable[..., Any]
     alone: bool = False
+    seed_from: Callable[..., Any] | None = None
+
+    def hashes(self, here: "Here") -> bool:
+        """Whether there is dropout, and the local attention hashes itself."""
+        return here.seed is not None and self.seed_from is not None
+
+    def drops(self, here: "Here", batch: int, numbers: tuple[int, ...]) -> dict[str, Any]:
+        """Its options of dropout if it hashes itself, for branches with these numbers."""
+        assert self.seed_from is not None
+        seed = self.seed_from(here.seed, here.batch_index * batch)
+        return {"dropout_seed": seed, "dropout_numbers": numbers}
 
     def after(self, messages: Any, others: Any) -> tuple[Any, Any]:
         """(messages, others), with others not before the messages are there if calls run alone."""
@@ -77,9 +91,13 @@ def empty(query: jax.Array) -> Partial:
 
 def options(local: Local, here: Here, plan: Any, branches: list[BranchPlan], shape: Any) -> dict:
     """The primitive's options for branches that it takes in place; shape is that of the query."""
-    bits = None
-    if here.seed is not None:
-        B, n, N = shape[:3]
+    start, drops = 0, {"dropout_bits": None}
+    B, n, N = shape[:3]
+    if local.hashes(here):
+        drops = local.drops(here, B, tuple(branch.number for branch in branches))
+        if plan.devices > 1:
+            start = jnp.asarray(plan.token_starts[:, 0], jnp.int32)[here.device]
+    elif here.seed is not None:
         starts = jnp.asarray(plan.token_starts, jnp.int32)[here.device]
         position = starts[:, None] + jnp.arange(n // len(starts), dtype=jnp.int32)[None]
         position = position.reshape(1, n, 1)
@@ -90,15 +108,16 @@ def options(local: Local, here: Here, plan: Any, branches: list[BranchPlan], sha
         head = (here.head_index * N + jnp.arange(N)).reshape(1, 1, N)
         rows = local.row_bits(here.seed, batch, head, q_position)
         columns = [local.column_bits(here.seed, k_position, branch.number) for branch in branches]
-        bits = (rows, jnp.stack(columns))
+        drops = {"dropout_bits": (rows, jnp.stack(columns))}
     by_position = positions(here.q_positions, here.kv_positions)
-    return by_position | {
+    return {
+        **by_position,
+        **drops,
         "branches": tuple(primitive_branch(branch) for branch in branches),
         "q_segment_ids": here.q_ids,
         "kv_segment_ids": here.kv_ids,
-        "q_start": 0,
-        "k_start": 0,
-        "dropout_bits": bits,
+        "q_start": start,
+        "k_start": start,
     }
 
 

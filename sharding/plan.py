@@ -53,6 +53,17 @@ class BranchPlan:
         """Whether ids go along with keys: of the call, or to mask phantom rows and absent heads."""
         return self.ids or not self.ranks.exact or bool((self.slots.offsets < 0).any())
 
+    def direct(self, num_heads: int) -> bool:
+        """Whether the kept rows are all rows of all heads, where they lie: ranks are positions."""
+        slots = self.slots
+        return (
+            slots.uniform
+            and slots.queries.size == num_heads
+            and self.ranks.rate == 1
+            and self.spread == 1
+            and bool((slots.offsets == 0).all())
+        )
+
     @property
     def in_place(self) -> bool:
         """Whether the local attention can take the branch on the arrays as they are."""
@@ -61,10 +72,11 @@ class BranchPlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """The branches' plans, and what they share."""
+    """The branches' plans, and what they share; head_parts: devices along the heads."""
 
     length: int
     devices: int
+    head_parts: int
     layout: str
     causal: bool
     sizes: Sizes
@@ -136,7 +148,7 @@ def make_plan(
     plans = [
         _branch_plan(shared, i, b, m) for i, (b, m) in enumerate(zip(branches, wanted, strict=True))
     ]
-    return Plan(length, devices, layout, is_causal, sizes, link, starts, tuple(plans))
+    return Plan(length, devices, head_parts, layout, is_causal, sizes, link, starts, tuple(plans))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -188,23 +188,26 @@ class Ring:
         """The local attention's, for h heads; places: positions [S, B, L] of both, or None."""
         own, other = self._starts(hop)
         (q_low, q_high), (k_low, k_high) = call.q_rows, call.k_rows
-        bits = None
-        if self.here.seed is not None:
+        drops: dict[str, Any] = {"dropout_bits": None}
+        if self.local.hashes(self.here):
+            drops = self.local.drops(self.here, self._batch, (self.branch.number,))
+        elif self.here.seed is not None:
             q_rank = own[call.query] + jnp.arange(q_low, q_high, dtype=jnp.int32)
             k_rank = other[call.key] + jnp.arange(k_low, k_high, dtype=jnp.int32)
-            bits = self._bits((q_rank, k_rank), places)
-        if call.starts is not None:
+            drops = {"dropout_bits": self._bits((q_rank, k_rank), places)}
+        if call.starts is not None and not self.local.hashes(self.here):
             q_start, k_start = call.starts[0] + q_low, call.starts[1] + k_low
         else:
             q_start, k_start = own[call.query] + q_low, other[call.key] + k_low
-        return positions(*(x if x is None else _flat(x) for x in places)) | {
+        return {
+            **positions(*(x if x is None else _flat(x) for x in places)),
+            **drops,
             "branches": ((call.segment, 1, 0, (0,) * h),),
             "is_causal": self.is_causal if places[0] is not None else call.causal,
             "scale": self.scale,
             "q_start": q_start,
             "k_start": k_start,
             "dropout_rate": self.rate,
-            "dropout_bits": bits,
         }
 
     def _bits(self, rank: tuple, places: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
@@ -296,14 +299,7 @@ class Ring:
     @property
     def direct(self) -> bool:
         """Whether the kept rows are all rows of all heads, where they lie."""
-        slots, ranks = self.branch.slots, self.branch.ranks
-        return (
-            slots.uniform
-            and slots.queries.size == self.plan.sizes.num_heads
-            and ranks.rate == 1
-            and self.branch.spread == 1
-            and bool((slots.offsets == 0).all())
-        )
+        return self.branch.direct(self.plan.sizes.num_heads)
 
     def merge(self, running: list, state: list, query: jax.Array) -> list:
         """The running (out, lse) of each chunk, None if nothing is there, with the state added."""

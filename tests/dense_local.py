@@ -67,9 +67,22 @@ def _probabilities(q, k, masks, scale, rate, bits, lse):
 
 def _common(q, k, v, where: Any, lse):
     where = dict(where)
-    scale, rate, bits = (where.pop(x) for x in ("scale", "dropout_rate", "dropout_bits"))
+    bits = _hashed(q, k, where) if "dropout_seed" in where else where.pop("dropout_bits")
+    scale, rate = (where.pop(x) for x in ("scale", "dropout_rate"))
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
     return k, v, _probabilities(q, k, _masks(q, k, **where), scale, rate, bits, lse)
+
+
+def _hashed(q, k, where: dict):
+    """The bits of rows and columns as kernels find them: counted from 0 and from the starts."""
+    (B, T, N), S = q.shape[:3], k.shape[1]
+    seed, numbers = where.pop("dropout_seed"), where.pop("dropout_numbers")
+    keep = dropout.Numbered(numbers)
+    batch, head = jnp.arange(B).reshape(B, 1, 1), jnp.arange(N).reshape(1, 1, N)
+    rows = (where["q_start"] + jnp.arange(T)).reshape(1, T, 1)
+    columns = (where["k_start"] + jnp.arange(S)).reshape(1, S, 1)
+    found = [keep.column_bits(seed, columns, jnp.int32(i)) for i in range(len(numbers))]
+    return keep.row_bits(seed, batch, head, rows), jnp.stack(found)
 
 
 def _forward(q, k, v, *, carry, q_segment_ids=None, kv_segment_ids=None, **where):
@@ -94,4 +107,6 @@ def _merge(*parts):
     return merge(*(Partial(*part) for part in parts))
 
 
+# KERNEL finds out itself what to drop, from a seed and from where it is.
 DENSE = Local(_forward, _backward, _merge, dropout.row_bits, dropout.column_bits)
+KERNEL = DENSE._replace(seed_from=dropout.seed_from)

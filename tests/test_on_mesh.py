@@ -270,6 +270,27 @@ def test_explain_has_the_plan_of_a_pattern():
     assert decision.placement.endswith("contiguous: ring of 7 hops, global queries to 7 devices")
     assert decision.plan is not None
     assert decision.plan.splitlines()[1].split()[:2] == ["keys", "-1"]
-    dropped = dilax.explain("block_sparse_distributed", dropout=0.1, **sizes)
-    assert dropped.implementation == "xla"
-    assert "dropout on a mesh" in str(dropped)
+    assert (
+        dilax.explain("block_sparse_distributed", dropout=0.1, **sizes).implementation == "pallas"
+    )
+
+
+def test_kernels_drop_on_a_mesh_where_they_know_the_positions():
+    options = {"seq_len": 1 << 14, "dtype": "bfloat16", "device_kind": "NVIDIA H100 80GB HBM3"}
+    options |= {"segment_lengths": (2048, 1 << 14), "dropout": 0.1, "num_heads": 8}
+
+    def explained(rates, mesh="sequence=4", **more):
+        return dilax.explain("ring", mesh=mesh, dilation_rates=rates, **options, **more)
+
+    assert explained((2, 1), method="ring").implementation == "pallas"
+    for found, why in (
+        (explained((1, 4)), "segments of 16384 at rate 4: its kernels do not know the positions"),
+        (explained((1, 1), method="all_to_all"), "segments of 16384 at rate 1: its kernels do not"),
+        (explained((1, 1), method="ring", layout="zigzag"), "count the rows of both chunks from"),
+        (
+            explained((1, 1), "sequence=4,tensor=2", method="ring", head_axis="tensor"),
+            "dropout with heads over several devices",
+        ),
+    ):
+        assert found.implementation == "xla"
+        assert why in str(found)

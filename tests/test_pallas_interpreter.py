@@ -38,7 +38,9 @@ CASES = [
         causal=True,
         deterministic=True,
     ),
-    KernelCase("dropout", (1 << 20,), (1,), T=128, H=16, N=1, rate=0.3),
+    KernelCase(
+        "dropout", (1 << 20,), (1,), T=128, H=16, N=1, rate=0.3, starts=(192, 128), traced=True
+    ),
 ]
 
 SLOW = ("ids", "carry traced")

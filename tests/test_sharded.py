@@ -19,7 +19,7 @@ from dilax import reference, sharded, tile_loop
 from dilax.spec import branches_of
 from sharding.mesh import from_layout, to_layout
 from tests.compare import error
-from tests.dense_local import DENSE
+from tests.dense_local import DENSE, KERNEL
 
 EXACT = 1e-12
 AXES = ("data", "sequence", "tensor")
@@ -161,6 +161,18 @@ METHODS = [
 @pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 def test_every_method(case, x64, monkeypatch):
     monkeypatch.setattr(sharded, "XLA", DENSE)
+    check(case)
+
+
+HASHED = [
+    Placed((4, 16, 32), (2, 1, 1), (2, 2, 1), causal=True, dropout=0.3, K=2, method="ring"),
+    Placed((32,), (1,), layout="zigzag", causal=True, dropout=0.3, method="ring"),
+]
+
+
+@pytest.mark.parametrize("case", HASHED, ids=lambda case: case.name)
+def test_dropout_of_a_local_attention_that_hashes_itself(case, x64, monkeypatch):
+    monkeypatch.setattr(sharded, "XLA", KERNEL)
     check(case)
 
 
