@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dilax._types import refuse
+from dilax.adaptive_branches import attend_branch
 from dilax.attention_fn import check_dtype, check_number
-from dilax.block_sparse import block_sparse_attention
+from dilax.block_sparse import block_sparse_attention, refuse_branch_options
 from dilax.checks import (
     check_bool,
     check_choice,
@@ -18,9 +20,13 @@ from dilax.checks import (
     check_ratio,
     segment_ids_of,
 )
+from dilax.dropout import seed_bits
 from dilax.order import TokenOrder
+from dilax.partial import merge
 from dilax.router import QUERY_FEATURES, Route, Routing, route
 from dilax.router_signal import TARGETS, kept_mass, kl_loss, straight_through
+from dilax.spec import Combine, HeadOffset, as_spec, branches_of, within
+from dilax.union import check_extra_keys, extra_keys
 
 
 def _identity(heads: int, head_dim: int, dtype: Any) -> nnx.Param:
@@ -40,6 +46,10 @@ class AdaptiveAttention(nnx.Module):
         num_heads: N.
         head_dim: H.
         num_kv_heads: K, which divides N; None for N. The query heads of a key head share blocks.
+        segment_lengths, dilation_rates, combine, head_offset, average_branches: None, or branches
+            as in `dilax.dilated_attention`: the router then looks for blocks inside each segment of
+            each branch, in blocks of the places that it has after dilation, with the same weights
+            everywhere; heads share blocks where they keep the same places.
         sparsity_ratio: the share of admissible blocks that a row keeps, in (0, 1]; at least one.
         block_size: tokens of a block.
         query_feature: "first", the first query of a block; "previous", the mean of the block before
@@ -79,6 +89,11 @@ class AdaptiveAttention(nnx.Module):
         head_dim: int,
         *,
         num_kv_heads: int | None = None,
+        segment_lengths: Any = None,
+        dilation_rates: Any = None,
+        combine: Combine = "lse",
+        head_offset: HeadOffset = "interleaved",
+        average_branches: bool | None = None,
         sparsity_ratio: float = 0.1,
         block_size: int = 128,
         query_feature: str | None = None,
@@ -108,6 +123,16 @@ class AdaptiveAttention(nnx.Module):
         check_bool("straight_through", straight_through)
         if order is not None and not isinstance(order, TokenOrder):
             raise refuse("order", "None or a TokenOrder", order)
+        if segment_lengths is None:
+            refuse_branch_options(dilation_rates, combine, head_offset, average_branches)
+        else:
+            spec = as_spec(segment_lengths, dilation_rates)
+            segment_lengths, dilation_rates = spec.segment_lengths, spec.dilation_rates
+            branches_of(spec, num_heads, combine, head_offset)
+            if average_branches is not None:
+                check_bool("average_branches", average_branches)
+            if order is not None:
+                raise refuse("order", "None inside branches, where a router goes by index", order)
         if attention_scale is not None:
             wanted = "None or a finite Python number"
             check_number("attention_scale", attention_scale, -1e30, 1e30, wanted)
@@ -117,7 +142,10 @@ class AdaptiveAttention(nnx.Module):
         self.query_feature, self.loss_target = query_feature, loss_target
         self.straight_through, self.dropout = straight_through, dropout
         self.attention_scale, self.implementation = attention_scale, implementation
-        self.order = order
+        self.order, self.average_branches = order, average_branches
+        self.segment_lengths, self.dilation_rates = segment_lengths, dilation_rates
+        self.combine: Combine = combine
+        self.head_offset: HeadOffset = head_offset
         dtype = check_dtype("param_dtype", param_dtype)
         self.q_weight = _identity(num_heads, head_dim, dtype)
         self.k_weight = _identity(num_kv_heads, head_dim, dtype)
@@ -135,8 +163,15 @@ class AdaptiveAttention(nnx.Module):
     ) -> Route:
         """The kept blocks, and their scores; arguments as those of a call.
 
-        The tokens are taken as they lie, in `order`, also by a router with an order of its own.
+        The tokens are taken as they lie, in `order`, also by a router with an order of its own, and
+        as one sequence without branches.
         """
+        routing = self._routing(query, key, is_causal, sparsity_ratio, order)
+        weights = self.q_weight[...], self.k_weight[...]
+        with jax.named_scope("dilax.router"):
+            return route(query, key, *weights, routing, q_segment_ids, kv_segment_ids)
+
+    def _routing(self, query, key, is_causal: bool, sparsity_ratio: Any, order: Any) -> Routing:
         ratio = self.sparsity_ratio if sparsity_ratio is None else sparsity_ratio
         check_ratio(ratio)
         T, S = query.shape[1], key.shape[1]
@@ -149,10 +184,7 @@ class AdaptiveAttention(nnx.Module):
             raise refuse("query_feature", wanted, feature)
         if is_causal and T != S:
             raise refuse("key", f"as many keys as queries, {T}, in a causal call", key)
-        routing = Routing(ratio, self.block_size, feature, is_causal, order)
-        weights = self.q_weight[...], self.k_weight[...]
-        with jax.named_scope("dilax.router"):
-            return route(query, key, *weights, routing, q_segment_ids, kv_segment_ids)
+        return Routing(ratio, self.block_size, feature, is_causal, order)
 
     def __call__(
         self,
@@ -205,16 +237,42 @@ class AdaptiveAttention(nnx.Module):
         if self.order is not None:
             query, key, value = (self.order.permute(x) for x in (query, key, value))
             ids = tuple(None if x is None else self.order.permute(x) for x in ids)
-        places = None if order is None else jnp.asarray(order.positions)
-        found = self.route(
-            query,
-            key,
-            is_causal=is_causal,
-            q_segment_ids=ids[0],
-            kv_segment_ids=ids[1],
-            sparsity_ratio=sparsity_ratio,
-            order=order,
-        )
+        extra = {"bias_k": bias_k, "bias_v": bias_v, "zero_attn": zero_attn}
+        said = {"is_causal": is_causal, "deterministic": deterministic}
+        said |= {"sparsity_ratio": sparsity_ratio, "with_loss": return_loss}
+        weights = self.q_weight[...], self.k_weight[...]
+        if self.segment_lengths is None:
+            said |= {"order": order, "dropout_key": dropout_key}
+            out, lse, loss = self._attend(query, key, value, ids, weights, **said, **extra)
+        else:
+            out, lse, loss = self._in_branches(
+                query, key, value, ids, weights, dropout_key, said, extra
+            )
+        results: list[Any] = [out, lse] if return_lse else [out]
+        if self.order is not None:
+            results = [self.order.unpermute(x) for x in results]
+        if return_loss:
+            results.append(loss)
+        return tuple(results) if len(results) > 1 else results[0]
+
+    def _attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        ids: Any,
+        weights: tuple[jax.Array, jax.Array],
+        *,
+        is_causal: bool,
+        sparsity_ratio: float | None,
+        with_loss: bool,
+        order: TokenOrder | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """out, lse and loss of one sequence: route, attend, and what the router learns from."""
+        routing = self._routing(query, key, is_causal, sparsity_ratio, order)
+        with jax.named_scope("dilax.router"):
+            found = route(query, key, *weights, routing, *ids)
         out, lse = block_sparse_attention(
             query,
             key,
@@ -224,34 +282,72 @@ class AdaptiveAttention(nnx.Module):
             scale=self.attention_scale,
             q_segment_ids=ids[0],
             kv_segment_ids=ids[1],
-            q_positions=places,
-            bias_k=bias_k,
-            bias_v=bias_v,
-            zero_attn=zero_attn,
+            q_positions=None if order is None else jnp.asarray(order.positions),
             dropout_rate=self.dropout,
-            dropout_key=dropout_key,
-            deterministic=deterministic,
             implementation=self.implementation,
             return_lse=True,
+            **options,
         )
-        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
-        said: Any = {"scale": scale, "is_causal": is_causal, "order": order}
-        said["segment_ids"] = ids
+        said: Any = {
+            "scale": self._scale,
+            "is_causal": is_causal,
+            "order": order,
+            "segment_ids": ids,
+        }
         if self.straight_through:
             out, lse = straight_through((out, lse), found, query, key, value, **said)
-        results = [out, lse] if return_lse else [out]
-        if self.order is not None:
-            results = [self.order.unpermute(x) for x in results]
-        if return_loss:
-            mass = kept_mass(query, key, lse, found.lists, target=self.loss_target, **said)
-            results.append(kl_loss(found, mass))
-        return tuple(results) if len(results) > 1 else results[0]
+        if not with_loss:
+            return out, lse, None
+        mass = kept_mass(query, key, lse, found.lists, target=self.loss_target, **said)
+        return out, lse, kl_loss(found, mass)
+
+    def _in_branches(
+        self, query, key, value, ids, weights, dropout_key, said: dict, extra: dict
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The same inside each segment of each branch; the loss is the mean over blocks of rows."""
+        T, N = query.shape[1:3]
+        if key.shape[1] != T:
+            raise refuse("key", f"as many keys as queries, {T}, inside branches", key)
+        check_extra_keys(key, extra["bias_k"], extra["bias_v"])
+        spec = as_spec(self.segment_lengths, self.dilation_rates)
+        branches = branches_of(spec, N, self.combine, self.head_offset)
+        losses = []
+
+        def attend(q, k, v, ids, heads, kv_heads):
+            mine = weights[0][np.array(heads)], weights[1][np.array(kv_heads)]
+            drop = None if dropout_key is None else jax.random.fold_in(dropout_key, len(losses))
+            out, lse, loss = self._attend(q, k, v, ids, mine, dropout_key=drop, **said)
+            losses.append((loss, len(q) * len(kv_heads) * -(-q.shape[1] // self.block_size)))
+            return out, lse
+
+        parts = [
+            attend_branch(attend, within(branch, T), query, key, value, ids) for branch in branches
+        ]
+        drop = (0.0, None, len(branches))
+        if self.dropout > 0 and not said["deterministic"]:
+            drop = (self.dropout, seed_bits(dropout_key), len(branches))
+        parts += extra_keys(query, self._scale, np.arange(T)[None], drop, **extra)
+        out, lse = merge(*parts)
+        average = (
+            self.combine == "heads" if self.average_branches is None else self.average_branches
+        )
+        out = (out / len(branches) if average else out).astype(query.dtype)
+        if not said["with_loss"]:
+            return out, lse, None
+        values, weights = zip(*losses, strict=True)
+        return out, lse, jnp.average(jnp.stack(values), weights=jnp.array(weights, values[0].dtype))
+
+    @property
+    def _scale(self) -> float:
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def _order(self, query: Any, key: Any, order: Any) -> TokenOrder | None:
         """The order that the tokens are in while attention runs, checked."""
         if order is not None and (self.order is not None or not isinstance(order, TokenOrder)):
             wanted = "None or a TokenOrder" if self.order is None else "None: the router has one"
             raise refuse("order", wanted, order)
+        if order is not None and self.segment_lengths is not None:
+            raise refuse("order", "None inside branches, where a router goes by index", order)
         order = self.order if order is None else order
         if order is not None:
             for name, x in (("query", query), ("key", key)):

@@ -19,9 +19,7 @@ _SHARED = ("num_kv_heads", "param_dtype")  # with the module around it
 # What a router cannot be combined with, and why.
 _WHY = {
     "its router finds the blocks": "pattern sparse_config pattern_type need_speed visiting_order",
-    "a router looks for blocks in the whole sequence, not inside dilated branches": (
-        "segment_lengths dilation_rates combine head_offset pad_mode average_branches"
-    ),
+    "padding that acts as keys lies in no block": "pad_mode",
     "a row may keep any block, so the tokens lie on one device (examples may lie on several)": (
         "sharding axis_name batch_axis head_axis layout method mesh ring_size"
     ),

@@ -138,7 +138,9 @@ def explain(
     made = None if row.adaptive else pattern_of(kind, row, False, pattern, **fields)
     segments, rates = segments_of(row, segment_lengths, dilation_rates)
     if row.adaptive and segments is not None:
-        wanted = f"None with kind {kind!r}: a router looks for blocks in the whole sequence"
+        wanted = (
+            f"None with kind {kind!r}: a segment is a call of its own, explain one by its length"
+        )
         raise refuse("segment_lengths", wanted, segment_lengths)
     variant = "block_sparse_attention" if segments is None else "dilated_attention"
     if segments is not None:

@@ -99,16 +99,15 @@ def union_attention(
     if drops and dropout_key is not None:
         rate, seed = float(dropout_rate), dropout.seed_bits(dropout_key)
 
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     extra = []
     if pad_mode == "zeros" and not is_causal:
         extra.append(zero_keys(query, branches, np.arange(T), T, np.arange(N)))
-    if zero_attn:
-        extra.append(constant_key(query, jnp.zeros(query.shape[:-1], stats_dtype(query.dtype))))
-    if bias_k is not None:
-        place = q_start + np.arange(T)[None] if positions is None else positions[0]
-        rows = np.arange(query.shape[0]), np.arange(N), place
-        extra.append(bias_key(query, bias_k, bias_v, scale, rows, rate, seed, len(branches)))
+    place = q_start + np.arange(T)[None] if positions is None else positions[0]
+    drop = (rate, seed, len(branches))
+    extra += extra_keys(
+        query, scale, place, drop, bias_k=bias_k, bias_v=bias_v, zero_attn=zero_attn
+    )
     options = dict(
         **where,
         is_causal=is_causal,
@@ -179,6 +178,22 @@ def check_extra_keys(key: jax.Array, bias_k: Any, bias_v: Any) -> None:
     if bias_k is not None:
         for name, x in (("bias_k", bias_k), ("bias_v", bias_v)):
             check_array(name, x, key.shape[2:], (jnp.dtype(key.dtype).name,))
+
+
+def extra_keys(
+    query: jax.Array, scale: float, place: Any, drop: tuple, *, bias_k, bias_v, zero_attn: bool
+) -> list[Partial]:
+    """The Partials over the keys that are in no array; place [1 or B, T] is that of the queries.
+
+    drop: the rate of dropout, its seed, and the number of branches before these keys.
+    """
+    parts = []
+    if zero_attn:
+        parts.append(constant_key(query, jnp.zeros(query.shape[:-1], stats_dtype(query.dtype))))
+    if bias_k is not None:
+        rows = np.arange(query.shape[0]), np.arange(query.shape[2]), place
+        parts.append(bias_key(query, bias_k, bias_v, scale, rows, *drop))
+    return parts
 
 
 def constant_key(query: jax.Array, lse: jax.Array) -> Partial:

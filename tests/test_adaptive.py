@@ -189,8 +189,8 @@ def test_causality_goes_by_the_original_positions_in_an_order(kind, rng, x64):
     moved, ids = [order.permute(x) for x in arrays], order.permute(ids)
     again = jax.jit(lambda *x: inside(*x, q_segment_ids=ids, order=order, **said))(*moved)
     assert (order.unpermute(again[0]) == base).all()
-    found = inside.route(*moved[:2], is_causal=True, order=order, q_segment_ids=ids,
-                         kv_segment_ids=ids)  # fmt: skip
+    said = {"is_causal": True, "order": order, "q_segment_ids": ids, "kv_segment_ids": ids}
+    found = jax.jit(lambda *x: inside.route(*x, **said))(*moved[:2])
     place = order.positions
     low = np.minimum.reduceat(place, np.arange(0, T, SIZE))
     high = np.maximum.reduceat(place, np.arange(0, T, SIZE))
@@ -215,7 +215,60 @@ def test_causality_goes_by_the_original_positions_in_an_order(kind, rng, x64):
     assert_exact(loss, terms.sum() / seen.sum())
     whole, _ = reference.dilated_attention(*arrays, [T], [1], is_causal=True)
     router.sparsity_ratio = 1.0
-    assert_exact(router(*arrays, is_causal=True), whole)
+    assert_exact(jax.jit(lambda *x: router(*x, is_causal=True))(*arrays), whole)
+
+
+def test_inside_branches_each_segment_is_routed_for_itself(rng, x64):
+    t, said = 24, {"is_causal": True, "return_lse": True, "return_loss": True}
+    ids = packed(rng)[:, 26 : 26 + t]
+    router = made(rng, segment_lengths=(12, 48), dilation_rates=(1, 2), block_size=4)
+    arrays = heads(rng, t)
+    attend = nnx.jit(lambda router, ids, *x: router(*x, q_segment_ids=ids, **said))
+
+    @nnx.jit
+    def with_gradients(router, *x):
+        def loss(router):
+            out, lse, loss = router(*x, q_segment_ids=ids, **said)
+            return loss, (out, lse)
+
+        return nnx.value_and_grad(loss, has_aux=True)(router)
+
+    (loss, (out, lse)), gradients = with_gradients(router, *arrays)
+
+    # Segments and residues cut out by hand. At rate 2 heads 0 and 2 have one residue, 1 and 3 the
+    # other: of each pair one has the first key head, one the second.
+    parts, losses = [], []
+    for first, step, mine, width in (
+        *((i, 1, np.arange(N), 12) for i in (0, 12)),
+        *((i, 2, np.arange(i, N, 2), t) for i in (0, 1)),
+    ):
+        rows, theirs = slice(first, min(first + width, t), step), mine // 2 if step == 2 else [0, 1]
+        alone = dilax.AdaptiveAttention(len(mine), H, num_kv_heads=2, sparsity_ratio=0.5,
+                                        block_size=4, param_dtype=jnp.float64)  # fmt: skip
+        alone.q_weight[...] = router.q_weight[...][mine]
+        alone.k_weight[...] = router.k_weight[...][np.array(theirs)]
+        q, k, v = (x[:, rows][:, :, np.array(n)] for x, n in zip(arrays, (mine, theirs, theirs),
+                                                                 strict=True))  # fmt: skip
+        found = attend(alone, ids[:, rows], q, k, v)
+        place = np.ix_(range(B), range(t)[rows], mine)
+        part = np.zeros((B, t, N, H)), np.full((B, t, N), -np.inf)
+        part[0][place], part[1][place] = found[:2]
+        parts.append(dilax.Partial(*map(jnp.asarray, part)))
+        losses.append((float(found[2]), -(-q.shape[1] // 4)))
+    wanted = dilax.merge(*parts)
+    assert_exact(out, wanted.out)
+    assert_exact(jnp.exp(lse), jnp.exp(wanted.lse))
+    values, weights = zip(*losses, strict=True)
+    assert abs(float(loss) - np.average(values, weights=weights)) < 1e-10
+
+    (_, changed), _ = with_gradients(router, *(x.at[:, 17:].add(1.0) for x in arrays))
+    assert (changed[0][:, :17] == out[:, :17]).all()
+    assert all((jnp.abs(g).max((1, 2)) > 0).all() for g in jax.tree.leaves(gradients))
+    # Short last segments, heads that take no part and residues without a row.
+    router.sparsity_ratio, router.combine, router.dilation_rates = 1.0, "heads", (1, 30)
+    arrays = [x[:, :21] for x in arrays]
+    whole, _ = reference.dilated_attention(*arrays, (12, 48), (1, 30), combine="heads")
+    assert_exact(jax.jit(lambda *x: router(*x))(*arrays), whole)
 
 
 def test_examples_of_a_batch_do_not_influence_each_other(rng, x64):
@@ -316,7 +369,8 @@ def test_a_module_with_a_router_is_attention_between_projections(rng):
     [
         ("embed_dim", {"num_heads": 4}),
         ("embed_dim", {"embed_dim": 30, "num_heads": 4}),
-        ("segment_lengths", {"segment_lengths": [8], "embed_dim": 32, "num_heads": 4}),
+        ("dilation_rates", {"segment_lengths": [8], "embed_dim": 32, "num_heads": 4}),
+        ("pad_mode: .*lies in no block", {"pad_mode": "zeros"}),
         ("axis_name: .*the tokens lie on one device", {"axis_name": "seq"}),
         ("grid: .*say `order`", {"grid": (4, 8)}),
         ("sparse_config", {"sparse_config": "local", "embed_dim": 32, "num_heads": 4}),
@@ -339,9 +393,13 @@ def test_presets_and_modules_refuse_what_they_say_themselves():
     sizes = {"embed_dim": 32, "num_heads": 4}
     with pytest.raises(ValueError, match=r"^sparsity_ratio: wanted"):
         dilax.create_block_sparse_attention("adaptive_standard", sparsity_ratio=0.2, **sizes)
-    with pytest.raises(ValueError, match=r"^combine: wanted .*not inside dilated branches"):
+    with pytest.raises(ValueError, match=r"^combine: wanted 'lse' without"):
         dilax.create_multihead_dilated_attention("adaptive", 32, 4, combine="heads")
     dilax.create_multihead_dilated_attention("adaptive", 32, 4, combine="lse", mesh=None)
+    branches = {"segment_lengths": [8, 16], "dilation_rates": [1, 2], "combine": "heads"}
+    inside = dilax.create_multihead_dilated_attention("adaptive", 32, 4, **branches).attention
+    assert isinstance(inside, dilax.AdaptiveAttention)
+    assert (inside.segment_lengths, inside.combine) == ((8, 16), "heads")
     layer = dilax.MultiheadDilatedAttention(32, 4, [8], [1], rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"^return_loss: wanted"):
         layer(jnp.zeros((1, 8, 32)), return_loss=True)
@@ -373,6 +431,9 @@ CALL, ORDER = {"is_causal": True}, dilax.TokenOrder((9, 10))
         ("order", {"order": ORDER}, {"order": ORDER}),
         ("query_feature", {"query_feature": "previous"}, CALL | {"order": ORDER}),
         ("query", {}, {"order": dilax.TokenOrder((3, 4))}),
+        ("combine", {"combine": "heads"}, None),
+        ("order", {"order": ORDER, "segment_lengths": [8], "dilation_rates": [1]}, None),
+        ("order", {"segment_lengths": [8], "dilation_rates": [1]}, {"order": ORDER}),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(name, options, call, rng):
