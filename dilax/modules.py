@@ -17,6 +17,7 @@ from dilax.attention_fn import (
     check_positive,
     checkpointed,
     is_key,
+    refuse_layout_of_order,
 )
 from dilax.checks import check_array, check_bool, check_index, segment_ids_of
 from dilax.on_mesh import AttentionSharding
@@ -349,6 +350,9 @@ class MultiheadDilatedAttention(nnx.Module):
         check_array("value", value, key.shape, FLOAT_DTYPES)
         return (query, key, value)
 
+    def _sharding(self) -> AttentionSharding | None:
+        return self.attention.sharding if isinstance(self.attention, DilatedAttention) else None
+
     def _original_positions(self, query: Any, key: Any, order: Any) -> jax.Array:
         taken = self.attention.order is not None
         if not isinstance(order, TokenOrder) or taken:
@@ -356,6 +360,9 @@ class MultiheadDilatedAttention(nnx.Module):
             raise refuse("order", f"{wanted} in a call of this module", order)
         for name, x in (("query", query), ("key", key)):
             order.check_length(name, x)
+        sharding = self._sharding()
+        if sharding is not None:
+            refuse_layout_of_order(sharding)
         return jnp.asarray(order.positions)
 
     def _positions(self, query: Any, key: Any, positions: Any, kv_positions: Any) -> tuple:
@@ -373,8 +380,9 @@ class MultiheadDilatedAttention(nnx.Module):
             if T != S:
                 raise refuse("kv_positions", f"positions too when T={T} differs from S={S}", None)
             kv_positions = positions
-        arange = jnp.arange(T, dtype=jnp.int32), jnp.arange(S, dtype=jnp.int32)
-        return _first(positions, arange[0]), _first(kv_positions, arange[1])
+        sharding = self._sharding() or AttentionSharding(sequence=None)
+        places = (sharding.positions(query), sharding.positions(key))
+        return _first(positions, places[0]), _first(kv_positions, places[1])
 
     def _drops(self, deterministic: Any) -> bool:
         """Does dropout act? With a rate of 0 nobody needs to say."""

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 from dilax._types import refuse
@@ -13,6 +14,8 @@ from dilax.sharded import (
     LAYOUTS,
     check_ring_size,
     chunk_length,
+    layout_positions,
+    local_positions,
     refuse_without_sequence,
     sharded_dilated_attention,
 )
@@ -91,8 +94,16 @@ class AttentionSharding:
         Raises:
             ValueError: there is no mesh, it lacks an axis, or one does not divide its dimension.
         """
+        mesh, spec = self._mesh_and_spec(query)
+        spec = (*spec, None, None, None, None)[:4]
+        own = set(_names(self.sequence))
+        batch = self.batch or (spec[0] if not own & set(_names(spec[0])) else None)
+        heads = self.heads or (spec[2] if not own & set(_names(spec[2])) else None)
+        return dataclasses.replace(self, mesh=mesh, batch=batch, heads=heads)._checked(query)
+
+    def _mesh_and_spec(self, x: Any) -> tuple[Any, tuple]:
         mesh, spec = self.mesh, ()
-        found = _sharding_of(query)
+        found = _sharding_of(x)
         if isinstance(found, jax.NamedSharding) and not found.mesh.empty:
             mesh, spec = self.mesh or found.mesh, tuple(found.spec)
         if mesh is None:
@@ -100,11 +111,31 @@ class AttentionSharding:
         if mesh.empty:
             wanted = "a mesh: arrays on one, jax.set_mesh, or this argument"
             raise refuse("mesh", wanted, self.mesh)
-        spec = (*spec, None, None, None, None)[:4]
-        own = set(_names(self.sequence))
-        batch = self.batch or (spec[0] if not own & set(_names(spec[0])) else None)
-        heads = self.heads or (spec[2] if not own & set(_names(spec[2])) else None)
-        return dataclasses.replace(self, mesh=mesh, batch=batch, heads=heads)._checked(query)
+        return mesh, spec
+
+    def positions(self, x: Any) -> jax.Array:
+        """int32 [T]: the places in the sequence of tokens x [B, T, ...], as they lie.
+
+        Example:
+            >>> auto = jax.sharding.AxisType.Auto
+            >>> mesh = jax.sharding.AbstractMesh((2,), ("sequence",), axis_types=(auto,))
+            >>> x = jax.numpy.ones((1, 8, 4))
+            >>> AttentionSharding(layout="zigzag", mesh=mesh).positions(x).tolist()
+            [0, 1, 6, 7, 2, 3, 4, 5]
+        """
+        length = x.shape[1]
+        if self.sequence is not None and self.inside_shard_map():
+            return local_positions(length, self.sequence, self.layout)
+        if self.layout == "contiguous":
+            return jnp.arange(length, dtype=jnp.int32)
+        mesh, _ = self._mesh_and_spec(x)
+        devices = math.prod(dataclasses.replace(self, mesh=mesh).sizes("sequence"))
+        return jnp.asarray(layout_positions(length, devices, self.layout))
+
+    def inside_shard_map(self) -> bool:
+        """Is there a shard_map around this call, over the axes of the tokens?"""
+        manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+        return bool(manual) and set(_names(self.sequence)) <= manual
 
     def sizes(self, name: str) -> tuple[int, ...]:
         """Devices along the mesh axes of "sequence", "batch" or "heads"."""
@@ -239,8 +270,7 @@ def dilated_attention_on_mesh(
     for name in (*_ROWS, *_HEADS, "dropout_key"):
         if options.get(name) is not None:
             arrays[name] = options.pop(name)
-    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-    if manual and set(_names(sharding.sequence)) <= manual:
+    if sharding.inside_shard_map():
         return _call(sharding, arrays, options)
     (B, T), S = query.shape[:2], key.shape[1]
     if T != S:

@@ -20,7 +20,7 @@ def _masks(
     q_start,
     k_start,
     q_positions=None,
-    kv_positions=None,
+    kv_positions: Any = None,
 ):
     """bool [b, B, N, T, S]: which pairs each branch sees."""
     T, S, N = q.shape[1], k.shape[1], q.shape[2]

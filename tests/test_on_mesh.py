@@ -71,6 +71,24 @@ def test_two_axes_for_the_tokens(x64):
     assert error(found, one(*heads(), is_causal=True)) < 1e-12
 
 
+def test_a_module_counts_positions_as_the_tokens_lie(x64):
+    """Rotary positions of tokens in the zig-zag layout, outside a shard_map and inside."""
+    mesh = mesh_of((2,), names=("sequence",))
+    module = functools.partial(
+        dilax.MultiheadDilatedAttention, 32, 4, *SPEC, position=dilax.RotaryPosition()
+    )
+    options = {"dtype": "float64", "param_dtype": "float64"}
+    sharding = dilax.AttentionSharding(layout="zigzag", mesh=mesh)
+    one, layer = (module(sharding=x, rngs=nnx.Rngs(0), **options) for x in (None, sharding))
+    x = jax.random.normal(jax.random.key(1), (1, 32, 32), jnp.float64)
+    placed = dilax.to_layout(x, 2, "zigzag")
+    part = jax.P(None, "sequence")
+    inside = jax.shard_map(layer, mesh=mesh, in_specs=part, out_specs=part)
+    for run in (layer, inside):
+        found = dilax.from_layout(jax.jit(run)(placed), 2, "zigzag")
+        assert error(found, one(x)) < 1e-12
+
+
 def test_a_mesh_with_both_kinds_of_axes(x64):
     kinds = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit)
     mesh = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=kinds)
