@@ -149,4 +149,6 @@ def as_pattern(name: str, x: Any) -> Pattern:
         return SparsePatternConfig(x).pattern()
     names = ", ".join(dict.fromkeys((*PRESETS, *PATTERN_TYPES)))
     wanted = f"a SparsePatternConfig, a pattern, BlockLists, or one of {names}"
+    if x == "adaptive":
+        wanted += "; dilax.AdaptiveAttention is what has a router"
     raise refuse(name, wanted, x)
