@@ -3,7 +3,8 @@
     python benchmarks/plans.py --out benchmarks/results
 
 Writes plans.md: N = K = 32 heads of 128, bfloat16, causal, forward, batch 1; messages at 340 GB/s
-(NVLink, measured by ppermute) and at 50 GB/s (one InfiniBand port a GPU), attention at 550 TFLOP/s.
+inside a host of 8 GPUs (NVLink, measured by ppermute) and at 50 GB/s between hosts (one InfiniBand
+port a GPU, assumed), and beside that all of them at 340 GB/s; attention at 550 TFLOP/s.
 """
 
 import argparse
@@ -13,11 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dilax.sharded import Link, plan_of
+from dilax.sharded import link_of, plan_of
 from dilax.spec import as_spec, branches_of, within
 
 LENGTHS = {"1 M": 1 << 20, "16 M": 1 << 24, "128 M": 1 << 27, "1 B": 1 << 30}
 DEVICES = (64, 256, 1024)
+HOST = 8  # GPUs
 HEADS, HEAD_DIM = 32, 128
 
 
@@ -33,8 +35,8 @@ def lists(name: str, length: int) -> tuple[list[int], list[int]]:
     return [*widths, length], [1, 2, 4, 8, 16]
 
 
-def plan(name: str, length: int, devices: int, bandwidth: float, **options: Any) -> Any:
-    """The plan of a list on devices with this bandwidth."""
+def plan(name: str, length: int, devices: int, speeds: Any, **options: Any) -> Any:
+    """The plan of a list on hosts of devices, speeds in GB/s: between hosts, inside one."""
     every = branches_of(as_spec(*lists(name, length)), HEADS, "lse", "interleaved")
     return plan_of(
         tuple(within(branch, length) for branch in every),
@@ -42,23 +44,23 @@ def plan(name: str, length: int, devices: int, bandwidth: float, **options: Any)
         "bfloat16",
         devices=devices,
         is_causal=True,
-        link=Link(bandwidth=bandwidth),
+        link=link_of((devices // HOST, HOST), speeds),
         **options,
     )
 
 
 def row(name: str, label: str, devices: int) -> str:
-    """One line of the table, in the layout that is faster at 50 GB/s."""
+    """One line of the table, in the layout that is faster on hosts."""
     length = LENGTHS[label]
-    plans = [plan(name, length, devices, 50e9, layout=x) for x in ("contiguous", "zigzag")]
-    far = min(plans, key=lambda one: one.seconds)
-    near = plan(name, length, devices, 340e9, layout=far.layout)
+    plans = [plan(name, length, devices, (50, 340), layout=x) for x in ("contiguous", "zigzag")]
+    hosts = min(plans, key=lambda one: one.seconds)
+    near = plan(name, length, devices, 340, layout=hosts.layout)
     methods: dict[str, int] = {}
-    for branch in far.branches:
+    for branch in hosts.branches:
         methods[branch.method] = methods.get(branch.method, 0) + 1
     said = ", ".join(f"{count} {method}" for method, count in methods.items())
-    cells = [name, label, devices, far.layout, said, f"{far.bytes / 1e6:,.0f}", far.messages]
-    cells += [f"{far.balance:.2f}", *(f"{x.seconds * 1e3:,.2f}" for x in (near, far))]
+    cells = [name, label, devices, hosts.layout, said, f"{hosts.bytes / 1e6:,.0f}", hosts.messages]
+    cells += [f"{hosts.balance:.2f}", *(f"{x.seconds * 1e3:,.2f}" for x in (near, hosts))]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -67,8 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
     out = Path(parser.parse_args().out)
-    head = ("list", "tokens", "GPUs", "layout", "how branches move at 50 GB/s", "MB received")
-    head += ("messages", "busiest", "ms at 340 GB/s", "ms at 50 GB/s")
+    head = ("list", "tokens", "GPUs", "layout", "how branches move on hosts", "MB received")
+    head += ("messages", "busiest", "ms at 340 GB/s", "ms on hosts")
     lines = ["Computed by the planner, not measured.", "", *(__doc__ or "").splitlines()[4:], ""]
     lines += [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for name in ("geometric to T", "LongNet to 32768", "GigaPath-like"):

@@ -47,5 +47,5 @@ def test_exposed_is_the_time_of_messages_with_nothing_beside_them():
 
 def test_a_row_of_the_table_of_plans():
     cells = plans.row("geometric to T", "1 M", 64).split(" | ")
-    assert cells[1:4] == ["1 M", "64", "contiguous"]
+    assert cells[1:4] == ["1 M", "64", "zigzag"]
     assert "all_to_all" in cells[4]
