@@ -11,8 +11,10 @@ import pytest
 import dilax
 from dilax import block_loop, reference
 from dilax.block_lists import BlockLists, from_mask, token_mask
+from dilax.block_sparse import branch_lists
 from dilax.partial import Partial, merge
 from dilax.patterns import DilatedSparse, GlobalLocal, Hierarchical, LocalWindow, PerHead
+from dilax.spec import branches_of, within
 from dilax.tile import Settings
 from dilax.xla_attention import attend
 from tests.cases import Case
@@ -121,21 +123,28 @@ def test_inside_dilated_branches(name, pattern, lengths, rates, sizes, x64):
 
 
 @pytest.mark.newest
-def test_lists_of_segments_longer_than_the_sequence(x64):
+def test_lists_of_segments_longer_than_the_sequence():
     """They have the sizes of the segments, and are cut; so does the pattern that they are of."""
-    one = case("longer", B=1, K=2, options=CAUSAL)
-    branches = {"segment_lengths": (24, 90, 800), "dilation_rates": (1, 2, 3)}
-    given = [HEADS.lists(L, num_heads=4, is_causal=True) for L in (24, 45, 267)]
-    wanted = run(oracle, one, HEADS, **branches)
-    assert_exact(run(library, one, given, **branches), wanted)
-    cut = [HEADS.lists(L, num_heads=4, is_causal=True) for L in (24, 19, 13)]
-    assert_exact(run(library, one, [given[0], *cut[1:]], **branches), wanted)
     x = jnp.ones((1, 37, 4, 8))
+    spec = dilax.DilatedSpec((24, 90, 800), (1, 2, 3))
+    branches = [within(branch, 37) for branch in branches_of(spec, 4, "lse", "interleaved")]
+    given = [HEADS.lists(L, num_heads=4, is_causal=True) for L in (24, 45, 267)]
+    cut = [HEADS.lists(L, num_heads=4, is_causal=True) for L in (24, 19, 13)]
+    for lists in (HEADS, given, [jax.tree.map(jnp.asarray, one) for one in given], cut):
+        found = branch_lists(x, x, lists, spec, branches, True)
+        for one, wanted in zip(found, cut, strict=True):
+            assert (one.counts == wanted.counts).all()
+            n, size = wanted.columns.shape[-1], one.columns.shape[2]
+            assert (one.columns[..., :n] == wanted.columns)[wanted.valid].all()
+            assert (one.columns < size).all()
+    attend = functools.partial(dilax.block_sparse_attention, x, x, x)
+    inside = {"segment_lengths": spec, "is_causal": True}
+    assert jax.eval_shape(functools.partial(attend, pattern=given, **inside)).shape == x.shape
     wrong = (
         r"^pattern\[2\].columns: wanted lists with 34 rows, for segments of 800 every 3, or 2 wi"
     )
     with pytest.raises(ValueError, match=wrong):
-        dilax.block_sparse_attention(x, x, x, given[:2] + given[:1], **branches)
+        attend([*given[:2], given[0]], **inside)
 
 
 @pytest.mark.newest
