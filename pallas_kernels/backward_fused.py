@@ -5,6 +5,7 @@ the queries' gradient is added to float32 memory by the copy engine, in an order
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from pallas_kernels.compat import (
 )
 from pallas_kernels.config import CONSUMERS, ROWS
 from pallas_kernels.forward import LOG2E
-from pallas_kernels.instructions import add_rows, recomputed, store_tile
+from pallas_kernels.instructions import store_tile
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -47,9 +48,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count, bq = items[cta, 0, 0], plan.block_away
     kv_heads, branches = plan.heads // opt.group, len(plan.rates)
-
-    def place(entry: Any) -> tuple[Any, ...]:
-        return schedule.place(plan, geometry, entry[0], kv_heads)
+    # Rows of the queries' gradient: the interpreter's is a view `[B, N, T / rate, rate, H]`.
+    dq_rows = math.prod(dq_refs[views[0]].shape[2:-1])
 
     def visit(branch: Any, head: Any, residue: Any, tile: Any) -> schedule.Visit:
         return schedule.visit(plan, geometry, branch, part[head, residue], residue, tile)
@@ -63,73 +63,38 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
     def consume() -> None:
         plgpu.set_max_registers(240, action="increase")
-        warpgroup = gradient_loop.Warpgroup(wg, memory, opt.scale, opt.rate)
+        warpgroup = gradient_loop.Warpgroup(wg, memory, opt.scale, opt.rate, dq_refs)
 
-        def item(t: Any) -> tuple[Any, ...]:
-            """Where item t lies. Looked up whenever it is needed: registers are scarce."""
-            entry = schedule.entry(items, cta, recomputed(t, opt.interpret), count)
-            return entry, place(entry)
-
-        def describe(t: Any, where: tuple[Any, ...], start: Any, me: Any) -> gradient_loop.Tile:
-            branch, head, rate, plane, low, high = where
+        def sight_of(t: Any) -> gradient_loop.Sight:
             shape = (ROWS, bq)
 
-            def home() -> tuple[Any, ...]:
-                _, (b, _, residue, tile, local) = item(t)
-                v = schedule.visit(plan, geometry, branch, None, residue, tile)
-                return v, b, tile * plan.block_home + me * ROWS, local
+            def home(me: Any) -> tuple[Any, ...]:
+                """(batch, residue, tile, first row, residue in the home array)."""
+                b, residue, tile, local = (memory.item(t, i) for i in (1, 3, 4, 5))
+                return b, residue, tile, tile * plan.block_home + me * ROWS, local
 
-            def mask(scores: jax.Array, ids: Any) -> jax.Array:
-                def masked() -> jax.Array:
-                    v, _, row, _ = home()
-                    return jnp.where(seen_pairs(plan, v, row, start, shape), scores, -jnp.inf)
+            def visited(place: gradient_loop.Place, residue: Any, tile: Any) -> schedule.Visit:
+                return schedule.visit(plan, geometry, place.branch, None, residue, tile)
 
-                scores = lax.cond((start < low) | (start > high), masked, lambda: scores)
-                if ids is not None:
-                    _, b, row, local = home()
-                    rows = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW)
-                    a = lax.broadcast_in_dim(rows, shape, [0])
-                    c = lax.broadcast_in_dim(ids, shape, [1])
-                    scores = jnp.where((a == c) & (a != 0), scores, -jnp.inf)
-                return scores
+            def seen(me: Any, place: gradient_loop.Place) -> jax.Array:
+                _, residue, tile, row, _ = home(me)
+                return seen_pairs(plan, visited(place, residue, tile), row, place.start, shape)
 
-            def kept() -> jax.Array:
-                v, b, row, _ = home()
-                seed, at = (seed_ref[0], seed_ref[1]), (b, head, branch, row, start)
+            def ids(me: Any) -> jax.Array:
+                b, _, _, row, local = home(me)
+                return load(k_ids.at[b, pl.ds(row, ROWS), local], ROW)
+
+            def kept(me: Any, place: gradient_loop.Place) -> jax.Array:
+                b, residue, tile, row, _ = home(me)
+                at = (b, place.head, place.branch, row, place.start)
+                seed, v = (seed_ref[0], seed_ref[1]), visited(place, residue, tile)
                 return schedule.kept(plan, keep, opt.rate, seed, v, at, shape)
 
-            def send(smem: Any, first: Any, column: Any) -> None:
-                add_rows(smem, dq_refs, rate, (plane, start + first, column), opt.interpret)
-
-            return gradient_loop.Tile(mask, kept if opt.rate else None, send)
+            return gradient_loop.Sight(seen, ids if opt.ids else None, kept if opt.rate else None)
 
         def one_item(t: Any, base: Any) -> Any:
-            current, (b, kv_head, residue, tile, _) = item(t)
-            total = base + steps_of(current, kv_head, residue, tile)
-
-            def loop(step: Any, state: Any) -> Any:
-                def one_visit(index: Any, state: Any) -> Any:
-                    branch = lax.div(index, jnp.int32(opt.group))
-                    head = kv_head * opt.group + lax.rem(index, jnp.int32(opt.group))
-                    v = visit(branch, head, residue, tile)
-                    plane = (b, head, v.away_residue)
-                    if not opt.interpret:
-                        plane = (b * plan.heads + head) * dq_refs[views[0]].shape[2]
-                        plane = plane + v.away_residue
-                    where = (branch, head, v.rate, plane, *unmasked(plan, v, tile))
-
-                    def one_step(j: Any, state: Any) -> Any:
-                        start = v.first + j * bq
-                        return step(state, functools.partial(describe, t, where, start))
-
-                    return lax.fori_loop(0, v.steps, one_step, state)
-
-                if branches * opt.group == 1:
-                    return one_visit(0, state)
-                return lax.fori_loop(0, branches * opt.group, one_visit, state)
-
-            dk, dv = warpgroup.run(loop, base, total)
-            _, (b, kv_head, _, tile, local) = item(t)
+            dk, dv, total = warpgroup.run(t, base, sight_of(t))
+            b, kv_head, tile, local = (memory.item(t, i) for i in (1, 2, 4, 5))
             row = aligned_rows(tile * plan.block_home + wg * ROWS, ROWS)
             window = (b, row, local, kv_head)
             write(dv, dv_ref, window)
@@ -161,16 +126,20 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
             following = schedule.entry(items, cta, t + 1, count)
-            b, kv_head, residue, tile, local = place(current)
+            b, kv_head, residue, tile, local = schedule.place(plan, geometry, current[0], kv_heads)
             pl.when(t > 0)(lambda: plgpu.barrier_wait(memory.k_free))
             for i in range(CONSUMERS):
                 at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, kv_head)
-                plgpu.copy_gmem_to_smem(k_ref.at[at], memory.k.at[i], memory.k_ready.at[i])
-                plgpu.copy_gmem_to_smem(v_ref.at[at], memory.v.at[i], memory.k_ready.at[i])
+                plgpu.copy_gmem_to_smem(k_ref.at[at], memory.k.at[i], memory.k_ready)
+                plgpu.copy_gmem_to_smem(v_ref.at[at], memory.v.at[i], memory.k_ready)
+            steps = steps_of(current, kv_head, residue, tile)
+            memory.leave_item(t, steps, b, kv_head, residue, tile, local)
 
             def member(m: Any, fill: Any, branch: int) -> Any:
                 head, rate = kv_head * opt.group + m, plan.rates[branch]
                 v = visit(branch, head, residue, tile)
+                low, high = unmasked(plan, v, tile)
+                plane = (b * plan.heads + head) * dq_rows + v.away_residue
 
                 def step(j: Any, i: Any) -> Any:
                     slot, reused = memory.slot(i), i >= opt.stages
@@ -191,6 +160,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                         pairs += [(q_ids[rate].at[b, v.away_residue, rows], memory.ids)]
                     for source, target in pairs:
                         plgpu.copy_gmem_to_smem(source, target.at[slot], ready)
+                    start = v.first + j * bq
+                    memory.leave(
+                        slot, gradient_loop.Place(start, low, high, plane, rate, branch, head)
+                    )
                     return i + 1
 
                 return lax.fori_loop(0, v.steps, step, fill)
@@ -269,6 +242,7 @@ def fused_gradients(
         ctas=table.shape[0],
         threads=CONSUMERS + 1,
         name="dilated_gradients",
+        reductions=False,
         inplace=inplace,
     )
     if opt.interpret:

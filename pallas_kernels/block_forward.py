@@ -66,17 +66,32 @@ def masked_scores(
         edge |= entry.empty != 0
 
     def masked() -> jax.Array:
-        away = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE) + start
-        seen = away < plan.away_rows
-        if plan.lanes > 1:
-            seen = away < jnp.where(entry.empty != 0, 0, plan.away_rows)
-        if plan.banded:
-            home = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROW) + row
-            seen &= away >= lax.broadcast_in_dim(home + low, s.shape, [0])
-            seen &= away <= lax.broadcast_in_dim(home + high, s.shape, [0])
-        return jnp.where(seen, s, -jnp.inf)
+        limit = jnp.where(entry.empty != 0, 0, plan.away_rows) if plan.lanes > 1 else plan.away_rows
+        return jnp.where(
+            seen_pairs(plan, entry.band, row, start, s.shape, shift, limit), s, -jnp.inf
+        )
 
     return lax.cond(edge, masked, lambda: s)
+
+
+def seen_pairs(
+    plan: block_schedule.Plan,
+    band: Any,
+    row: Any,
+    start: Any,
+    shape: tuple[int, int],
+    shift: Any,
+    limit: Any,
+) -> jax.Array:
+    """Which pairs (home, away) of a tile see each other by their place; limit: away rows."""
+    away = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + start
+    seen = away < limit
+    if plan.banded:
+        low, high = block_schedule.limits(plan, band, shift)
+        home = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW) + row
+        seen &= away >= lax.broadcast_in_dim(home + low, shape, [0])
+        seen &= away <= lax.broadcast_in_dim(home + high, shape, [0])
+    return seen
 
 
 def same_ids(s: jax.Array, home: jax.Array, away: jax.Array) -> jax.Array:

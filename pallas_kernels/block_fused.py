@@ -13,7 +13,7 @@ from jax import lax
 
 from pallas_kernels import block_lists, block_schedule, gradient_loop
 from pallas_kernels.block_backward import add_parts, write_tile
-from pallas_kernels.block_forward import LOG2E, Options, kept, masked_scores, same_ids, walk
+from pallas_kernels.block_forward import LOG2E, Options, kept, seen_pairs, walk
 from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.compat import (
     ROW,
@@ -25,7 +25,6 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
-from pallas_kernels.instructions import add_rows, recomputed
 
 
 def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> None:
@@ -40,83 +39,48 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count, bq = items[cta, 0, 0], plan.away
-    heads = plan.heads * opt.group
+    heads, dq_rows = plan.heads * opt.group, dq_ref.shape[2]
 
     def consume() -> None:
         plgpu.set_max_registers(240, action="increase")
-        warpgroup = gradient_loop.Warpgroup(wg, memory, opt.scale, opt.rate)
+        # The interpreter adds to rows of a view, here of a rate of 1.
+        warpgroup = gradient_loop.Warpgroup(wg, memory, opt.scale, opt.rate, {1: dq_ref})
+        starts = (starts_ref[0], starts_ref[1])
 
-        def item(t: Any) -> tuple[block_schedule.Item, tuple[Any, Any, Any]]:
-            """Item t and its place. Looked up whenever it is needed: registers are scarce."""
-            found = block_schedule.item(items, cta, recomputed(t, opt.interpret), count)
-            return found, block_schedule.place(plan, found.code)
+        def sight_of(t: Any) -> gradient_loop.Sight:
+            def row(me: Any) -> Any:
+                return memory.item(t, 3) * TILE_ROWS + me * ROWS
 
-        def describe(t: Any, j: Any, me: Any) -> gradient_loop.Tile:
-            found, (b, kv_head, _) = item(t)
-            index, inside = block_schedule.entry_of(plan, j)
-            where, place = block_schedule.list_place(plan, b, kv_head), found.begin + index
-            packed = block_schedule.load_entry(plan, entries, where, place, 0)
+            def seen(me: Any, place: gradient_loop.Place) -> jax.Array:
+                shift, shape = starts[1] - starts[0], (ROWS, bq)
+                at = (row(me), place.start, shape, shift, plan.away_rows)
+                return seen_pairs(plan, place.branch, *at)
 
-            def visited() -> tuple[block_lists.Entry, Any]:
-                entry = block_lists.decode(packed)
-                return entry, entry.block * (plan.away * plan.steps_per_entry) + inside
+            def ids(me: Any) -> jax.Array:
+                return load(k_ids.at[memory.item(t, 1), pl.ds(row(me), ROWS)], ROW)
 
-            def home_row() -> Any:
-                return item(t)[1][2] * TILE_ROWS + me * ROWS
-
-            def mask(scores: jax.Array, ids: Any) -> jax.Array:
-                entry, start = visited()
-                shift = starts_ref[1] - starts_ref[0]
-                scores = masked_scores(plan, scores, entry, home_row(), start, shift)
-                if ids is not None:
-                    b, _, _ = item(t)[1]
-                    rows = load(k_ids.at[b, pl.ds(home_row(), ROWS)], ROW)
-                    scores = same_ids(scores, rows, ids)
-                return scores
-
-            def head_of(entry: block_lists.Entry, kv_head: Any) -> Any:
-                return kv_head * opt.group + (entry.member if opt.group > 1 else 0)
-
-            def seen() -> jax.Array:
-                (entry, start), (b, kv_head, _) = visited(), item(t)[1]
-                at = (b, head_of(entry, kv_head), home_row(), start)
-                starts = (starts_ref[0], starts_ref[1])
+            def dropped(me: Any, place: gradient_loop.Place) -> jax.Array:
+                at = (memory.item(t, 1), place.head, row(me), place.start)
                 return kept(plan, opt, keep, seed_ref, starts, at, (ROWS, bq))
 
-            def send(smem: Any, first: Any, column: Any) -> None:
-                (entry, start), (b, kv_head, _) = visited(), item(t)[1]
-                head = head_of(entry, kv_head)
-                plane: Any = (b, head, jnp.int32(0))
-                refs = {1: dq_ref}
-                if not opt.interpret:
-                    plane = (b * heads + head) * dq_ref.shape[2]
-                add_rows(smem, refs, jnp.int32(1), (plane, start + first, column), opt.interpret)
-
-            return gradient_loop.Tile(mask, seen if opt.rate else None, send)
+            ids_of, kept_of = ids if opt.ids else None, dropped if opt.rate else None
+            return gradient_loop.Sight(seen, ids_of, kept_of)
 
         def one_item(t: Any, base: Any) -> Any:
-            steps = item(t)[0].steps
-
-            def loop(step: Any, state: Any) -> Any:
-                def one_step(j: Any, state: Any) -> Any:
-                    return step(state, functools.partial(describe, t, j))
-
-                return lax.fori_loop(0, steps, one_step, state)
-
-            dk, dv = warpgroup.run(loop, base, base + steps)
-            found, (b, kv_head, tile) = item(t)
+            dk, dv, total = warpgroup.run(t, base, sight_of(t))
+            b, kv_head, tile, part = (memory.item(t, i) for i in (1, 2, 3, 4))
             window = (b, aligned_rows(tile * TILE_ROWS + wg * ROWS, ROWS), kv_head)
             out = out_smem.at[wg]
-            write_tile(plan, dv, wg, found.part, out, dv_ref.at[window], part_dv)
-            dk = dk * (opt.scale / LOG2E)
-            write_tile(plan, dk, wg, found.part, out, dk_ref.at[window], part_dk)
-            return base + found.steps
+            write_tile(plan, dv, wg, part, out, dv_ref.at[window], part_dv)
+            write_tile(plan, dk * (opt.scale / LOG2E), wg, part, out, dk_ref.at[window], part_dk)
+            return total
 
         lax.fori_loop(0, count, one_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
         plgpu.set_max_registers(24, action="decrease")
+        shift = starts_ref[1] - starts_ref[0]
 
         def visit(t: Any, item: Any, carry: Any, loop: Any) -> Any:
             fill, used = carry
@@ -124,8 +88,9 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             pl.when(t > 0)(lambda: plgpu.barrier_wait(memory.k_free))
             for i in range(CONSUMERS):
                 at = (b, aligned_rows(tile * TILE_ROWS + i * ROWS, ROWS), kv_head)
-                plgpu.copy_gmem_to_smem(k_ref.at[at], memory.k.at[i], memory.k_ready.at[i])
-                plgpu.copy_gmem_to_smem(v_ref.at[at], memory.v.at[i], memory.k_ready.at[i])
+                plgpu.copy_gmem_to_smem(k_ref.at[at], memory.k.at[i], memory.k_ready)
+                plgpu.copy_gmem_to_smem(v_ref.at[at], memory.v.at[i], memory.k_ready)
+            memory.leave_item(t, item.steps, b, kv_head, tile, item.part)
 
             def step(j: Any, packed: tuple[Any, ...], i: Any) -> Any:
                 slot, reused = memory.slot(i), i >= opt.stages
@@ -143,6 +108,11 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 copies += [(q_ids.at[b, rows], memory.ids)] if opt.ids else []
                 for source, target in copies:
                     plgpu.copy_gmem_to_smem(source, target.at[slot], memory.do_ready.at[slot])
+                low, high = block_schedule.unmasked(plan, entry.band, tile * TILE_ROWS, shift)
+                plane = (b * heads + head) * dq_rows
+                memory.leave(
+                    slot, gradient_loop.Place(start, low, high, plane, 1, entry.band, head)
+                )
                 return i + 1
 
             return loop(step, fill), used
@@ -191,6 +161,7 @@ def gradients(
         ctas=work.items.shape[0],
         threads=CONSUMERS + 1,
         name="block_gradients",
+        reductions=False,
         inplace=[jnp.zeros(planes, jnp.float32)],
     )
     if plan.parts:

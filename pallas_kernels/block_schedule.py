@@ -303,6 +303,15 @@ def limits(plan: Plan, band: Any, shift: Any) -> tuple[Any, Any]:
     return shift - left, shift + right
 
 
+def unmasked(plan: Plan, band: Any, first: Any, shift: Any) -> tuple[Any, Any]:
+    """The first and last start of an away tile that all home rows of the tile at `first` see."""
+    if not plan.masks:
+        return jnp.int32(-UNBOUNDED), jnp.int32(UNBOUNDED)
+    low, high = limits(plan, band, shift)
+    end = jnp.minimum(high + first, plan.away_rows - 1)
+    return low + first + TILE_ROWS - 1, end + 1 - plan.away
+
+
 def tiles_of(rows: int) -> int:
     """Tiles that cover some rows."""
     return -(-rows // TILE_ROWS)

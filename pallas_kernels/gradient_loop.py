@@ -8,7 +8,7 @@ of the next step are begun before this one ends.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +25,40 @@ from pallas_kernels.compat import (
     value_while,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
-from pallas_kernels.instructions import meet, recomputed, store_tile
+from pallas_kernels.instructions import add_rows, meet, recomputed, store_tile
+
+# Of an entry of `Memory.words`. (One array: each takes at least 1024 bytes.)
+WORDS = 8
+
+
+class Place(NamedTuple):
+    """Where a tile of queries lies: int32 scalars, which the warpgroup that copies leaves behind.
+
+    start: its first row in its view. low, high: the first and last start of a tile that all rows of
+    keys see whole. plane: the row of the queries' gradient that row 0 of the view adds to. rate: of
+    the view. branch, head: for what is rarely needed.
+    """
+
+    start: Any
+    low: Any
+    high: Any
+    plane: Any
+    rate: Any
+    branch: Any
+    head: Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-    """What is special about one tile of queries, for the warpgroup that asks.
+class Sight:
+    """What the keys of an item see.
 
-    mask: scores and ids of the queries (or None) -> scores with -inf where nothing is seen. kept:
-    () -> which pairs dropout keeps, or None without dropout. send: shared memory, first row, first
-    column -> None: begins to add that part of the gradient of the queries to global memory.
+    seen: (number of the warpgroup, place) -> which pairs its place allows. ids: number -> segment
+    ids of the keys, or None without. kept: (number, place) -> which pairs dropout keeps, or None.
     """
 
-    mask: Callable[[jax.Array, Any], jax.Array]
-    kept: Callable[[], jax.Array] | None
-    send: Callable[[Any, Any, Any], None]
+    seen: Callable[[Any, Place], jax.Array]
+    ids: Callable[[Any], jax.Array] | None
+    kept: Callable[[Any, Place], jax.Array] | None
 
 
 def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interpret: bool) -> list:
@@ -48,22 +67,21 @@ def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interp
     The barriers are those of `Barriers`.
     """
     home, tiles = (CONSUMERS, ROWS, head_dim), (stages, away, head_dim)
-    vectors = plgpu.SMEM((stages, away), jnp.float32)
     width = min(head_dim, ROWS)
     return [
         shared_tile(home, dtype),
         shared_tile(home, dtype),
         shared_tile(tiles, dtype),
         shared_tile(tiles, dtype),
-        vectors,
-        vectors,
+        plgpu.SMEM((2, stages, away), jnp.float32),
         plgpu.SMEM((stages, away), jnp.int32) if ids else None,
+        plgpu.SMEM((stages + 2, WORDS), jnp.int32),
         shared_tile((2 * away // ROWS, CONSUMERS, ROWS, ROWS), dtype, head_dim),
         shared_tile((CONSUMERS, ROWS, width), jnp.float32),
         shared_tile((CONSUMERS, ROWS, away), dtype) if interpret else None,
-        plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2 * CONSUMERS + 1),
         plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=4 if ids else 3),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=5 if ids else 4),
         plgpu.Barrier(num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
@@ -73,9 +91,11 @@ def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interp
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Shared memory of a block: k, v at home; rings of queries q, do, lse, delta, ids (or None).
+    """Shared memory of a block: k, v at home; rings of queries q, do, vectors, ids (or None).
 
-    ds: gradients of scores of two steps, in squares of 64. dq: of the queries, half a warpgroup.
+    vectors: rings of lse and delta. words: ring of `Place`, ready with do; then of two items, ready
+    with k: steps, and what else the kernel wants to know. ds: gradients of scores of two steps, in
+    squares of 64. dq: of the queries, half a warpgroup.
     staging: None except under the interpreter. Barriers: what is ready, and what is free again;
     met: both warpgroups stored their gradients of scores (used by the interpreter only).
     """
@@ -84,9 +104,9 @@ class Memory:
     v: Any
     q: Any
     do: Any
-    lse: Any
-    delta: Any
+    vectors: Any
     ids: Any
+    words: Any
     ds: Any
     dq: Any
     staging: Any
@@ -109,6 +129,16 @@ class Memory:
         return self.k.shape[-1]
 
     @property
+    def lse(self) -> Any:
+        """Ring of log-sum-exps."""
+        return self.vectors.at[0]
+
+    @property
+    def delta(self) -> Any:
+        """Ring of delta."""
+        return self.vectors.at[1]
+
+    @property
     def interpret(self) -> bool:
         """Whether the interpreter runs it."""
         return self.staging is not None
@@ -117,25 +147,51 @@ class Memory:
         """Where in the rings tile n lies."""
         return lax.rem(n, jnp.int32(self.q.shape[0]))
 
+    def leave(self, slot: Any, place: Place) -> None:
+        """Writes the place of a tile of queries (the warpgroup that copies)."""
+        for i, word in enumerate(place):
+            self.words[slot, i] = jnp.int32(word)
+        plgpu.barrier_arrive(self.do_ready.at[slot])
+
+    def place(self, slot: Any) -> Place:
+        """The place of a tile of queries."""
+        return Place(*(self.words[slot, i] for i in range(len(Place._fields))))
+
+    def leave_item(self, t: Any, *words: Any) -> None:
+        """Writes what is to know about item t, the steps first (the warpgroup that copies)."""
+        for i, word in enumerate(words):
+            self.words[self._item(t), i] = jnp.int32(word)
+        plgpu.barrier_arrive(self.k_ready)
+
+    def item(self, t: Any, i: Any) -> Any:
+        """Word i of item t."""
+        return self.words[self._item(t), i]
+
+    def _item(self, t: Any) -> Any:
+        return lax.rem(t, jnp.int32(2)) + self.q.shape[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Warpgroup:
-    """One of the two warpgroups that compute. scale: of the scores, base 2. rate: of dropout."""
+    """One of the two warpgroups that compute.
+
+    scale: of the scores, base 2. rate: of dropout. targets: by rate, what the gradient of the
+    queries is added to, see `instructions.add_rows`.
+    """
 
     number: Any
     memory: Memory
     scale: float
     rate: float
+    targets: dict[int, Any]
 
-    def run(self, loop: Callable[[Any], Any], base: Any, total: Any) -> tuple[jax.Array, jax.Array]:
-        """Gradients (dk, without the scale, and dv) over tiles base to total - 1.
-
-        loop: called with a function (state, tile of a warpgroup's number) -> state and the first
-        state; runs all steps and returns the last state. State is (n, scores of tile n).
+    def run(self, t: Any, base: Any, sight: Sight) -> tuple[jax.Array, jax.Array, Any]:
+        """Gradients (dk, without the scale, and dv) of item t, and the tiles that it and all before
+        it visited, of which base were before it.
         """
         memory = self.memory
-        for w in range(CONSUMERS):
-            plgpu.barrier_wait(memory.k_ready.at[w])
+        plgpu.barrier_wait(memory.k_ready)
+        total = base + memory.item(t, 0)
 
         def body(dk_acc: Any, dv_acc: Any) -> Any:
             pl.when(base < total)(lambda: plgpu.barrier_wait(memory.q_ready.at[memory.slot(base)]))
@@ -143,23 +199,21 @@ class Warpgroup:
             shape = (ROWS, memory.away)
             s = product(memory.k.at[self.number], queries, shape, lambda: None)
 
-            def step(state: Any, tile: Callable[[Any], Tile]) -> Any:
-                return self._step(state, tile, total, dk_acc, dv_acc)
+            def step(n: Any, s: jax.Array) -> jax.Array:
+                return self._step(n, s, total, sight, dk_acc, dv_acc)
 
-            loop(step, (base, s))
+            lax.fori_loop(base, total, step, s)
             return dk_acc[...], dv_acc[...]
 
         acc = plgpu.ACC((ROWS, memory.head_dim), jnp.float32)
         dk, dv = pl.run_scoped(body, acc, acc)
         plgpu.barrier_arrive(memory.k_free)
-        return dk, dv
+        return dk, dv, total
 
-    def _step(self, state: Any, tile_of: Any, total: Any, dk_acc: Any, dv_acc: Any) -> Any:
+    def _step(self, n: Any, s: Any, total: Any, sight: Sight, dk_acc: Any, dv_acc: Any) -> Any:
         memory, dtype = self.memory, self.memory.k.dtype
-        n, s = state
         slot, shape = memory.slot(n), (ROWS, memory.away)
         me = recomputed(self.number, memory.interpret)
-        tile = tile_of(me)
         share = 1.0 / (1.0 - self.rate)
         staging = None if memory.staging is None else memory.staging.at[me]
         plgpu.barrier_wait(memory.do_ready.at[slot])
@@ -167,10 +221,10 @@ class Warpgroup:
         def products(dp_acc: Any, dq_acc: Any, next_acc: Any) -> jax.Array:
             plgpu.wgmma(dp_acc, memory.v.at[me], memory.do.at[slot].transpose((1, 0)))
             lse = load(memory.lse.at[slot], COLUMN)
-            ids = None if memory.ids is None else load(memory.ids.at[slot], COLUMN)
-            scores = tile.mask(s, ids)
+            place = memory.place(slot)
+            scores = self._masked(s, slot, place, me, sight)
             p = jnp.exp2(scores * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
-            seen = None if tile.kept is None else tile.kept()
+            seen = None if sight.kept is None else sight.kept(me, place)
             weight = p if seen is None else jnp.where(seen, p * share, 0.0)
             add_product(dv_acc, weight.astype(dtype), memory.do.at[slot], staging)
             dp = value_while(dp_acc, 1, memory.interpret)
@@ -182,8 +236,9 @@ class Warpgroup:
             self._begin_queries(dq_acc, n, me)
             add_product(dk_acc, ds, memory.q.at[slot], staging)
             dq = value_while(dq_acc, 1, memory.interpret)
+            # Read again: registers are scarce.
+            self._send_queries(dq, memory.place(slot), me)
             plgpu.barrier_arrive(memory.do_free.at[slot])
-            self._send_queries(dq, tile, me)
             following = memory.slot(n + 1)
             pl.when(n + 1 < total)(lambda: plgpu.barrier_wait(memory.q_ready.at[following]))
             # Past the last step these are scores of nothing, and not used.
@@ -194,7 +249,20 @@ class Warpgroup:
 
         scores, half = plgpu.ACC(shape, jnp.float32), self.memory.dq.shape[1:]
         queries = plgpu.ACC(half, jnp.float32)
-        return n + 1, pl.run_scoped(products, scores, queries, scores)
+        return pl.run_scoped(products, scores, queries, scores)
+
+    def _masked(self, s: jax.Array, slot: Any, place: Place, me: Any, sight: Sight) -> jax.Array:
+        memory = self.memory
+        scores = lax.cond(
+            (place.start < place.low) | (place.start > place.high),
+            lambda: jnp.where(sight.seen(me, place), s, -jnp.inf),
+            lambda: s,
+        )
+        if sight.ids is None:
+            return scores
+        home = lax.broadcast_in_dim(sight.ids(me), s.shape, [0])
+        away = lax.broadcast_in_dim(load(memory.ids.at[slot], COLUMN), s.shape, [1])
+        return jnp.where((home == away) & (home != 0), scores, -jnp.inf)
 
     @property
     def _by_rows(self) -> bool:
@@ -224,9 +292,10 @@ class Warpgroup:
                 left, right = memory.ds.at[self._square(n, 0), w], memory.k.at[w, :, columns]
             plgpu.wgmma(acc, left.transpose((1, 0)), right)
 
-    def _send_queries(self, dq: jax.Array, tile: Tile, me: Any) -> None:
+    def _send_queries(self, dq: jax.Array, place: Place, me: Any) -> None:
         smem, zero = self.memory.dq.at[me], jnp.int32(0)
         store_tile(smem, dq, self.memory.interpret)
         plgpu.commit_smem()
         row, column = (me * ROWS, zero) if self._by_rows else (zero, me * ROWS)
-        tile.send(smem, row, column)
+        at = (place.plane, place.start + row, column)
+        add_rows(smem, self.targets, place.rate, at, self.memory.interpret)

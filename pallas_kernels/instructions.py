@@ -3,14 +3,16 @@
 Each has a form for the interpreter, so that kernel bodies stay the same.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.compat import (
     ROW,
@@ -37,21 +39,24 @@ def add_rows(
 
     refs: by rate, `[B, N, T, H]`, all the same array; under the interpreter, which cannot add to
     strided rows of one array, arrays `[B, N, T / rate, rate, H]`. rate: which of them, may be
-    traced. at: int32 scalars (plane, row of the view, column), with plane (b * N + n) * T + residue
-    (under the interpreter a tuple: example, head, residue). Rows past the end are left out.
+    traced. at: int32 scalars (plane, row of the view, column), plane = (b * N + n) * T + residue.
+    Rows past the end are left out.
     """
     plane, row, column = at
-    for one, ref in refs.items():
-        if interpret:
-            example, head, residue = plane
+    if interpret:
+        for one, ref in refs.items():
+            _, heads, rows, view, _ = ref.shape
+            length = jnp.int32(rows * view)
+            residue, rest = lax.rem(plane, length), lax.div(plane, length)
+            example, head = lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads))
             rows, width = aligned_rows(row, smem.shape[0]), smem.shape[1]
             window = ref.at[example, head, rows, residue, pl.ds(column, width)]
             pl.when(rate == one)(functools.partial(add_to_global, smem, window, True))
-        else:
-            _add_rows(smem, ref, one, jnp.int32(rate), at)
+        return
+    _add_rows(smem, next(iter(refs.values())), tuple(refs), jnp.int32(rate), at)
 
 
-def _add_rows(smem: Any, ref: Any, rate: int, wanted: Any, at: tuple[Any, ...]) -> None:
+def _add_rows(smem: Any, ref: Any, rates: Sequence[int], wanted: Any, at: tuple[Any, ...]) -> None:
     tiling, swizzle = tiling_of(smem.shape[-1], smem.dtype)
     kinds = (shared_kind(smem.shape[-1], smem.dtype), plgpu.RefType())
 
@@ -60,23 +65,56 @@ def _add_rows(smem: Any, ref: Any, rate: int, wanted: Any, at: tuple[Any, ...]) 
         arith, index = mgpu_utils.arith, mgpu_utils.ir.IndexType.get()
         plane, row, column = (arith.index_cast(index, x.registers[()]) for x in scalars)
         number = chosen.registers[()]
-        same = arith.cmpi(arith.CmpIPredicate.eq, number, mgpu_utils.c(rate, number.type))
         thread = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
         rows, columns = (
             mgpu_utils.ds(i, n) for i, n in zip((row, column), smem.shape, strict=True)
         )
-        # A predicate, not a branch: accumulators in flight do not survive many of those.
-        context.async_copy(
-            src_ref=source,
-            dst_ref=target,
-            gmem_slice=(plane, mgpu_utils.c(0, index), rows, columns),
-            gmem_transform=(_Strided(rate, tuple(ref.shape)), mgpu_launch.TileTransform(tiling)),
-            swizzle=swizzle,
-            reduction_op="add",
-            predicate=arith.andi(thread, same),
-        )
+
+        def descriptor(original: Any, transforms: Any, *args: Any, **options: Any) -> Any:
+            chosen = None
+            for rate in rates:
+                strided = _Strided(rate, tuple(ref.shape))
+                those = tuple(strided if isinstance(t, _Strided) else t for t in transforms)
+                one = original(those, *args, **options)
+                same = arith.cmpi(arith.CmpIPredicate.eq, number, mgpu_utils.c(rate, number.type))
+                chosen = one if chosen is None else arith.select(same, one, chosen)
+            return chosen
+
+        # One copy whose descriptor is chosen: each copy costs 100 to 300 cycles, even one whose
+        # predicate is false.
+        with _descriptors(context, descriptor):
+            context.async_copy(
+                src_ref=source,
+                dst_ref=target,
+                gmem_slice=(plane, mgpu_utils.c(0, index), rows, columns),
+                gmem_transform=(
+                    _Strided(rates[0], tuple(ref.shape)),
+                    mgpu_launch.TileTransform(tiling),
+                ),
+                swizzle=swizzle,
+                reduction_op="add",
+                predicate=thread,
+            )
 
     emit(smem, ref, wanted, *at)
+
+
+@contextlib.contextmanager
+def _descriptors(context: Any, chosen: Callable[..., Any]) -> Iterator[None]:
+    """Copies inside take the descriptor that `chosen(original, transforms, ...)` gives."""
+    method = context._get_tma_desc
+
+    def described(ref: Any, transforms: Any, *args: Any, **options: Any) -> Any:
+        def original(those: Any, *args: Any, **options: Any) -> Any:
+            return method(ref, those, *args, **options)
+
+        return chosen(original, transforms, *args, **options)
+
+    context._get_tma_desc = described
+    try:
+        yield
+    finally:
+        del context._get_tma_desc
 
 
 @dataclasses.dataclass(frozen=True)

@@ -249,11 +249,12 @@ def run_backward(
             yield plan, number > 0, _table(call, plan, arrays[0], arrays[1], number > 0)
 
     def keys_dtype(blocks_of: Any) -> tuple[Any, Any]:
-        """(blocks, dtype of dk and dv): several launches that add would round each time."""
-        blocks, wide = blocks_of(query.dtype.itemsize), blocks_of(4)
-        if wide is not None and (call.wide or len(list(groups(blocks, True))) > 1):
+        """(blocks, dtype of dk and dv)."""
+        wide = blocks_of(4) if call.wide else None
+        if wide is not None:
             return wide, jnp.dtype(jnp.float32)
-        return blocks, jnp.dtype(query.dtype)
+        # Rounded after each launch: most keys take part in one or two branches.
+        return blocks_of(query.dtype.itemsize), jnp.dtype(query.dtype)
 
     padded = tuple(x[:, :, : sizes.padded_T] for x in (lse, delta))
     dq = dk = dv = None

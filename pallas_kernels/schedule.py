@@ -147,9 +147,10 @@ def work_lists(
         np.tile(x, batch) for x in (head, residue, tile, cost, chunk)
     )
     order = np.lexsort((residue, tile, head, -cost, chunk, example))
-    # The end of the list only fills gaps: the smallest tiles of all chunks, longest first.
+    # The end of the list only fills gaps: the smallest tiles of all chunks, longest first. No more
+    # than it needs: what they read has left the cache by then, so they take twice as long.
     ascending = np.sort(cost)
-    tail = max(ctas * 2 * int(cost.max(initial=0)), int(cost.sum()) // 8)
+    tail = ctas * int(cost.max(initial=0)) // 2
     largest = int(np.searchsorted(np.cumsum(ascending), tail))
     fill = cost[order] <= (ascending[min(largest, len(cost) - 1)] if len(cost) else 0)
     last = order[fill]
