@@ -127,13 +127,13 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             fill, current = state
             following = schedule.entry(items, cta, t + 1, count)
             b, kv_head, residue, tile, local = schedule.place(plan, geometry, current[0], kv_heads)
-            pl.when(t > 0)(lambda: plgpu.barrier_wait(memory.k_free))
-            for i in range(CONSUMERS):
-                at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, kv_head)
-                plgpu.copy_gmem_to_smem(k_ref.at[at], memory.k.at[i], memory.k_ready)
-                plgpu.copy_gmem_to_smem(v_ref.at[at], memory.v.at[i], memory.k_ready)
+
+            def home(w: int) -> tuple[Any, Any]:
+                row = aligned_rows(tile * plan.block_home + w * ROWS, ROWS)
+                return k_ref.at[b, row, local, kv_head], v_ref.at[b, row, local, kv_head]
+
             steps = steps_of(current, kv_head, residue, tile)
-            memory.leave_item(t, steps, b, kv_head, residue, tile, local)
+            memory.bring_home(t, home, steps, b, kv_head, residue, tile, local)
 
             def member(m: Any, fill: Any, branch: int) -> Any:
                 head, rate = kv_head * opt.group + m, plan.rates[branch]
@@ -142,28 +142,14 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 plane = (b * plan.heads + head) * dq_rows + v.away_residue
 
                 def step(j: Any, i: Any) -> Any:
-                    slot, reused = memory.slot(i), i >= opt.stages
-                    rows = aligned_rows(v.first + j * bq, bq)
-                    at, vector = (
-                        (b, rows, v.away_residue, head),
-                        (b, head, v.away_residue, rows),
-                    )
-                    pl.when(reused)(lambda: plgpu.barrier_wait(memory.q_free.at[slot]))
-                    ready = memory.q_ready.at[slot]
-                    plgpu.copy_gmem_to_smem(q_refs[rate].at[at], memory.q.at[slot], ready)
-                    pl.when(reused)(lambda: plgpu.barrier_wait(memory.do_free.at[slot]))
-                    ready = memory.do_ready.at[slot]
-                    pairs = [(do_refs[rate].at[at], memory.do)]
-                    pairs += [(lse_refs[rate].at[vector], memory.lse)]
-                    pairs += [(delta_refs[rate].at[vector], memory.delta)]
-                    if opt.ids:
-                        pairs += [(q_ids[rate].at[b, v.away_residue, rows], memory.ids)]
-                    for source, target in pairs:
-                        plgpu.copy_gmem_to_smem(source, target.at[slot], ready)
                     start = v.first + j * bq
-                    memory.leave(
-                        slot, gradient_loop.Place(start, low, high, plane, rate, branch, head)
-                    )
+                    rows = aligned_rows(start, bq)
+                    at, vector = (b, rows, v.away_residue, head), (b, head, v.away_residue, rows)
+                    place = gradient_loop.Place(start, low, high, plane, rate, branch, head)
+                    ids = q_ids[rate].at[b, v.away_residue, rows] if opt.ids else None
+                    tiles = (q_refs[rate].at[at], ids, do_refs[rate].at[at])
+                    vectors = (lse_refs[rate].at[vector], delta_refs[rate].at[vector])
+                    memory.bring(i, place, *tiles, *vectors)
                     return i + 1
 
                 return lax.fori_loop(0, v.steps, step, fill)

@@ -85,34 +85,26 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
         def visit(t: Any, item: Any, carry: Any, loop: Any) -> Any:
             fill, used = carry
             b, kv_head, tile = block_schedule.place(plan, item.code)
-            pl.when(t > 0)(lambda: plgpu.barrier_wait(memory.k_free))
-            for i in range(CONSUMERS):
-                at = (b, aligned_rows(tile * TILE_ROWS + i * ROWS, ROWS), kv_head)
-                plgpu.copy_gmem_to_smem(k_ref.at[at], memory.k.at[i], memory.k_ready)
-                plgpu.copy_gmem_to_smem(v_ref.at[at], memory.v.at[i], memory.k_ready)
-            memory.leave_item(t, item.steps, b, kv_head, tile, item.part)
+
+            def home(w: int) -> tuple[Any, Any]:
+                row = aligned_rows(tile * TILE_ROWS + w * ROWS, ROWS)
+                return k_ref.at[b, row, kv_head], v_ref.at[b, row, kv_head]
+
+            memory.bring_home(t, home, item.steps, b, kv_head, tile, item.part)
 
             def step(j: Any, packed: tuple[Any, ...], i: Any) -> Any:
-                slot, reused = memory.slot(i), i >= opt.stages
                 _, inside = block_schedule.entry_of(plan, j)
                 entry = block_lists.decode(packed[0])
                 start = entry.block * (plan.away * plan.steps_per_entry) + inside
                 head = kv_head * opt.group + (entry.member if opt.group > 1 else 0)
                 rows = aligned_rows(start, bq)
                 at, vector = (b, rows, head), (b, head, rows)
-                pl.when(reused)(lambda: plgpu.barrier_wait(memory.q_free.at[slot]))
-                plgpu.copy_gmem_to_smem(q_ref.at[at], memory.q.at[slot], memory.q_ready.at[slot])
-                pl.when(reused)(lambda: plgpu.barrier_wait(memory.do_free.at[slot]))
-                copies = [(do_ref.at[at], memory.do), (lse_ref.at[vector], memory.lse)]
-                copies += [(delta_ref.at[vector], memory.delta)]
-                copies += [(q_ids.at[b, rows], memory.ids)] if opt.ids else []
-                for source, target in copies:
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], memory.do_ready.at[slot])
                 low, high = block_schedule.unmasked(plan, entry.band, tile * TILE_ROWS, shift)
                 plane = (b * heads + head) * dq_rows
-                memory.leave(
-                    slot, gradient_loop.Place(start, low, high, plane, 1, entry.band, head)
-                )
+                place = gradient_loop.Place(start, low, high, plane, 1, entry.band, head)
+                ids = q_ids.at[b, rows] if opt.ids else None
+                vectors = (lse_ref.at[vector], delta_ref.at[vector])
+                memory.bring(i, place, q_ref.at[at], ids, do_ref.at[at], *vectors)
                 return i + 1
 
             return loop(step, fill), used

@@ -25,7 +25,7 @@ from pallas_kernels.compat import (
     value_while,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
-from pallas_kernels.instructions import add_rows, meet, recomputed, store_tile
+from pallas_kernels.instructions import add_rows, meet, recomputed, see_stores, store_tile
 
 # Of an entry of `Memory.words`. (One array: each takes at least 1024 bytes.)
 WORDS = 8
@@ -80,8 +80,8 @@ def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interp
         shared_tile((CONSUMERS, ROWS, width), jnp.float32),
         shared_tile((CONSUMERS, ROWS, away), dtype) if interpret else None,
         plgpu.Barrier(num_arrivals=2 * CONSUMERS + 1),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=5 if ids else 4),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=3 if ids else 2),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=3),
         plgpu.Barrier(num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
@@ -93,7 +93,7 @@ def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interp
 class Memory:
     """Shared memory of a block: k, v at home; rings of queries q, do, vectors, ids (or None).
 
-    vectors: rings of lse and delta. words: ring of `Place`, ready with do; then of two items, ready
+    vectors: rings of lse and delta. words: ring of `Place`, ready with q; then of two items, ready
     with k: steps, and what else the kernel wants to know. ds: gradients of scores of two steps, in
     squares of 64. dq: of the queries, half a warpgroup.
     staging: None except under the interpreter. Barriers: what is ready, and what is free again;
@@ -147,21 +147,39 @@ class Memory:
         """Where in the rings tile n lies."""
         return lax.rem(n, jnp.int32(self.q.shape[0]))
 
-    def leave(self, slot: Any, place: Place) -> None:
-        """Writes the place of a tile of queries (the warpgroup that copies)."""
+    def bring_home(self, t: Any, sources: Callable[[int], tuple[Any, Any]], *words: Any) -> None:
+        """Copies keys and values of item t, and leaves its words (the warpgroup that copies).
+
+        sources: number of a warpgroup -> its keys and values. words: the steps first.
+        """
+        pl.when(t > 0)(lambda: plgpu.barrier_wait(self.k_free))
+        for w in range(CONSUMERS):
+            for source, target in zip(sources(w), (self.k, self.v), strict=True):
+                plgpu.copy_gmem_to_smem(source, target.at[w], self.k_ready)
+        for i, word in enumerate(words):
+            self.words[self._item(t), i] = jnp.int32(word)
+        plgpu.barrier_arrive(self.k_ready)
+
+    def bring(self, n: Any, place: Place, q: Any, ids: Any, do: Any, lse: Any, delta: Any) -> None:
+        """Copies tile n of the queries and leaves its place (the warpgroup that copies).
+
+        ids may be None.
+        """
+        slot, reused = self.slot(n), n >= self.q.shape[0]
+        pl.when(reused)(lambda: plgpu.barrier_wait(self.q_free.at[slot]))
+        first = [(q, self.q)] if ids is None else [(q, self.q), (ids, self.ids)]
+        for source, target in first:
+            plgpu.copy_gmem_to_smem(source, target.at[slot], self.q_ready.at[slot])
         for i, word in enumerate(place):
             self.words[slot, i] = jnp.int32(word)
-        plgpu.barrier_arrive(self.do_ready.at[slot])
+        plgpu.barrier_arrive(self.q_ready.at[slot])
+        pl.when(reused)(lambda: plgpu.barrier_wait(self.do_free.at[slot]))
+        for source, target in ((do, self.do), (lse, self.lse), (delta, self.delta)):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], self.do_ready.at[slot])
 
     def place(self, slot: Any) -> Place:
         """The place of a tile of queries."""
         return Place(*(self.words[slot, i] for i in range(len(Place._fields))))
-
-    def leave_item(self, t: Any, *words: Any) -> None:
-        """Writes what is to know about item t, the steps first (the warpgroup that copies)."""
-        for i, word in enumerate(words):
-            self.words[self._item(t), i] = jnp.int32(word)
-        plgpu.barrier_arrive(self.k_ready)
 
     def item(self, t: Any, i: Any) -> Any:
         """Word i of item t."""
@@ -198,6 +216,7 @@ class Warpgroup:
             queries = memory.q.at[memory.slot(base)].transpose((1, 0))
             shape = (ROWS, memory.away)
             s = product(memory.k.at[self.number], queries, shape, lambda: None)
+            s = self._masked(s, base, total, self.number, sight)
 
             def step(n: Any, s: jax.Array) -> jax.Array:
                 return self._step(n, s, total, sight, dk_acc, dv_acc)
@@ -221,10 +240,8 @@ class Warpgroup:
         def products(dp_acc: Any, dq_acc: Any, next_acc: Any) -> jax.Array:
             plgpu.wgmma(dp_acc, memory.v.at[me], memory.do.at[slot].transpose((1, 0)))
             lse = load(memory.lse.at[slot], COLUMN)
-            place = memory.place(slot)
-            scores = self._masked(s, slot, place, me, sight)
-            p = jnp.exp2(scores * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
-            seen = None if sight.kept is None else sight.kept(me, place)
+            p = jnp.exp2(s * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
+            seen = None if sight.kept is None else sight.kept(me, memory.place(slot))
             weight = p if seen is None else jnp.where(seen, p * share, 0.0)
             add_product(dv_acc, weight.astype(dtype), memory.do.at[slot], staging)
             dp = value_while(dp_acc, 1, memory.interpret)
@@ -236,14 +253,18 @@ class Warpgroup:
             self._begin_queries(dq_acc, n, me)
             add_product(dk_acc, ds, memory.q.at[slot], staging)
             dq = value_while(dq_acc, 1, memory.interpret)
-            # Read again: registers are scarce.
-            self._send_queries(dq, memory.place(slot), me)
+            store_tile(memory.dq.at[me], dq, memory.interpret)
+            see_stores(memory.interpret)
             plgpu.barrier_arrive(memory.do_free.at[slot])
             following = memory.slot(n + 1)
             pl.when(n + 1 < total)(lambda: plgpu.barrier_wait(memory.q_ready.at[following]))
             # Past the last step these are scores of nothing, and not used.
             plgpu.wgmma(next_acc, memory.k.at[me], memory.q.at[following].transpose((1, 0)))
+            # Only now, so that the tensor cores do not wait for it.
+            self._send_queries(slot, me)
             scores = value_while(next_acc, 0, memory.interpret)
+            # Here, not where they are used: a branch between products and arithmetic costs more.
+            scores = self._masked(scores, n + 1, total, me, sight)
             plgpu.barrier_arrive(memory.q_free.at[slot])
             return scores
 
@@ -251,10 +272,13 @@ class Warpgroup:
         queries = plgpu.ACC(half, jnp.float32)
         return pl.run_scoped(products, scores, queries, scores)
 
-    def _masked(self, s: jax.Array, slot: Any, place: Place, me: Any, sight: Sight) -> jax.Array:
+    def _masked(self, s: jax.Array, n: Any, total: Any, me: Any, sight: Sight) -> jax.Array:
+        """Scores of tile n with -inf where nothing is seen, if it is before total."""
         memory = self.memory
+        slot = memory.slot(n)
+        place = memory.place(slot)
         scores = lax.cond(
-            (place.start < place.low) | (place.start > place.high),
+            (n < total) & ((place.start < place.low) | (place.start > place.high)),
             lambda: jnp.where(sight.seen(me, place), s, -jnp.inf),
             lambda: s,
         )
@@ -292,10 +316,9 @@ class Warpgroup:
                 left, right = memory.ds.at[self._square(n, 0), w], memory.k.at[w, :, columns]
             plgpu.wgmma(acc, left.transpose((1, 0)), right)
 
-    def _send_queries(self, dq: jax.Array, place: Place, me: Any) -> None:
-        smem, zero = self.memory.dq.at[me], jnp.int32(0)
-        store_tile(smem, dq, self.memory.interpret)
-        plgpu.commit_smem()
+    def _send_queries(self, slot: Any, me: Any) -> None:
+        memory, zero = self.memory, jnp.int32(0)
         row, column = (me * ROWS, zero) if self._by_rows else (zero, me * ROWS)
+        place = memory.place(slot)
         at = (place.plane, place.start + row, column)
-        add_rows(smem, self.targets, place.rate, at, self.memory.interpret)
+        add_rows(memory.dq.at[me], self.targets, place.rate, at, memory.interpret)

@@ -37,6 +37,8 @@ def add_rows(
 ) -> None:
     """Adds a float32 shared tile to rows of global memory that lie `rate` apart (in any order).
 
+    The warpgroup's threads meet before; each called `see_stores` after it stored its part.
+
     refs: by rate, `[B, N, T, H]`, all the same array; under the interpreter, which cannot add to
     strided rows of one array, arrays `[B, N, T / rate, rate, H]`. rate: which of them, may be
     traced. at: int32 scalars (plane, row of the view, column), plane = (b * N + n) * T + residue.
@@ -80,6 +82,7 @@ def _add_rows(smem: Any, ref: Any, rates: Sequence[int], wanted: Any, at: tuple[
                 chosen = one if chosen is None else arith.select(same, one, chosen)
             return chosen
 
+        mgpu_utils.warpgroup_barrier()
         # One copy whose descriptor is chosen: each copy costs 100 to 300 cycles, even one whose
         # predicate is false.
         with _descriptors(context, descriptor):
@@ -177,6 +180,19 @@ def store_tile(smem: Any, tile: jax.Array, interpret: bool, columns: int | None 
         x.store_tiled(target, swizzle=swizzle)
 
     emit(smem, tile)
+
+
+def see_stores(interpret: bool) -> None:
+    """What this thread stored to shared memory is seen by copies after the next `add_rows`."""
+    if interpret:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def emit(_: Any) -> None:
+        mgpu_utils.inline_ptx("fence.proxy.async.shared::cta;")
+
+    emit()
 
 
 def recomputed(x: jax.Array, interpret: bool) -> jax.Array:
