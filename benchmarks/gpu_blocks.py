@@ -4,11 +4,11 @@
 
 Parts, in this order: windows, long (1 % of 131072 tokens), fractions (100 to 1 % kept, and the
 plot), errors (beside the XLA path's, float64), adaptive (the router's time), few_heads, orders,
-more (causal, per head, blocks of 64), one_pass (the fused backward), checks (every option). Peers:
-dense cuDNN and its window, FlexAttention (torch) and FlashAttention-3, where installed. Rows are
-printed and written (blocks.md, blocks.json, blocks.png) as they come. A part that fails, or that
-the budget does not reach, is named and the others go on. --lower: only lowers this library's
-functions for CUDA, without a GPU. --smoke: the smallest checks, no timing, also on a CPU.
+more (causal, per head, blocks of 64), two_passes (the deterministic backward), checks (every
+option). Peers: dense cuDNN and its window, FlexAttention (torch) and FlashAttention-3, where
+installed. Rows are printed and written (blocks.md, blocks.json, blocks.png) as they come. A part
+that fails, or that the budget does not reach, is named and the others go on. --lower: only lowers
+this library's functions for CUDA, without a GPU. --smoke: the smallest checks, also on a CPU.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import block_cases, block_checks, block_errors, block_report, block_router
-from benchmarks.block_peers import FLEX, ONE, OURS, XLA
+from benchmarks.block_peers import FLEX, OURS, TWO, XLA
 from benchmarks.block_timing import Compiled, Flex, Row, brief, in_turns, measure
 from pallas_kernels import block_schedule
 
@@ -46,7 +46,7 @@ PARTS = (
     "few_heads",
     "orders",
     "more",
-    "one_pass",
+    "two_passes",
     "checks",
 )
 
@@ -179,7 +179,7 @@ def checks_part(run: Run) -> None:
 
 def lower_everything(run: Run) -> None:
     """Lowers this library's functions of the parts for CUDA; peers need a GPU for that."""
-    own = (OURS, ONE, XLA, *block_schedule.ORDERS)
+    own = (OURS, TWO, XLA, *block_schedule.ORDERS)
     traced: list[tuple[str, Callable[[], tuple]]] = []
     for part in run.options.parts:
         for c in block_cases.PARTS.get(part, list)():

@@ -26,9 +26,6 @@ from pallas_kernels.block_support import unsupported
 from pallas_kernels.compat import interpreting
 from pallas_kernels.support import current_device_kind, padded_head, result_dtype, two_passes
 
-# One backward pass over block lists has not been timed on a GPU.
-FUSED_IS_FASTER = False
-
 __all__ = ["attend", "attend_backward", "unsupported"]
 
 
@@ -103,7 +100,8 @@ def attend(
             keys, which the softmax continues.
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
         order: in which tiles are visited, "longest_first", "row" or "hilbert" (along Hilbert's
-            curve through query tile and middle key block); the result is the same bit for bit.
+            curve through query tile and middle key block); the result is the same bit for bit,
+            gradients where deterministic.
         deterministic: as in `pallas_kernels.flash.attend`.
 
     Returns:
@@ -154,7 +152,7 @@ def attend(
         order=order,
         device_kind=kind,
         interpret=interpreting(),
-        deterministic=two_passes(deterministic, FUSED_IS_FASTER),
+        deterministic=two_passes(deterministic),
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
     starts = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
@@ -203,7 +201,7 @@ def attend_backward(
         order="longest_first",
         device_kind=current_device_kind(),
         interpret=interpreting(),
-        deterministic=two_passes(deterministic, FUSED_IS_FASTER),
+        deterministic=two_passes(deterministic),
         wide=True,
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed

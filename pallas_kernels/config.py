@@ -169,19 +169,6 @@ def lanes(block_size: int) -> int:
     return CONSUMERS if block_size < CONSUMERS * ROWS else 1
 
 
-def fused_is_faster(branches: int) -> bool:
-    """Whether one backward pass beats two where a call has so many branches.
-
-    On an H100 it is 12 to 17 % faster end to end with one. With several its tiles visit little, and
-    what a tile costs to begin and to end is not hidden behind another warpgroup.
-
-    Example:
-        >>> fused_is_faster(1), fused_is_faster(5)
-        (True, False)
-    """
-    return True
-
-
 def fused_blocks(head_dim: int, out_bytes: int, ids: bool) -> Blocks | None:
     """Away (query) tile of the fused backward kernel, or None if it does not take this head size.
 

@@ -63,8 +63,8 @@ def attend(
             keys, which the softmax continues.
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
         deterministic: True asks for gradients whose bits do not vary from run to run: two passes
-            in place of one. False: one pass wherever heads allow it. None: the faster one, but
-            True if XLA_FLAGS ask for deterministic operations. out and lse never vary.
+            in place of one. False: one pass wherever heads allow it, which is faster. None: False
+            unless XLA_FLAGS ask for deterministic operations. out and lse never vary.
         tiles: tile sizes in place of those of `config`, by kernel: "forward", "fused" and, of the
             deterministic backward pass, "queries" and "keys". Not checked: for tuning.
 
@@ -114,7 +114,7 @@ def attend(
         ids=q_segment_ids is not None,
         device_kind=kind,
         interpret=interpreting(),
-        deterministic=two_passes(deterministic, config.fused_is_faster(len(branches))),
+        deterministic=two_passes(deterministic),
         tiles=tuple(sorted((tiles or {}).items())),
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
@@ -163,7 +163,7 @@ def attend_backward(
         ids=q_segment_ids is not None,
         device_kind=current_device_kind(),
         interpret=interpreting(),
-        deterministic=two_passes(deterministic, config.fused_is_faster(len(branches))),
+        deterministic=two_passes(deterministic),
         wide=True,
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed

@@ -121,22 +121,20 @@ def padded_head(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
-def two_passes(deterministic: bool | None, fused_is_faster: bool) -> bool:
+def two_passes(deterministic: bool | None) -> bool:
     """Whether gradients come from two passes, whose sums have a fixed order.
 
-    deterministic None: unless one pass is faster, and always if XLA_FLAGS ask for deterministic
-    operations.
+    deterministic None: if XLA_FLAGS ask for deterministic operations.
 
     Example:
-        >>> two_passes(None, False), two_passes(None, True), two_passes(True, True)
-        (True, False, True)
+        >>> two_passes(None), two_passes(True)
+        (False, True)
     """
     if deterministic is not None:
         return bool(deterministic)
     flags = os.environ.get("XLA_FLAGS", "").split()
     names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
-    asked = any(flag in (name, f"{name}=true", f"{name}=1") for flag in flags for name in names)
-    return asked or not fused_is_faster
+    return any(flag in (name, f"{name}=true", f"{name}=1") for flag in flags for name in names)
 
 
 def current_device_kind() -> str:

@@ -105,8 +105,6 @@ CALLS = {
         "dropout_seed": jax.ShapeDtypeStruct((2,), jnp.uint32),
     },
 }
-for one_pass in ("bands gqa", "dropout"):
-    CALLS[one_pass] |= {"deterministic": False}
 CALLS["block 64 ids"] |= {"q_segment_ids": ints(1, 200), "kv_segment_ids": ints(1, 300)}
 
 
