@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.plain_ring import attend_plainly
-from dilax.sharded import XLA, choose_local, plan_of
+from dilax.sharded import plan_of
+from dilax.sharded_local import XLA, choose_local
 from dilax.spec import as_spec, branches_of, within
 from sharding.attention import Setup, attend
 from sharding.mesh import local_positions

@@ -14,8 +14,9 @@ from dilax.kind_options import sharding_of
 from dilax.names import Kind
 from dilax.on_mesh import AttentionSharding, kv_heads_of_a_device, parse_axes
 from dilax.plan_table import block_plan_table, placement, plan_table
-from dilax.sharded import chunk_length, link_of, local_reasons, plan_of
+from dilax.sharded import chunk_length, link_of, plan_of
 from dilax.sharded_blocks import block_plan_of, block_reasons
+from dilax.sharded_local import local_reasons
 from dilax.spec import within
 
 

@@ -1,6 +1,5 @@
 """Dilated attention of a sequence on a mesh axis, inside a shard_map: the same answer."""
 
-import functools
 import math
 from typing import Any
 
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dilax import dropout, xla_attention
-from dilax._types import UnsupportedError, refuse, shown, stats_dtype
+from dilax import dropout
+from dilax._types import refuse, stats_dtype
 from dilax.checks import (
     check_bool,
     check_choice,
@@ -21,44 +20,19 @@ from dilax.checks import (
     segment_ids_of,
 )
 from dilax.partial import Partial, merge
-from dilax.select import (
-    GIVEN_POSITIONS,
-    IMPLEMENTATIONS,
-    check_implementation,
-    sibling,
-    unsupported,
-)
+from dilax.select import check_implementation
+from dilax.sharded_local import choose_local
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of, within
 from dilax.union import bias_key, check_extra_keys, constant_key, positions_of, zero_keys
-
-sibling("sharding")  # says which file it is that comes before ours, if there is one
-from sharding import attention as sharded  # noqa: E402
-from sharding.cost import Link as Link  # noqa: E402
-from sharding.cost import Sizes  # noqa: E402
-from sharding.local import Local, primitive_branch  # noqa: E402
-from sharding.mesh import LAYOUTS, local_positions  # noqa: E402
-from sharding.mesh import chunk_length as chunk_length  # noqa: E402
-from sharding.mesh import from_layout as from_layout  # noqa: E402
-from sharding.mesh import positions as layout_positions  # noqa: E402, F401
-from sharding.mesh import to_layout as to_layout  # noqa: E402
-from sharding.plan import METHODS, Plan, make_plan  # noqa: E402
-from sharding.rows import UNBOUNDED  # noqa: E402
-
-# Why kernels cannot drop the pairs that one device would.
-HEADS_FROM_0 = "dropout with heads over several devices: its kernels count heads from 0"
-
-
-def _merge(*parts: Any) -> Partial:
-    return merge(*(Partial(*part) for part in parts))
-
-
-XLA = Local(
-    xla_attention.attend,
-    xla_attention.attend_backward,
-    _merge,
-    dropout.row_bits,
-    dropout.column_bits,
-)
+from sharding import attention as sharded
+from sharding.cost import Link as Link
+from sharding.cost import Sizes
+from sharding.mesh import LAYOUTS, local_positions
+from sharding.mesh import chunk_length as chunk_length
+from sharding.mesh import from_layout as from_layout
+from sharding.mesh import positions as layout_positions  # noqa: F401
+from sharding.mesh import to_layout as to_layout
+from sharding.plan import METHODS, Plan, make_plan
 
 
 def sharded_dilated_attention(
@@ -335,89 +309,3 @@ def plan_of(
         method=methods,
         **link,
     )
-
-
-def choose_local(
-    implementation, query, key, value, plan: Plan, scale: float, ids, rate: float
-) -> Local:
-    """The attention that runs on each device: the named one, or the first that takes the calls."""
-    reasons = {}
-    for name in IMPLEMENTATIONS if implementation is None else (implementation,):
-        if name == "xla":
-            return XLA
-        reasons[name] = local_reasons(name, query, key, value, plan, scale, ids, rate)
-        if not reasons[name]:
-            return _pallas(all(branch.in_place for branch in plan.branches))
-    raise UnsupportedError(f"query {shown(query)}, key {shown(key)} on a mesh", reasons)
-
-
-def local_reasons(
-    name, query, key, value, plan: Plan, scale, ids, rate, device_kind=None
-) -> tuple[str, ...]:
-    """Why an implementation cannot take the calls of a plan; empty if it can."""
-    N, reasons = query.shape[2], []
-    if rate:
-        reasons += _dropout_reasons(plan)
-    if plan.sizes.positions:
-        reasons.append(GIVEN_POSITIONS)
-    options: dict[str, Any] = dict(
-        is_causal=plan.causal,
-        scale=scale,
-        q_start=0,
-        k_start=0,
-        out_dtype=jnp.float32,
-        device_kind=device_kind,
-    )
-    if rate and plan.devices > 1:  # then they must know where they are
-        where = jax.ShapeDtypeStruct((), jnp.int32)
-        options |= {"q_start": where, "k_start": where}
-    here = [b for b in plan.branches if b.in_place]
-    used = [(tuple(primitive_branch(b) for b in here), ids)] if here else []
-    for moving in (b for b in plan.branches if not b.in_place):
-        mask = jax.ShapeDtypeStruct(query.shape[:2], jnp.int32) if moving.masked else None
-        used.append((((UNBOUNDED, 1, 0, (0,) * N),), (mask, mask)))
-    for branches, (q_ids, kv_ids) in used:
-        masks = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
-        reasons += unsupported(name, query, key, value, branches=branches, **masks, **options)
-    return tuple(dict.fromkeys(reasons))
-
-
-def _dropout_reasons(plan: Plan) -> list[str]:
-    """Why kernels, which count rows from one start, cannot drop what one device would."""
-    reasons = [HEADS_FROM_0] if plan.head_parts > 1 else []
-    for branch in plan.branches:
-        what = f"dropout in segments of {branch.ranks.segment} at rate {branch.ranks.rate}"
-        if branch.in_place and plan.layout == "zigzag":
-            reasons.append(f"{what}: its kernels count the rows of both chunks from one start")
-        if not (branch.in_place or branch.direct(plan.sizes.num_heads)):
-            reasons.append(f"{what}: its kernels do not know the positions of rows that were cut")
-    return reasons
-
-
-def kernel_options(
-    *, dropout_rate, dropout_bits=None, dropout_seed=None, dropout_numbers=(), **options
-) -> dict[str, Any]:
-    """The options of a local call as kernels take them; dropout_bits: None."""
-    if dropout_seed is None:
-        return options
-    keep = dropout.Numbered(dropout_numbers)
-    return options | {"dropout_rate": dropout_rate, "dropout_seed": dropout_seed, "keep": keep}
-
-
-@functools.cache
-def _pallas(all_local: bool) -> Local:
-    flash = sibling("pallas_kernels.flash")
-    assert flash is not None  # `unsupported` looked
-    out_dtype = None if all_local else jnp.float32  # the query's where nothing will be added
-
-    def forward(query, key, value, *, carry, **options):
-        options = kernel_options(**options)
-        return flash.attend(query, key, value, carry=carry, out_dtype=out_dtype, **options)
-
-    def backward(*arrays, **options):
-        return flash.attend_backward(*arrays, **kernel_options(**options))
-
-    # The kernels hold every multiprocessor until they are done: one block of theirs that waits for
-    # a message's makes the whole call wait (measured: benchmarks/NOTES.md).
-    bits = dropout.row_bits, dropout.column_bits
-    return Local(forward, backward, _merge, *bits, alone=True, seed_from=dropout.seed_from)

@@ -22,14 +22,12 @@ from dilax.checks import (
 )
 from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
 from dilax.sharded import (
-    HEADS_FROM_0,
     LAYOUTS,
-    XLA,
     axis_sizes_of,
     check_ring_size,
-    kernel_options,
     link_of,
 )
+from dilax.sharded_local import HEADS_FROM_0, XLA, kernel_options
 from sharding.attention import Setup, attend
 from sharding.block_plan import BlockPlan, TokenCost, make_block_plan
 from sharding.local import Local

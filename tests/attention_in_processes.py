@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import dilax
-from dilax import reference, sharded
+from dilax import reference, sharded_local
 from dilax.distributed import start_processes
 from tests.compare import error
 from tests.dense_local import DENSE
@@ -22,7 +22,7 @@ def main(port: int, count: int, number: int) -> None:
     """Compare out, lse and the gradients that lie on this process's devices."""
     start_processes(f"127.0.0.1:{port}", count, number)
     jax.config.update("jax_enable_x64", True)
-    sharded.XLA = DENSE
+    sharded_local.XLA = DENSE
     mesh = jax.make_mesh((count, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rng, T = np.random.default_rng(0), 32
     q, do = rng.normal(size=(2, 1, T, 4, 8))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import dilax
-from dilax import reference, sharded, tile_loop
+from dilax import reference, sharded, sharded_local, tile_loop
 from dilax.spec import branches_of
 from sharding.mesh import from_layout, to_layout
 from tests.compare import error
@@ -160,7 +160,7 @@ METHODS = [
 
 @pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 def test_every_method(case, x64, monkeypatch):
-    monkeypatch.setattr(sharded, "XLA", DENSE)
+    monkeypatch.setattr(sharded_local, "XLA", DENSE)
     check(case)
 
 
@@ -172,14 +172,14 @@ HASHED = [
 
 @pytest.mark.parametrize("case", HASHED, ids=lambda case: case.name)
 def test_dropout_of_a_local_attention_that_hashes_itself(case, x64, monkeypatch):
-    monkeypatch.setattr(sharded, "XLA", KERNEL)
+    monkeypatch.setattr(sharded_local, "XLA", KERNEL)
     check(case)
 
 
 @pytest.mark.mesh_table
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
 def test_table(case, x64, monkeypatch):
-    monkeypatch.setattr(sharded, "XLA", DENSE)
+    monkeypatch.setattr(sharded_local, "XLA", DENSE)
     check(case)
 
 
@@ -187,7 +187,7 @@ def test_table(case, x64, monkeypatch):
 def test_part_of_the_table(case, x64, monkeypatch):
     assert len(TABLE) >= 150
     # Messages and calls take turns, as they do with the kernels.
-    monkeypatch.setattr(sharded, "XLA", DENSE._replace(alone=True))
+    monkeypatch.setattr(sharded_local, "XLA", DENSE._replace(alone=True))
     check(case)
 
 
@@ -262,7 +262,7 @@ MOVES = [
 
 @pytest.mark.parametrize("case", MOVES, ids=lambda case: case.name)
 def test_the_program_moves_what_the_plan_says(case, monkeypatch):
-    monkeypatch.setattr(sharded, "XLA", DENSE)
+    monkeypatch.setattr(sharded_local, "XLA", DENSE)
     text, plan = compiled(case)
     assert plan.bytes > 0
     assert received(text) == plan.bytes
@@ -272,7 +272,7 @@ def test_the_program_moves_what_the_plan_says(case, monkeypatch):
 
 
 def test_no_message_where_everything_is_local(monkeypatch):
-    monkeypatch.setattr(sharded, "XLA", DENSE)
+    monkeypatch.setattr(sharded_local, "XLA", DENSE)
     text, plan = compiled(Placed((4, 8), (1, 2)))
     assert plan.bytes == plan.messages == 0
     assert not re.search("collective-permute|all-gather|all-to-all|all-reduce", text)

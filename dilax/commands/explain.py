@@ -75,7 +75,8 @@ class Explain:
     layout: str | None = None
     """Which tokens a device holds: contiguous, or zigzag, which balances causal work."""
     method: str | None = None
-    """How rows move: ring, all_to_all, all_gather or hybrid; None for the fastest expected."""
+    """How rows move: ring, all_to_all, all_gather or hybrid, or one for each branch, with commas
+    (local where none move); None for the fastest expected."""
     gigabytes_per_second: tuple[float, ...] | None = None
     """What a device receives, for the expected times: one number, or one for each axis of the
     tokens, the outermost first; None for 340 inside a host and 50 between hosts."""
@@ -95,8 +96,8 @@ class Explain:
         speeds = self.gigabytes_per_second
         if speeds is not None and len(speeds) == 1:
             fields["gigabytes_per_second"] = speeds[0]
-        for name in ("axis_name", "batch_axis", "head_axis"):
-            axis = fields[name]
-            if axis is not None and "," in axis:
-                fields[name] = tuple(axis.replace(" ", "").split(","))
+        for name in ("axis_name", "batch_axis", "head_axis", "method"):
+            said = fields[name]
+            if said is not None and "," in said:
+                fields[name] = tuple(said.replace(" ", "").split(","))
         print(explain(**fields))
