@@ -216,7 +216,7 @@ class Warpgroup:
             queries = memory.q.at[memory.slot(base)].transpose((1, 0))
             shape = (ROWS, memory.away)
             s = product(memory.k.at[self.number], queries, shape, lambda: None)
-            s = self._masked(s, base, total, self.number, sight)
+            s = self._masked(s, base, self._edge(base, total), self.number, sight)
 
             def step(n: Any, s: jax.Array) -> jax.Array:
                 return self._step(n, s, total, sight, dk_acc, dv_acc)
@@ -262,9 +262,10 @@ class Warpgroup:
             plgpu.wgmma(next_acc, memory.k.at[me], memory.q.at[following].transpose((1, 0)))
             # Only now, so that the tensor cores do not wait for it.
             self._send_queries(slot, me)
+            edge = self._edge(n + 1, total)
             scores = value_while(next_acc, 0, memory.interpret)
             # Here, not where they are used: a branch between products and arithmetic costs more.
-            scores = self._masked(scores, n + 1, total, me, sight)
+            scores = self._masked(scores, n + 1, edge, me, sight)
             plgpu.barrier_arrive(memory.q_free.at[slot])
             return scores
 
@@ -272,16 +273,20 @@ class Warpgroup:
         queries = plgpu.ACC(half, jnp.float32)
         return pl.run_scoped(products, scores, queries, scores)
 
-    def _masked(self, s: jax.Array, n: Any, total: Any, me: Any, sight: Sight) -> jax.Array:
-        """Scores of tile n with -inf where nothing is seen, if it is before total."""
+    def _edge(self, n: Any, total: Any) -> Any:
+        """Whether some pair of tile n is hidden by its place; no tile from total on."""
+        place = self.memory.place(self.memory.slot(n))
+        return (n < total) & ((place.start < place.low) | (place.start > place.high))
+
+    def _masked(self, s: jax.Array, n: Any, edge: Any, me: Any, sight: Sight) -> jax.Array:
+        """Scores of tile n with -inf where nothing is seen."""
         memory = self.memory
         slot = memory.slot(n)
-        place = memory.place(slot)
-        scores = lax.cond(
-            (n < total) & ((place.start < place.low) | (place.start > place.high)),
-            lambda: jnp.where(sight.seen(me, place), s, -jnp.inf),
-            lambda: s,
-        )
+
+        def masked() -> jax.Array:
+            return jnp.where(sight.seen(me, memory.place(slot)), s, -jnp.inf)
+
+        scores = lax.cond(edge, masked, lambda: s)
         if sight.ids is None:
             return scores
         home = lax.broadcast_in_dim(sight.ids(me), s.shape, [0])
