@@ -283,7 +283,7 @@ def test_transforms_lower(transform):
 
     grad = jax.grad(lambda *x: run(*x).astype(jnp.float32).sum(), (0, 1, 2))
     text = jax.jit(grad).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
-    assert "dilated_keys_gradient" in text
+    assert "dilated_gradients" in text
 
 
 def test_shard_map_that_checks_is_refused():
