@@ -90,7 +90,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 seed, v = (seed_ref[0], seed_ref[1]), visited(place, residue, tile)
                 return schedule.kept(plan, keep, opt.rate, seed, v, at, shape)
 
-            return gradient_loop.Sight(seen, ids if opt.ids else None, kept if opt.rate else None)
+            hides = schedule.hides(plan)
+            return gradient_loop.Sight(
+                seen if hides else None, ids if opt.ids else None, kept if opt.rate else None
+            )
 
         def one_item(t: Any, base: Any) -> Any:
             dk, dv, total = warpgroup.run(t, base, sight_of(t))

@@ -63,8 +63,11 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 at = (memory.item(t, 1), place.head, row(me), place.start)
                 return kept(plan, opt, keep, seed_ref, starts, at, (ROWS, bq))
 
-            ids_of, kept_of = ids if opt.ids else None, dropped if opt.rate else None
-            return gradient_loop.Sight(seen, ids_of, kept_of)
+            return gradient_loop.Sight(
+                seen if plan.masks else None,
+                ids if opt.ids else None,
+                dropped if opt.rate else None,
+            )
 
         def one_item(t: Any, base: Any) -> Any:
             dk, dv, total = warpgroup.run(t, base, sight_of(t))

@@ -52,11 +52,12 @@ class Place(NamedTuple):
 class Sight:
     """What the keys of an item see.
 
-    seen: (number of the warpgroup, place) -> which pairs its place allows. ids: number -> segment
-    ids of the keys, or None without. kept: (number, place) -> which pairs dropout keeps, or None.
+    seen: (number of the warpgroup, place) -> which pairs its place allows, or None where all are
+    seen. ids: number -> segment ids of the keys, or None without. kept: (number, place) -> which
+    pairs dropout keeps, or None.
     """
 
-    seen: Callable[[Any, Place], jax.Array]
+    seen: Callable[[Any, Place], jax.Array] | None
     ids: Callable[[Any], jax.Array] | None
     kept: Callable[[Any, Place], jax.Array] | None
 
@@ -280,13 +281,14 @@ class Warpgroup:
 
     def _masked(self, s: jax.Array, n: Any, edge: Any, me: Any, sight: Sight) -> jax.Array:
         """Scores of tile n with -inf where nothing is seen."""
-        memory = self.memory
-        slot = memory.slot(n)
+        memory, scores = self.memory, s
+        slot, seen = memory.slot(n), sight.seen
+        if seen is not None:
 
-        def masked() -> jax.Array:
-            return jnp.where(sight.seen(me, memory.place(slot)), s, -jnp.inf)
+            def masked() -> jax.Array:
+                return jnp.where(seen(me, memory.place(slot)), s, -jnp.inf)
 
-        scores = lax.cond(edge, masked, lambda: s)
+            scores = lax.cond(edge, masked, lambda: s)
         if sight.ids is None:
             return scores
         home = lax.broadcast_in_dim(sight.ids(me), s.shape, [0])

@@ -374,6 +374,24 @@ def geometry(launch: Launch, starts: Any) -> Any:
     return xp.stack(branches).astype(np.int32)
 
 
+def hides(launch: Launch) -> bool:
+    """Whether a visit may hold a pair that does not see each other, and so needs masks."""
+    if launch.causal or launch.gaps or not knows_starts(launch):
+        return True
+    for branch, fields in enumerate(geometry(launch, None).astype(np.int64)):
+        first, steps, home_shift, away_shift, _, limit = np.moveaxis(fields, -1, 0)[:6]
+        step, length = launch.stride // launch.rates[branch], launch.lengths[branch]
+        row = np.arange(launch.tiles) * launch.block_home * step + home_shift
+        last = row + (launch.block_home - 1) * step
+        end = first + steps * launch.block_away
+        whole = (row // length == last // length) & (end <= limit)
+        whole &= first + away_shift >= last // length * length
+        whole &= end + away_shift <= row // length * length + length
+        if not (whole | (steps == 0)).all():
+            return True
+    return False
+
+
 def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile: Any) -> Visit:
     """Reads the visit of `branch` by a tile; a branch whose bit in `mask` is unset has 0 steps.
 

@@ -59,7 +59,8 @@ def mask_scores(
 
     first = start + v.away_shift
     edge = (first < rows.low) | (first + width > rows.high) | (start + width > v.limit)
-    s = lax.cond(edge, masked, lambda: s)
+    if schedule.hides(plan):
+        s = lax.cond(edge, masked, lambda: s)
     if ids is not None:
         a = lax.broadcast_in_dim(rows.ids, s.shape, [0])
         c = lax.broadcast_in_dim(ids, s.shape, [1])
