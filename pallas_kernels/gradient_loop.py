@@ -7,6 +7,7 @@ of the next step are begun before this one ends.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -217,12 +218,23 @@ class Warpgroup:
             queries = memory.q.at[memory.slot(base)].transpose((1, 0))
             shape = (ROWS, memory.away)
             s = product(memory.k.at[self.number], queries, shape, lambda: None)
-            s = self._masked(s, base, self._edge(base, total), self.number, sight)
+            step = functools.partial(self._step, total, sight, dk_acc, dv_acc)
+            if sight.seen is None:
+                lax.fori_loop(base, total, lambda n, s: step((n, 0, s), False)[2], s)
+            else:
+                # A loop of its own for tiles that hide something: a branch in the loop costs every
+                # step more than its test.
+                def both(state: Any) -> Any:
+                    for masks in (True, False):
+                        state = lax.while_loop(
+                            lambda x, masks=masks: (x[0] < total) & (x[1] == masks),
+                            functools.partial(step, masks=masks),
+                            state,
+                        )
+                    return state
 
-            def step(n: Any, s: jax.Array) -> jax.Array:
-                return self._step(n, s, total, sight, dk_acc, dv_acc)
-
-            lax.fori_loop(base, total, step, s)
+                state = (base, self._edge(base), s)
+                lax.while_loop(lambda x: x[0] < total, both, state)
             return dk_acc[...], dv_acc[...]
 
         acc = plgpu.ACC((ROWS, memory.head_dim), jnp.float32)
@@ -230,8 +242,15 @@ class Warpgroup:
         plgpu.barrier_arrive(memory.k_free)
         return dk, dv, total
 
-    def _step(self, n: Any, s: Any, total: Any, sight: Sight, dk_acc: Any, dv_acc: Any) -> Any:
+    def _step(
+        self, total: Any, sight: Sight, dk_acc: Any, dv_acc: Any, state: Any, masks: bool
+    ) -> Any:
+        """The state (tile, whether it hides something, its scores) after one step.
+
+        masks: it may hide something.
+        """
         memory, dtype = self.memory, self.memory.k.dtype
+        n, _, s = state
         slot, shape = memory.slot(n), (ROWS, memory.away)
         me = recomputed(self.number, memory.interpret)
         share = 1.0 / (1.0 - self.rate)
@@ -241,7 +260,8 @@ class Warpgroup:
         def products(dp_acc: Any, dq_acc: Any, next_acc: Any) -> jax.Array:
             plgpu.wgmma(dp_acc, memory.v.at[me], memory.do.at[slot].transpose((1, 0)))
             lse = load(memory.lse.at[slot], COLUMN)
-            p = jnp.exp2(s * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
+            scores = self._masked(s, slot, me, sight, masks)
+            p = jnp.exp2(scores * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
             seen = None if sight.kept is None else sight.kept(me, memory.place(slot))
             weight = p if seen is None else jnp.where(seen, p * share, 0.0)
             add_product(dv_acc, weight.astype(dtype), memory.do.at[slot], staging)
@@ -263,32 +283,25 @@ class Warpgroup:
             plgpu.wgmma(next_acc, memory.k.at[me], memory.q.at[following].transpose((1, 0)))
             # Only now, so that the tensor cores do not wait for it.
             self._send_queries(slot, me)
-            edge = self._edge(n + 1, total)
+            edge = jnp.int32(0) if sight.seen is None else self._edge(n + 1)
             scores = value_while(next_acc, 0, memory.interpret)
-            # Here, not where they are used: a branch between products and arithmetic costs more.
-            scores = self._masked(scores, n + 1, edge, me, sight)
             plgpu.barrier_arrive(memory.q_free.at[slot])
-            return scores
+            return edge, scores
 
         scores, half = plgpu.ACC(shape, jnp.float32), self.memory.dq.shape[1:]
         queries = plgpu.ACC(half, jnp.float32)
-        return pl.run_scoped(products, scores, queries, scores)
+        return n + 1, *pl.run_scoped(products, scores, queries, scores)
 
-    def _edge(self, n: Any, total: Any) -> Any:
-        """Whether some pair of tile n is hidden by its place; no tile from total on."""
+    def _edge(self, n: Any) -> Any:
+        """1 if some pair of tile n is hidden by its place; anything where there is no such tile."""
         place = self.memory.place(self.memory.slot(n))
-        return (n < total) & ((place.start < place.low) | (place.start > place.high))
+        return ((place.start < place.low) | (place.start > place.high)).astype(jnp.int32)
 
-    def _masked(self, s: jax.Array, n: Any, edge: Any, me: Any, sight: Sight) -> jax.Array:
-        """Scores of tile n with -inf where nothing is seen."""
+    def _masked(self, s: jax.Array, slot: Any, me: Any, sight: Sight, masks: bool) -> jax.Array:
+        """Scores of a tile with -inf where nothing is seen."""
         memory, scores = self.memory, s
-        slot, seen = memory.slot(n), sight.seen
-        if seen is not None:
-
-            def masked() -> jax.Array:
-                return jnp.where(seen(me, memory.place(slot)), s, -jnp.inf)
-
-            scores = lax.cond(edge, masked, lambda: s)
+        if masks and sight.seen is not None:
+            scores = jnp.where(sight.seen(me, memory.place(slot)), s, -jnp.inf)
         if sight.ids is None:
             return scores
         home = lax.broadcast_in_dim(sight.ids(me), s.shape, [0])
