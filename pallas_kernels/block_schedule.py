@@ -135,7 +135,7 @@ def work(plan: Plan, lists: Lists, *, ctas: int, head_bytes: int, group: int, or
     visits = xp.lexsort((key, xp.where(valid, xp.where(many, -1, chunk), codes)))
     if static:
         table = table[visits]
-        items = _host_items(_small_last(table) if order == "longest_first" else table, ctas)
+        items = _host_items(_small_last(table, ctas) if order == "longest_first" else table, ctas)
     else:
         items = _items(table, visits, valid, ctas)
     rows, owners = _merges(parts, code, many, number, split)
@@ -188,11 +188,14 @@ def _hilbert(xp: Any, x: Any, y: Any, bits: int = 15) -> Any:
     return distance
 
 
-def _small_last(table: np.ndarray) -> np.ndarray:
-    """The end of the list only fills gaps: the smallest items of all chunks, longest first."""
+def _small_last(table: np.ndarray, ctas: int) -> np.ndarray:
+    """The end of the list only fills gaps: the smallest items of all chunks, longest first.
+
+    No more than it needs: what they read has left the cache by then.
+    """
     steps = table[:, 2]
-    ascending = np.argsort(steps, kind="stable")
-    small = ascending[: np.searchsorted(np.cumsum(steps[ascending]), steps.sum() // 8)]
+    ascending, tail = np.argsort(steps, kind="stable"), ctas * int(steps.max(initial=0)) // 2
+    small = ascending[: np.searchsorted(np.cumsum(steps[ascending]), tail)]
     if not len(small) or steps[small[-1]] == steps.max():
         return table
     rest = np.ones(len(steps), bool)
