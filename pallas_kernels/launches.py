@@ -10,8 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backward, backward_fused, backward_keys, config, forward, schedule
-from pallas_kernels.support import padded_head
+from pallas_kernels import (
+    backward,
+    backward_fused,
+    backward_keys,
+    config,
+    forward,
+    schedule,
+    work_lists,
+)
+from pallas_kernels.support import pad, padded_head
 
 LOG2E = math.log2(math.e)
 
@@ -34,14 +42,6 @@ class Call:
     deterministic: bool
     wide: bool = False
     tiles: tuple[tuple[str, config.Blocks], ...] = ()
-
-
-def _pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
-    if x.shape[axis] == size:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=fill)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def launch_of(
 
 def _table(call: Call, plan: schedule.Launch, query: Any, key: Any, skip: bool) -> np.ndarray:
     away = query if plan.transposed else key
-    return schedule.work_lists(
+    return work_lists.work_lists(
         plan,
         batch=query.shape[0],
         ctas=_blocks(call),
@@ -128,20 +128,20 @@ def _blocks(call: Call) -> int:
 
 def _pad_inputs(sizes: _Sizes, arrays: Sequence[jax.Array], lengths: Sequence[int]) -> list:
     head = padded_head(sizes.head_dim)
-    return [_pad(_pad(x, 1, n), 3, head) for x, n in zip(arrays, lengths, strict=True)]
+    return [pad(pad(x, 1, n), 3, head) for x, n in zip(arrays, lengths, strict=True)]
 
 
 def _pad_ids(sizes: _Sizes, ids: Any) -> tuple[jax.Array | None, jax.Array | None]:
     if ids is None:
         return None, None
     # Rows past the end are read by whole tiles; id 0 sees nothing.
-    q_ids = _pad(ids[0].astype(jnp.int32), 1, sizes.rows)
-    return q_ids, _pad(ids[1].astype(jnp.int32), 1, sizes.key_rows)
+    q_ids = pad(ids[0].astype(jnp.int32), 1, sizes.rows)
+    return q_ids, pad(ids[1].astype(jnp.int32), 1, sizes.key_rows)
 
 
 def _rows(x: jax.Array, rows: int, fill: float) -> jax.Array:
     """`[B, T, N]` as `[B, N, rows]`."""
-    return _pad(x.swapaxes(1, 2), 2, rows, fill)
+    return pad(x.swapaxes(1, 2), 2, rows, fill)
 
 
 @functools.partial(jax.jit, static_argnums=0)

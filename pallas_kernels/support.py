@@ -121,6 +121,15 @@ def padded_head(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
+def pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
+    """x with `fill` behind its end along an axis, up to a size."""
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=fill)
+
+
 def two_passes(deterministic: bool | None) -> bool:
     """Whether gradients come from two passes, whose sums have a fixed order.
 

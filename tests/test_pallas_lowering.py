@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dilax import dropout
-from pallas_kernels import config, flash, launches, schedule
+from pallas_kernels import config, flash, launches, schedule, work_lists
 
 pytestmark = pytest.mark.kernel
 
@@ -116,7 +116,7 @@ def test_work_lists_cover_every_tile_once():
         block_home=128,
         block_away=128,
     )
-    table = schedule.work_lists(plan, batch=2, ctas=7, row_bytes=256, group=1, skip_empty=False)
+    table = work_lists.work_lists(plan, batch=2, ctas=7, row_bytes=256, group=1, skip_empty=False)
     codes = np.concatenate([row[1 : 1 + row[0, 0], 0] for row in table])
     assert sorted(codes) == list(range(2 * plan.tiles * 4 * 4))
     work = np.array([row[1 : 1 + row[0, 0], 2].sum() for row in table])
