@@ -249,3 +249,21 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+@contextlib.contextmanager
+def refused_by_all() -> Iterator[None]:
+    """What one process refuses all do, so that none waits for it.
+
+    Example:
+        >>> with refused_by_all():
+        ...     pass
+    """
+    found: ValueError | None = None
+    try:
+        yield
+    except ValueError as error:
+        found = error
+    if any_process(found is not None):
+        what = "text, checkpoint_dir"
+        raise found or refuse(what, "right on every process", "an error on another, which says it")

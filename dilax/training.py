@@ -23,7 +23,13 @@ from dilax import data
 from dilax._types import refuse
 from dilax.checkpoints import Checkpoints, check_directory, load_model, merged, new_model
 from dilax.checks import check_bool
-from dilax.distributed import Placement, agreed, any_process, lost_processes_named
+from dilax.distributed import (
+    Placement,
+    agreed,
+    any_process,
+    lost_processes_named,
+    refused_by_all,
+)
 from dilax.longnet import LongNetLM
 from dilax.steps import evaluate, evaluate_on, loss_sums, make_optimizer, schedule_of, train_step
 from dilax.train_config import TrainConfig, default_model
@@ -99,31 +105,20 @@ class _Run:
 
     def __init__(self, config: TrainConfig, resume: bool):
         self.config = config
+        # Before anything that one process might refuse and another not.
+        fields = config.to_dict()
+        model = {f"model.{name}": x for name, x in fields.pop("model").items()}
+        agreed(**fields, **model, resume=resume)
         self.placement = Placement.of(
             config.mesh, batch_size=config.batch_size, sequence_length=config.sequence_length
         )
-        if config.checkpoint_dir is not None:
-            check_directory("checkpoint_dir", config.checkpoint_dir)
-            here = pathlib.Path(config.checkpoint_dir).resolve()
-            if any(pathlib.Path(path).resolve() == here for path in config.text or ()):
-                wanted = "a directory other than those of text"
-                raise refuse("checkpoint_dir", wanted, config.checkpoint_dir)
-        self.corpus = data.load_corpus(
-            config.text,
-            validation_fraction=float(config.validation_fraction),
-            exclude=config.checkpoint_dir,
-        )
-        self.batches = data.training_batches(
-            self.corpus.train,
-            sequence_length=config.sequence_length,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
+        with refused_by_all():
+            self._read_text()
         self.checkpoints, latest = None, None
         if config.checkpoint_dir is not None:
             self.checkpoints = Checkpoints(config.checkpoint_dir, config.keep_checkpoints)
             latest = self.checkpoints.manager.latest_step()
-        agreed(config=config.to_dict(), text=self.corpus.fingerprint, latest_checkpoint=latest)
+        agreed(text=self.corpus.fingerprint, latest_checkpoint=latest)
         if resume and latest is None:
             raise refuse("resume", "a checkpoint_dir with checkpoints", config.checkpoint_dir)
         if not resume and latest is not None:
@@ -145,6 +140,26 @@ class _Run:
             self.params, self.optimizer_state = trees.params, trees.optimizer
             self.batches.set_state(saved["data"])
             self.step = latest
+
+    def _read_text(self) -> None:
+        config = self.config
+        if config.checkpoint_dir is not None:
+            check_directory("checkpoint_dir", config.checkpoint_dir)
+            here = pathlib.Path(config.checkpoint_dir).resolve()
+            if any(pathlib.Path(path).resolve() == here for path in config.text or ()):
+                wanted = "a directory other than those of text"
+                raise refuse("checkpoint_dir", wanted, config.checkpoint_dir)
+        self.corpus = data.load_corpus(
+            config.text,
+            validation_fraction=float(config.validation_fraction),
+            exclude=config.checkpoint_dir,
+        )
+        self.batches = data.training_batches(
+            self.corpus.train,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
 
     def _check_same(self, saved: dict[str, Any]) -> None:
         """Refuse to resume a run of another config or of another text."""

@@ -82,8 +82,14 @@ def test_every_command_has_help(name, capsys):
             ["explain", "--kind", "ring", "--devices", "7"],
             "16384 tokens on 7 devices: wanted a multiple of 7",
         ),
-        (["explain", "--devices", "2"], "devices: wanted 1 with kind 'auto': 'ring' takes a mesh"),
-        (["explain", "--mesh", "data=2"], "mesh: wanted None with kind 'auto': 'ring' takes it"),
+        (
+            ["explain", "--kind", "auto", "--devices", "2"],
+            "devices: wanted 1 with kind 'auto': 'ring' takes a mesh",
+        ),
+        (
+            ["explain", "--kind", "auto", "--mesh", "data=2"],
+            "mesh: wanted None with kind 'auto': 'ring' takes it",
+        ),
         (
             ["explain", "--kind", "block_sparse", "--window-size", "512"],
             "window_size: wanted no value without a pattern, got 512",
@@ -207,6 +213,14 @@ def test_explain_takes_a_mesh_and_a_pattern(capsys):
     assert "2 along the examples, 8 devices along the tokens, contiguous: ring of 2 hops" in out
     assert "window_size=512" in out
     assert "at 300 GB/s among 4 neighbours and 25 GB/s beyond" in out
+
+
+@pytest.mark.parametrize("where", [["--devices", "8"], ["--mesh", "sequence=8"]])
+def test_explain_of_several_devices_is_a_ring(where, capsys):
+    status, out, _ = run(capsys, "explain", *where)
+    assert status == 0
+    assert "kind 'ring'" in out
+    assert "each of 8 devices" in out
 
 
 def test_explain_gives_reasons(capsys):

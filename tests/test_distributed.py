@@ -14,10 +14,16 @@ import jax
 import numpy as np
 import pytest
 
-from dilax import cli, data, on_mesh
+from dilax import cli, data, distributed, on_mesh
 from dilax._types import LostProcessError
 from dilax.commands import show
-from dilax.distributed import Placement, lost_processes_named, parse_mesh, start_processes
+from dilax.distributed import (
+    Placement,
+    lost_processes_named,
+    parse_mesh,
+    refused_by_all,
+    start_processes,
+)
 from dilax.longnet import LongNetConfig
 from dilax.train_config import TrainConfig
 from dilax.training import train
@@ -170,12 +176,24 @@ def test_attention_in_processes_is_that_of_one_device(count, tmp_path):
 
 
 def test_processes_that_disagree_say_so(config, tmp_path):
-    lines = [arguments(config, "--mesh", "data=4", "--seed", str(i)) for i in range(2)]
+    # The second one would be refused on its own, and the first one not.
+    lines = [arguments(config, "--mesh", "data=4", "--batch-size", x) for x in ("4", "3")]
     with processes(tmp_path, *lines) as both:
         for process in both:
             _, err = process.communicate(timeout=90)
             assert process.returncode == 2, err
-            assert "error: config: wanted the same on every process" in err
+            assert "error: batch_size: wanted the same on every process" in err
+
+
+def test_what_one_process_refuses_all_do(monkeypatch):
+    said = []
+    monkeypatch.setattr(distributed, "any_process", lambda flag: said.append(flag) or True)
+    with pytest.raises(ValueError, match=r"^text, checkpoint_dir: wanted right on every process"):
+        with refused_by_all():
+            pass
+    with pytest.raises(ValueError, match=r"^x: wanted y"), refused_by_all():
+        raise ValueError("x: wanted y")
+    assert said == [False, True]
 
 
 def test_a_mesh_is_one_device(config, alone, monkeypatch):

@@ -10,8 +10,8 @@ from dilax.decision import explain
 class Explain:
     """Say what a call would run, and why not something else. Computes nothing."""
 
-    kind: str = "auto"
-    """Any name that create_dilated_attention knows."""
+    kind: str | None = None
+    """Any name that create_dilated_attention knows; None for auto, or ring on several devices."""
     seq_len: int = 16384
     """T, queries."""
     kv_seq_len: int | None = None
@@ -87,6 +87,8 @@ class Explain:
         for name in ("segment_lengths", "dilation_rates"):
             if fields[name] is None:
                 del fields[name]
+        if self.kind is None:
+            fields["kind"] = "auto" if self.devices == 1 and self.mesh is None else "ring"
         given = {name: fields.pop(name) for name in PATTERN_FIELDS}
         given = {name: x for name, x in given.items() if x != getattr(Explain, name)}
         if self.pattern is None:
