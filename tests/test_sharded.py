@@ -213,6 +213,9 @@ def compiled(case: Placed, dtype=np.float32):
     if case.ordered:
         places = jnp.arange(case.T // case.mesh[1], dtype=jnp.int32)
         attend = functools.partial(attend, q_positions=places, kv_positions=places + 1)
+    if case.ids:
+        ids = jnp.ones((2, case.T // case.mesh[1]), jnp.int32)
+        attend = functools.partial(attend, q_segment_ids=ids)
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part)
     q, k, v = (x.astype(dtype) for x in case.arrays()[0][:3])
     text = jax.jit(mapped).lower(q, k, v).compile().as_text() or ""
@@ -226,6 +229,7 @@ def compiled(case: Placed, dtype=np.float32):
         layout=case.layout,
         is_causal=case.causal and not case.ordered,
         method=case.method,
+        packed=case.ids,
         ordered=case.ordered,
     )
     return text, plan
@@ -255,6 +259,7 @@ MOVES = [
     Placed((32,), (2,), method="all_gather", K=1),
     Placed((32,), (4,), method="all_to_all"),
     Placed((32,), (2,), method="hybrid", N=2, K=2),
+    Placed((16, 32), (2, 4), method="ring", K=2, ids=True),
     Placed((11,), (3,), causal=True, ordered=True),
     Placed((32,), (4,), method="all_to_all", causal=True, ordered=True),
 ]
