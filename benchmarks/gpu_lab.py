@@ -22,7 +22,6 @@ from benchmarks import gpu_peers as peers
 from benchmarks import gpu_table
 
 HEADS = 16
-GRADIENTS = ("dq", "dk", "dv")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,10 +64,7 @@ class Sight:
 
 
 def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interpret: bool) -> list:
-    """Shared memory of a block, in the order of `Warpgroup`'s fields k to staging, and barriers.
-
-    The barriers are those of `Barriers`.
-    """
+    """Shared memory and barriers of a block, in the order of `Memory`'s fields."""
     home, tiles = (CONSUMERS, ROWS, head_dim), (stages, away, head_dim)
     width = min(head_dim, ROWS)
     return [
@@ -97,9 +94,9 @@ class Memory:
 
     vectors: rings of lse and delta. words: ring of `Place`, ready with q; then of two items, ready
     with k: steps, and what else the kernel wants to know. ds: gradients of scores of two steps, in
-    squares of 64. dq: of the queries, half a warpgroup.
-    staging: None except under the interpreter. Barriers: what is ready, and what is free again;
-    met: both warpgroups stored their gradients of scores (used by the interpreter only).
+    squares of 64. dq: of the queries, half a warpgroup. staging: None except under the interpreter.
+    Barriers: what is ready, and what is free again; met: both warpgroups stored their gradients of
+    scores (used by the interpreter only).
     """
 
     k: Any

@@ -8,6 +8,7 @@ registers; for each branch it visits a range of dilated rows of the other, "away
 """
 
 import dataclasses
+import functools
 import math
 import types
 from typing import Any
@@ -292,6 +293,7 @@ def geometry(launch: Launch, starts: Any) -> Any:
     return xp.stack(branches).astype(np.int32)
 
 
+@functools.lru_cache(maxsize=256)
 def hides(launch: Launch) -> bool:
     """Whether a visit may hold a pair that does not see each other, and so needs masks."""
     if launch.causal or launch.gaps or not knows_starts(launch):

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from dilax.commands.patterns import PATTERN_FIELDS, pattern_of, refuse_without_pattern
+from dilax.commands.patterns import PatternOptions
 from dilax.decision import explain
 
 
 @dataclasses.dataclass(frozen=True)
-class Explain:
+class Explain(PatternOptions):
     """Say what a call would run, and why not something else. Computes nothing."""
 
     kind: str | None = None
@@ -44,22 +44,6 @@ class Explain:
     """Name one instead of leaving the choice to the library."""
     device_kind: str | None = None
     """Of another machine, such as "NVIDIA H100 80GB HBM3"; None for this one."""
-    pattern: str | None = None
-    """Of a block-sparse kind: a preset (local, dilated, ...) or a pattern type, which takes the
-    options below; several with | (union), & (intersection) or , (one per group of heads)."""
-    sparsity_ratio: float | None = None
-    """Of a pattern type: the share of admissible blocks kept."""
-    block_size: int | None = None
-    """Of a pattern type: tokens of a block, a multiple of 64."""
-    window_size: int | tuple[int | None, int | None] | None = None
-    """Of a pattern type: tokens of the window, or those to the left and to the right."""
-    global_tokens: int | tuple[int, int] | None = None
-    """Of global_local: tokens that everybody sees, from the start, or from the start and the end.
-    """
-    random_blocks: int = 0
-    """Of global_local: more blocks per row."""
-    seed: int = 0
-    """Of the random blocks."""
     devices: int = 1
     """Along the mesh axis of the tokens; with several a plan says who sends how much."""
     mesh: str | None = None
@@ -89,12 +73,9 @@ class Explain:
                 del fields[name]
         if self.kind is None:
             fields["kind"] = "auto" if self.devices == 1 and self.mesh is None else "ring"
-        given = {name: fields.pop(name) for name in PATTERN_FIELDS}
-        given = {name: x for name, x in given.items() if x != getattr(Explain, name)}
-        if self.pattern is None:
-            refuse_without_pattern(given)
-        else:
-            fields["pattern"] = pattern_of(self.pattern, given)
+        for f in dataclasses.fields(PatternOptions):
+            del fields[f.name]
+        fields["pattern"] = self.block_pattern()
         speeds = self.gigabytes_per_second
         if speeds is not None and len(speeds) == 1:
             fields["gigabytes_per_second"] = speeds[0]

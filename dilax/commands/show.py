@@ -2,16 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from dilax import plotting
 from dilax._types import refuse
 from dilax.commands.output import check_output
-from dilax.commands.patterns import PATTERN_FIELDS, pattern_of, refuse_without_pattern
+from dilax.commands.patterns import PatternOptions
+from dilax.patterns import Pattern
 
 
 @dataclasses.dataclass(frozen=True)
-class Show:
+class Show(PatternOptions):
     """Draw which keys each query of each head sees, as a PNG picture."""
 
     segment_lengths: tuple[int, ...] = (8, 16, 32)
@@ -28,34 +28,18 @@ class Show:
     """Which residue a head keeps: interleaved (the paper) or blocked (torchscale)."""
     causal: bool = False
     """A query sees no key after it."""
-    pattern: str | None = None
-    """Draw a block pattern instead: a preset (local, dilated, ...) or a pattern type, which takes
-    the options below; several with | (union), & (intersection) or , (one per group of heads)."""
-    sparsity_ratio: float | None = None
-    """Of a pattern type: the share of admissible blocks kept."""
-    block_size: int | None = None
-    """Of a pattern type: tokens of a block, a multiple of 64."""
-    window_size: int | tuple[int | None, int | None] | None = None
-    """Of a pattern type: tokens of the window, or those to the left and to the right."""
-    global_tokens: int | tuple[int, int] | None = None
-    """Of global_local: tokens that everybody sees, from the start, or from the start and the end.
-    """
-    random_blocks: int = 0
-    """Of global_local: more blocks per row."""
-    seed: int = 0
-    """Of the random blocks."""
     out: Path = Path("pattern.png")
     """The picture to write, a name that ends in .png."""
 
     def run(self) -> None:
         """Write the picture and say so."""
         check_output("out", self.out, ".png")
-        given = {name: getattr(self, name) for name in PATTERN_FIELDS}
-        given = {name: x for name, x in given.items() if x != getattr(Show, name)}
-        if self.pattern is not None:
-            self._draw_blocks(self.pattern, given)
+        # Rates are of the branches, or of a pattern type in place of them.
+        rates = self.dilation_rates != Show.dilation_rates and self.pattern is not None
+        pattern = self.block_pattern(**{"dilation_rates": self.dilation_rates} if rates else {})
+        if pattern is not None:
+            self._draw_blocks(pattern)
             return
-        refuse_without_pattern(given)
         figure = plotting.draw_pattern(
             self.segment_lengths,
             self.dilation_rates,
@@ -68,15 +52,12 @@ class Show:
         figure.savefig(self.out)
         print(f"wrote {self.out}")
 
-    def _draw_blocks(self, pattern: str, given: dict[str, Any]) -> None:
+    def _draw_blocks(self, pattern: Pattern) -> None:
         for name in ("segment_lengths", "combine", "head_offset"):
             x = getattr(self, name)
             if x != getattr(Show, name):
                 raise refuse(name, "its default with a pattern", x)
-        if self.dilation_rates != Show.dilation_rates:
-            given["dilation_rates"] = self.dilation_rates
-        made = pattern_of(pattern, given)
         sizes = {"num_heads": self.num_heads, "is_causal": self.causal}
-        plotting.draw_blocks(made, length=self.length, **sizes).savefig(self.out)
-        print(made.describe(self.length, is_causal=self.causal))
+        plotting.draw_blocks(pattern, length=self.length, **sizes).savefig(self.out)
+        print(pattern.describe(self.length, is_causal=self.causal))
         print(f"wrote {self.out}")
