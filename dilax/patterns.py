@@ -193,8 +193,8 @@ class GlobalLocal(Pattern):
     Args:
         sparsity_ratio: the share of admissible blocks kept, by every row: a quarter of them, at
             least one, are the first blocks, then random_blocks, the rest the nearest.
-        global_tokens: instead: rounded up to whole blocks, seen by every row; if not causal, their
-            rows see everything. An int counts from the start; a pair from the start and the end.
+        global_tokens: instead: rounded up to whole blocks, seen by every row; if not causal, the
+            rows at their positions see everything. An int counts from the start; a pair from the start and the end.
         window_size, window_blocks: instead: the window, as in `LocalWindow`.
         random_blocks: more blocks per row, drawn anew for each row from those not kept otherwise.
         seed: of the random blocks; the same seed gives the same blocks everywhere.
@@ -243,32 +243,39 @@ class GlobalLocal(Pattern):
         tokens = (tokens, 0) if isinstance(tokens, int) else tokens
         first, last = (-(-x // self.block_size) for x in tokens)
         zero = np.zeros(grid.rows, int)
-        row = np.arange(grid.rows)
         parts = [
             self._window().entries(grid),
             ranges(grid, zero, zero + first),
             ranges(grid, zero + grid.columns - last, zero + grid.columns),
         ]
-        dense = np.zeros(grid.rows, bool)
         if not grid.is_causal:
-            dense = (row < first) | (row >= grid.rows - last)
+            dense = self._global_rows(grid, first, last)
             parts.append(ranges(grid, zero, np.where(dense, grid.columns, 0)))
         kept = block_entries.union(grid, parts)
         if not self.random_blocks:
             return kept
         return block_entries.union(grid, [kept, self._random(grid, kept)])
 
+    def _global_rows(self, grid: Grid, first: int, last: int) -> np.ndarray:
+        """bool [rows]: which hold a query at the position of a global key."""
+        begin, end = grid.queries(np.arange(grid.rows))
+        split = max(grid.columns - last, 0) * grid.block_size
+        found = np.zeros(grid.rows, bool)
+        for low, high in ((0, min(first * grid.block_size, grid.S)), (split, grid.S)):
+            found |= (begin < grid.k_start + high) & (end >= grid.k_start + low) & (low < high)
+        return found
+
     def _random(self, grid: Grid, kept: Entries) -> Entries:
         """Some of the admissible blocks that are not kept."""
-        chosen = []
+        chosen, before = [], grid.q_start // grid.block_size  # a row is its position's
         for i, column in enumerate(block_entries.by_row(kept, grid.rows)):
             free = grid.limit[i] - len(column)
             number = min(self.random_blocks, free)
-            draw = np.random.default_rng((self.seed, i)).choice
+            draw = np.random.default_rng((self.seed, before + i)).choice
             rank = np.sort(draw(free, number, replace=False)) if number else np.zeros(0, int)
             # The free block of a rank lies behind as many kept ones as have fewer free before.
-            before = np.searchsorted(column - np.arange(len(column)), rank, side="right")
-            chosen.append(rank + before)
+            behind = np.searchsorted(column - np.arange(len(column)), rank, side="right")
+            chosen.append(rank + behind)
         return block_entries.from_rows(chosen)
 
     def _by_ratio(self, grid: Grid, counts: np.ndarray) -> Entries:

@@ -117,6 +117,20 @@ def test_global_tokens_are_rounded_up_to_blocks():
     assert causal.counts[0, 0].tolist() == [1, 2, *[3] * 8]
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_later_queries_alone_keep_what_they_keep_among_all(is_causal):
+    """Rows go by their positions, also those of global tokens and of random blocks."""
+    patterns = [make(0.4) for make in RATIOS.values()]
+    more = GlobalLocal(global_tokens=(5, 3), window_size=6, random_blocks=1, seed=2, block_size=4)
+    for pattern in (*patterns, more, GlobalLocal(global_tokens=9, window_blocks=1, block_size=4)):
+        whole = block_mask(pattern.lists(41, is_causal=is_causal), 11)[0]
+        for start in (4, 16, 40):
+            part = pattern.lists(41 - start, 41, is_causal=is_causal, q_start=start)
+            assert (block_mask(part, 11)[0] == whole[start // 4 :]).all(), (pattern, start)
+    beyond = GlobalLocal(global_tokens=4, window_blocks=1, block_size=4)
+    assert (beyond.lists(8, 20, is_causal=is_causal, q_start=20).counts == 2).all()
+
+
 def test_dilated_rates_in_turn():
     pattern = DilatedSparse(window_size=7 * 4, dilation_rates=(2, 5), block_size=4)
     assert np.flatnonzero(block_mask(pattern.lists(160), 40)[0, 20]).tolist() == [
