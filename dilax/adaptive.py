@@ -9,7 +9,7 @@ from flax import nnx
 
 from dilax._types import refuse
 from dilax.adaptive_branches import attend_branch
-from dilax.attention_fn import check_dtype, check_number
+from dilax.attention_fn import check_dtype, check_number, checkpointed
 from dilax.block_sparse import block_sparse_attention, refuse_branch_options
 from dilax.checks import (
     check_bool,
@@ -25,6 +25,7 @@ from dilax.order import TokenOrder
 from dilax.partial import merge
 from dilax.router import QUERY_FEATURES, Route, Routing, route
 from dilax.router_signal import TARGETS, kept_mass, kl_loss, straight_through
+from dilax.select import check_implementation
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of, within
 from dilax.union import check_extra_keys, extra_keys
 
@@ -44,7 +45,7 @@ class AdaptiveAttention(nnx.Module):
 
     Args:
         num_heads: N.
-        head_dim: H.
+        head_dim: H, a multiple of 8 up to 256.
         num_kv_heads: K, which divides N; None for N. The query heads of a key head share blocks.
         segment_lengths, dilation_rates, combine, head_offset, average_branches: None, or branches
             as in `dilax.dilated_attention`: the router then looks for blocks inside each segment of
@@ -65,6 +66,8 @@ class AdaptiveAttention(nnx.Module):
             then knows of a block that lies before a row only in part its earliest key.
         attention_scale: factor on the logits, None for 1 / sqrt(H).
         dropout: share of attention probabilities dropped, in [0, 1), if not deterministic.
+        add_zero_attn: one key with logit 0 and value 0 that every query sees.
+        use_gradient_checkpointing: as in `DilatedAttention`.
         implementation: "xla", "pallas" or None, as in `dilax.block_sparse_attention`.
         param_dtype: of the projections q_weight [N, H, H] and k_weight [K, H, H].
 
@@ -102,6 +105,8 @@ class AdaptiveAttention(nnx.Module):
         order: TokenOrder | None = None,
         attention_scale: float | None = None,
         dropout: float = 0.0,
+        add_zero_attn: bool = False,
+        use_gradient_checkpointing: Any = False,
         implementation: str | None = None,
         param_dtype: Any = jnp.float32,
     ):
@@ -114,6 +119,8 @@ class AdaptiveAttention(nnx.Module):
         ):
             if check_index(name, x) == 0:
                 raise refuse(name, "a positive int", x)
+        if head_dim % 8 or head_dim > 256:
+            raise refuse("head_dim", "a multiple of 8 up to 256", head_dim)
         if num_heads % num_kv_heads:
             raise refuse("num_kv_heads", f"a divisor of num_heads={num_heads}", num_kv_heads)
         check_ratio(sparsity_ratio)
@@ -137,11 +144,16 @@ class AdaptiveAttention(nnx.Module):
             wanted = "None or a finite Python number"
             check_number("attention_scale", attention_scale, -1e30, 1e30, wanted)
         check_number("dropout", dropout, 0.0, 1.0, "a Python number in [0, 1)")
+        check_bool("add_zero_attn", add_zero_attn)
+        checkpointed(abs, use_gradient_checkpointing)
+        check_implementation(implementation)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.sparsity_ratio, self.block_size = sparsity_ratio, block_size
         self.query_feature, self.loss_target = query_feature, loss_target
         self.straight_through, self.dropout = straight_through, dropout
         self.attention_scale, self.implementation = attention_scale, implementation
+        self.add_zero_attn = add_zero_attn
+        self.use_gradient_checkpointing = use_gradient_checkpointing
         self.order, self.average_branches = order, average_branches
         self.segment_lengths, self.dilation_rates = segment_lengths, dilation_rates
         self.combine: Combine = combine
@@ -158,6 +170,7 @@ class AdaptiveAttention(nnx.Module):
         is_causal: bool = False,
         q_segment_ids: jax.Array | None = None,
         kv_segment_ids: jax.Array | None = None,
+        key_padding_mask: jax.Array | None = None,
         sparsity_ratio: float | None = None,
         order: TokenOrder | None = None,
     ) -> Route:
@@ -165,11 +178,19 @@ class AdaptiveAttention(nnx.Module):
 
         The tokens are taken as they lie, in `order`, also by a router with an order of its own, and
         as one sequence without branches.
+
+        Raises:
+            ValueError: an argument is wrong; the message says which, what was wanted and what came.
         """
+        check_qkv(query, key, key)
+        self._check_sizes(query, key)
+        check_bool("is_causal", is_causal)
+        _check_order(order, query, key)
+        ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
         routing = self._routing(query, key, is_causal, sparsity_ratio, order)
         weights = self.q_weight[...], self.k_weight[...]
         with jax.named_scope("dilax.router"):
-            return route(query, key, *weights, routing, q_segment_ids, kv_segment_ids)
+            return route(query, key, *weights, routing, *ids)
 
     def _routing(self, query, key, is_causal: bool, sparsity_ratio: Any, order: Any) -> Routing:
         ratio = self.sparsity_ratio if sparsity_ratio is None else sparsity_ratio
@@ -198,7 +219,7 @@ class AdaptiveAttention(nnx.Module):
         key_padding_mask: jax.Array | None = None,
         bias_k: jax.Array | None = None,
         bias_v: jax.Array | None = None,
-        zero_attn: bool = False,
+        zero_attn: bool | None = None,
         dropout_key: jax.Array | None = None,
         deterministic: bool = False,
         sparsity_ratio: float | None = None,
@@ -211,11 +232,12 @@ class AdaptiveAttention(nnx.Module):
         Args:
             query: [B, T, N, H]; key, value: [B, S, K, H]. In a causal call T = S.
             sparsity_ratio: in place of the constructor's, such as 1.0 while a router warms up.
+            zero_attn: in place of the constructor's add_zero_attn.
             order: the `TokenOrder` in which queries and keys already lie and the result stays, for
                 a router without an order of its own.
             return_loss: also return the router's loss, a scalar: the KL divergence of its softmax
                 over the kept blocks from the attention that they took.
-            is_causal, q_segment_ids, kv_segment_ids, key_padding_mask, bias_k, bias_v, zero_attn,
+            is_causal, q_segment_ids, kv_segment_ids, key_padding_mask, bias_k, bias_v,
                 dropout_key, deterministic, return_lse: as in `dilax.dilated_attention`.
 
         Returns:
@@ -234,20 +256,29 @@ class AdaptiveAttention(nnx.Module):
             raise refuse("straight_through", "False when dropout acts", True)
         ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
         order = self._order(query, key, order)
-        if self.order is not None:
-            query, key, value = (self.order.permute(x) for x in (query, key, value))
-            ids = tuple(None if x is None else self.order.permute(x) for x in ids)
-        extra = {"bias_k": bias_k, "bias_v": bias_v, "zero_attn": zero_attn}
+        zero_attn = self.add_zero_attn if zero_attn is None else zero_attn
+        check_bool("zero_attn", zero_attn)
+        check_extra_keys(key, bias_k, bias_v)
         said = {"is_causal": is_causal, "deterministic": deterministic}
         said |= {"sparsity_ratio": sparsity_ratio, "with_loss": return_loss}
-        weights = self.q_weight[...], self.k_weight[...]
-        if self.segment_lengths is None:
-            said |= {"order": order, "dropout_key": dropout_key}
-            out, lse, loss = self._attend(query, key, value, ids, weights, **said, **extra)
-        else:
-            out, lse, loss = self._in_branches(
-                query, key, value, ids, weights, dropout_key, said, extra
-            )
+
+        def attend(arrays, ids, weights, extra, dropout_key):
+            extra = extra | {"zero_attn": zero_attn}
+            if self.order is not None:
+                arrays, ids = jax.tree.map(self.order.permute, (arrays, ids))
+            q, k, v = arrays
+            if self.segment_lengths is not None:
+                return self._in_branches(q, k, v, ids, weights, dropout_key, said, extra)
+            more: Any = said | {"order": order, "dropout_key": dropout_key}
+            return self._attend(q, k, v, ids, weights, **more, **extra)
+
+        out, lse, loss = checkpointed(attend, self.use_gradient_checkpointing)(
+            (query, key, value),
+            ids,
+            (self.q_weight[...], self.k_weight[...]),
+            {"bias_k": bias_k, "bias_v": bias_v},
+            dropout_key,
+        )
         results: list[Any] = [out, lse] if return_lse else [out]
         if self.order is not None:
             results = [self.order.unpermute(x) for x in results]
@@ -308,7 +339,6 @@ class AdaptiveAttention(nnx.Module):
         T, N = query.shape[1:3]
         if key.shape[1] != T:
             raise refuse("key", f"as many keys as queries, {T}, inside branches", key)
-        check_extra_keys(key, extra["bias_k"], extra["bias_v"])
         spec = as_spec(self.segment_lengths, self.dilation_rates)
         branches = branches_of(spec, N, self.combine, self.head_offset)
         losses = []
@@ -349,9 +379,7 @@ class AdaptiveAttention(nnx.Module):
         if order is not None and self.segment_lengths is not None:
             raise refuse("order", "None inside branches, where a router goes by index", order)
         order = self.order if order is None else order
-        if order is not None:
-            for name, x in (("query", query), ("key", key)):
-                order.check_length(name, x)
+        _check_order(order, query, key)
         return order
 
     def _check_sizes(self, query: Any, key: Any) -> None:
@@ -360,3 +388,13 @@ class AdaptiveAttention(nnx.Module):
             raise refuse("query", f"{sizes[0]} heads of {sizes[1]}", query)
         if key.shape[2] != self.num_kv_heads:
             raise refuse("key", f"{self.num_kv_heads} heads", key)
+
+
+def _check_order(order: Any, query: Any, key: Any) -> None:
+    """Refuse an order that is none, and queries and keys that are not its tokens."""
+    if order is None:
+        return
+    if not isinstance(order, TokenOrder):
+        raise refuse("order", "None or a TokenOrder", order)
+    for name, x in (("query", query), ("key", key)):
+        order.check_length(name, x)

@@ -16,6 +16,7 @@ STANDARD = {"sparsity_ratio": 0.1, "block_size": 128}  # of the preset adaptive_
 _SIZES = ("self", "num_heads", "head_dim")
 _FIELDS = {*inspect.signature(AdaptiveAttention.__init__).parameters}.difference(_SIZES)
 _SHARED = ("num_kv_heads", "param_dtype")  # with the module around it
+_OUTSIDE = "use_gradient_checkpointing"  # there of the projections too
 # What a router cannot be combined with, and why.
 _WHY = {
     "its router finds the blocks": "pattern sparse_config pattern_type need_speed visiting_order",
@@ -83,7 +84,7 @@ def multihead_adaptive_attention(
     options = dict(options)
     _flash(options)
     _refuse_others(kind, options, {*_OUTER, *_FIELDS} - {"self"})
-    inner = {name: x for name, x in options.items() if name in _FIELDS}
+    inner = {name: x for name, x in options.items() if name in _FIELDS - {_OUTSIDE}}
     sizes = {"embed_dim": embed_dim, "num_heads": num_heads}
     router = adaptive_attention(kind, row, sizes | inner)
     options = {name: x for name, x in options.items() if name not in inner or name in _SHARED}

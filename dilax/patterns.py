@@ -194,7 +194,8 @@ class GlobalLocal(Pattern):
         sparsity_ratio: the share of admissible blocks kept, by every row: a quarter of them, at
             least one, are the first blocks, then random_blocks, the rest the nearest.
         global_tokens: instead: rounded up to whole blocks, seen by every row; if not causal, the
-            rows at their positions see everything. An int counts from the start; a pair from the start and the end.
+            rows at their positions see everything. An int counts from the start; a pair from the
+            start and the end.
         window_size, window_blocks: instead: the window, as in `LocalWindow`.
         random_blocks: more blocks per row, drawn anew for each row from those not kept otherwise.
         seed: of the random blocks; the same seed gives the same blocks everywhere.

@@ -106,7 +106,7 @@ def test_signals_equal_those_of_a_dense_softmax(causal, rng, x64):
         return (out * weights[0]).sum() + jnp.where(lse == -jnp.inf, 0, lse * weights[1]).sum()
 
     def scores(state):
-        return nnx.merge(graph, state).route(*arrays[:2], kv_segment_ids=ids, **said).scores
+        return nnx.merge(graph, state).route(*arrays[:2], **said).scores
 
     @jax.jit
     def ours(state):
@@ -119,7 +119,7 @@ def test_signals_equal_those_of_a_dense_softmax(causal, rng, x64):
         (_, loss), pull, (out, lse) = jax.vjp(call, state, has_aux=True)
         one, none = jnp.ones(()), jnp.zeros(())
         gradients = pull((one, none))[0], pull((none, one))[0]
-        lists = nnx.merge(graph, state).route(*arrays[:2], kv_segment_ids=ids, **said).lists
+        lists = nnx.merge(graph, state).route(*arrays[:2], **said).lists
         more = {"scale": H**-0.5, "is_causal": causal, "segment_ids": (ids, ids)}
         masses = [kept_mass(*arrays[:2], lse, lists, target=x, **more) for x in ("mean", "max")]
         return (out, lse, masses, loss, *gradients), lists
@@ -290,8 +290,9 @@ def test_examples_may_lie_on_several_devices(rng, x64):
 
 
 def test_all_blocks_kept_is_dense(rng, x64):
-    router, (q, k, v) = made(rng, sparsity_ratio=1.0), heads(rng)
-    exact, _ = reference.dilated_attention(q, k, v, [T], [1], is_causal=True)
+    more = {"add_zero_attn": True, "use_gradient_checkpointing": True}
+    router, (q, k, v) = made(rng, sparsity_ratio=1.0, **more), heads(rng)
+    exact, _ = reference.dilated_attention(q, k, v, [T], [1], is_causal=True, zero_attn=True)
     attend = nnx.jit(lambda router: router(q, k, v, is_causal=True))
     assert_exact(attend(router), exact)
     less = attend(made(rng, sparsity_ratio=0.2))
@@ -335,8 +336,10 @@ def test_the_selector_knows_its_names(name):
         made = factory(name, **sizes)
         assert isinstance(made, dilax.AdaptiveAttention)
         assert (made.sparsity_ratio, made.block_size, made.head_dim) == (0.1, 128, 8)
-    layer = dilax.create_multihead_dilated_attention(name, 32, 4, num_kv_heads=2, layer_norm=True)
+    options = {"num_kv_heads": 2, "layer_norm": True, "add_zero_attn": True}
+    layer = dilax.create_multihead_dilated_attention(name, 32, 4, **options)
     assert isinstance(layer.attention, dilax.AdaptiveAttention)
+    assert layer.attention.add_zero_attn
     assert (layer.num_kv_heads, layer.attention.num_kv_heads) == (2, 2)
     sizes = {"seq_len": 4096, "dtype": "bfloat16", "device_kind": "NVIDIA H100 80GB HBM3"}
     assert dilax.explain(name, **sizes).implementation == "pallas"
@@ -428,6 +431,11 @@ CALL, ORDER = {"is_causal": True}, dilax.TokenOrder((9, 10))
         ),
         ("dropout_key", {"dropout": 0.5}, CALL),
         ("return_loss", {}, CALL | {"return_loss": "yes"}),
+        ("zero_attn", {}, CALL | {"zero_attn": 1}),
+        ("add_zero_attn", {"add_zero_attn": 1}, None),
+        ("use_gradient_checkpointing", {"use_gradient_checkpointing": "all"}, None),
+        ("implementation", {"implementation": "cuda"}, None),
+        ("bias_v", {"use_gradient_checkpointing": True}, {"bias_k": "key"}),
         ("order", {"order": "hilbert"}, None),
         ("order", {"order": ORDER}, {"order": ORDER}),
         ("query_feature", {"query_feature": "previous"}, CALL | {"order": ORDER}),
@@ -456,8 +464,16 @@ def test_shapes_that_do_not_fit_are_refused():
         ("key", (x, x[:, :, :2], x[:, :, :2])),
         ("key", (x, x[:, :16], x[:, :16])),
     ):
+        for use in (router, lambda q, k, _, **said: router.route(q, k, **said)):
+            with pytest.raises(ValueError, match=rf"^{name}: wanted"):
+                use(*arrays, is_causal=True)
+    ids = np.ones((1, 32), np.int64)
+    for name, said in (("order", "hilbert"), ("query", ORDER), ("is_causal", 1),
+                       ("q_segment_ids", ids), ("key_padding_mask", ids)):  # fmt: skip
         with pytest.raises(ValueError, match=rf"^{name}: wanted"):
-            router(*arrays, is_causal=True)
+            router.route(x, x, **{"order" if name == "query" else name: said})
+    with pytest.raises(ValueError, match=r"^head_dim: wanted a multiple of 8"):
+        dilax.AdaptiveAttention(4, 12)
 
 
 @pytest.mark.parametrize("ids", [[1] * 32 + [0] + [1] * 31, [1] * 20 + [2] * 16 + [1] * 28])
