@@ -52,7 +52,8 @@ def main():
     machine = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     lines = [
         f"{machine}; {options.dtype}, grid {GRID}, N={shape[3]}, H={shape[4]}, forward,",
-        f"fastest of {options.rounds} in turns; ratios: row order's over the order's.",
+        f"fastest of {options.rounds} in turns; a ratio is row order's blocks or time over the"
+        " order's.",
         "",
         "| window | block | order | blocks | kept | ratio | time | ratio |",
         "|---|---|---|---|---|---|---|---|",

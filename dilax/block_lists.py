@@ -81,13 +81,14 @@ def from_mask(
     band_index, of the mask's shape, says which of `bands` masks each block.
 
     Raises:
-        ValueError: the mask has another number of axes or is not boolean, or a band is wrong.
+        ValueError: the mask has another number of axes, is not boolean or not known when tracing,
+            or a band is wrong.
 
     Example:
         >>> from_mask(np.eye(3, dtype=bool), 64).counts.tolist()
         [[[1, 1, 1]]]
     """
-    mask = np.asarray(mask)
+    mask = _known_array("mask", mask)
     if mask.dtype != bool or not 2 <= mask.ndim <= 4:
         raise refuse("mask", "a boolean array [b, n, rows, columns], b and n optional", mask)
     shape = mask.shape
@@ -100,11 +101,20 @@ def from_mask(
     valid = np.arange(capacity) < counts[..., None]
     columns = np.where(valid, columns, np.where(counts[..., None] > 0, last, 0))
     if band_index is not None:
-        band_index = np.asarray(band_index).reshape(mask.shape)
+        band_index = _known_array("band_index", band_index)
+        if band_index.shape != shape or band_index.dtype.kind not in "iu":
+            raise refuse("band_index", f"ints of the mask's shape {shape}", band_index)
+        band_index = band_index.reshape(mask.shape)
         band_index = np.take_along_axis(band_index, columns, -1).astype(np.int32)
     lists = BlockLists(columns.astype(np.int32), counts, tuple(bands), band_index, block_size)
     check_lists(lists, shape[-2], shape[-1])
     return lists
+
+
+def _known_array(name: str, x: Any) -> np.ndarray:
+    if isinstance(x, Tracer):
+        raise refuse(name, "an array that is known when the call is traced", x)
+    return np.asarray(x)
 
 
 def admissible(
@@ -206,7 +216,7 @@ def check_lists(
             or getattr(x, "shape", None) != wanted
             or getattr(x, "dtype", None) != jnp.int32
         ):
-            form = "[b, n, rows, capacity]" if len(wanted) == 4 else "[b, n, rows]"
+            form = "[b, n, rows]" if name == "blocks.counts" else "[b, n, rows, capacity]"
             raise refuse(name, f"int32 {form} with {rows} rows, all of one shape", x)
     for axis, sizes in ((0, batch), (1, heads)):
         if sizes is not None and shape[axis] not in sizes:

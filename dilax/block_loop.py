@@ -267,6 +267,7 @@ def backward(settings: Settings, q, k, v, groups: Groups, to: Visits, do, lse, d
     """dq [G, Lq, H], dk and dv [G, Lk, H] of one piece, given the total lse and delta."""
     (G, Lq, H), Lk, stats = q.shape, k.shape[1], stats_dtype(q.dtype)
     x = _blocks(q, k, v, groups, to)
+    to = to._replace(order="longest_first")  # one order of the sums over queries
     plan = _plan(settings, to, x.k_position.shape[0])
     rows = [_cut(a, to.block_size, to.q_lead) for a in (do, base_two(lse), delta)]
 

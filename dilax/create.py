@@ -26,6 +26,7 @@ from dilax.kind_options import (
 from dilax.modules import MultiheadDilatedAttention
 from dilax.names import KINDS, find_kind
 from dilax.order import TokenOrder
+from dilax.pattern_config import PRESETS
 
 
 def create_dilated_attention(
@@ -268,11 +269,11 @@ def create_block_sparse_attention(
 
     Args:
         kind: "block_sparse" (also "block_sparse_ring"), "hilbert_post_pattern", a preset ("local",
-            "global_local", "ultra_sparse", "hilbert_standard", "hilbert_ultra", "fine_grained",
-            "long_range", "hierarchical_ultra_sparse"), "hierarchical", the preset of that name, or
-            with options such as sparsity_ratio a `SparsePatternConfig` of that type,
-            "block_sparse_multihead", a module, or "adaptive" and its preset "adaptive_standard", an
-            `AdaptiveAttention` with a router that learns.
+            "dilated", "global_local", "ultra_sparse", "hilbert_standard", "hilbert_ultra",
+            "fine_grained", "long_range", "hierarchical_ultra_sparse"), "hierarchical", the preset
+            of that name, or with options such as sparsity_ratio a `SparsePatternConfig` of that
+            type, "block_sparse_multihead", a module, or "adaptive" and its preset
+            "adaptive_standard", an `AdaptiveAttention` with a router that learns.
         segment_lengths, dilation_rates: None, or dilated branches inside which the pattern acts.
         sparse_config: the pattern: a `SparsePatternConfig`, a pattern or the name of a preset.
         embed_dim, num_heads: sizes; a module and a router need them.
@@ -292,6 +293,10 @@ def create_block_sparse_attention(
         (1, 300, 4, 16)
     """
     row = find_kind(kind)
+    if row.pattern is None and row.preset is None and kind in PRESETS:  # "dilated" is both
+        if sparse_config is not None:
+            raise refuse("sparse_config", f"None with kind {kind!r}, a preset", sparse_config)
+        kind, row, sparse_config = "block_sparse", find_kind("block_sparse"), PRESETS[kind]
     if row.adaptive:
         given = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
         given |= {"sparse_config": sparse_config, "embed_dim": embed_dim, "num_heads": num_heads}

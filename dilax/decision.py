@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dilax._types import UnsupportedError, refuse, shown
 from dilax.attention_fn import check_dtype, check_number, refuse_layout_of_order
 from dilax.block_lists import BlockLists, density
-from dilax.checks import check_bool, check_index, check_qkv
+from dilax.checks import check_bool, check_index, check_qkv, check_ratio
 from dilax.create_adaptive import STANDARD
 from dilax.kind_options import SEGMENT_LENGTHS, implementation_of, pattern_of, segments_of
 from dilax.mesh_plan import placed_call, sharding_on
@@ -132,9 +132,13 @@ def explain(
         raise refuse("pattern", f"None with kind {kind!r}, whose router finds one", pattern)
     fields = {"sparsity_ratio": sparsity_ratio, "block_size": block_size}
     fields |= {"pattern_type": pattern_type}
-    for name, x in fields.items():
-        if row.adaptive and x is not None:
-            raise refuse(name, f"None with kind {kind!r}, whose router finds blocks", x)
+    router = dict(STANDARD)
+    for name, x in fields.items() if row.adaptive else ():
+        if x is not None and (name not in STANDARD or row.preset is not None):
+            wanted = f"None with kind {kind!r}"
+            why = "has its own" if name in STANDARD else "finds blocks by a router"
+            raise refuse(name, f"{wanted}, which {why}", x)
+        router |= {} if x is None else {name: x}
     made = None if row.adaptive else pattern_of(kind, row, False, pattern, **fields)
     segments, rates = segments_of(row, segment_lengths, dilation_rates)
     if row.adaptive and segments is not None:
@@ -147,8 +151,8 @@ def explain(
         options["branches"] = branches_of(as_spec(segments, rates), num_heads, combine, head_offset)
         variant += f", {segments} every {rates}"
     if row.adaptive:
-        options["blocks"] = _routed(arrays, is_causal)
-        variant += f", the blocks that a router finds, {STANDARD['sparsity_ratio']:.0%} of them"
+        options["blocks"], ratio = _routed(arrays, is_causal, **router), router["sparsity_ratio"]
+        variant += f", the blocks that a router finds, {ratio:.0%} of them"
     if made is not None:
         variant += f", {made}"
         if segments is None:
@@ -209,10 +213,13 @@ def explain(
     )
 
 
-def _routed(arrays: tuple, is_causal: bool) -> BlockLists:
-    """Lists of the shapes that the preset's router gives, without any contents."""
+def _routed(arrays: tuple, is_causal: bool, sparsity_ratio: Any, block_size: Any) -> BlockLists:
+    """Lists of the shapes that a router gives, without any contents."""
     query, key = arrays[:2]
-    routing = Routing(STANDARD["sparsity_ratio"], STANDARD["block_size"], "first", is_causal)
+    check_ratio(sparsity_ratio)
+    if check_index("block_size", block_size) == 0:
+        raise refuse("block_size", "a positive int", block_size)
+    routing = Routing(sparsity_ratio, block_size, "first", is_causal)
     kept = budgets(query.shape[1], key.shape[1], routing)
     counts = (query.shape[0], key.shape[2], len(kept))
     columns = jax.ShapeDtypeStruct((*counts, int(kept.max())), jnp.int32)

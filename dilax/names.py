@@ -159,7 +159,8 @@ KINDS = (
         order="hilbert",
         implementation="pallas",
     ),
-    # "dilated" and "hierarchical" are kinds above: as a `pattern` they are presets.
+    # "dilated" and "hierarchical" are kinds above: as a `pattern` they are presets, and so they are
+    # to `create_block_sparse_attention`.
     *(_preset(name) for name in ("local", "global_local", "ultra_sparse")),
     *(
         dataclasses.replace(_preset(name), visiting_order="hilbert")

@@ -13,7 +13,7 @@ from dilax import block_entries
 from dilax._types import refuse
 from dilax.block_entries import Entries, Grid, as_lists
 from dilax.block_lists import BlockLists, density, partial_blocks
-from dilax.checks import check_index
+from dilax.checks import check_bool, check_index
 
 
 class Pattern:
@@ -64,12 +64,16 @@ class Pattern:
         """The BlockLists for T queries and S keys (None: T); one list where all heads agree.
 
         Raises:
-            ValueError: a length is not positive, or the heads cannot be split into as many groups
-                as the pattern has.
+            ValueError: an argument is wrong, such as a length that is not positive, or the heads
+                cannot be split into as many groups as the pattern has.
         """
-        for name, x in (("T", T), ("S", T if S is None else S)):
-            if check_index(name, x) == 0:
+        given = {"T": T, "S": S, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        for name, x in given.items():
+            if (x is not None or name == "T") and check_index(name, x) == 0:
                 raise refuse(name, "a positive int", x)
+        for name, x in (("q_start", q_start), ("k_start", k_start)):
+            check_index(name, x)
+        check_bool("is_causal", is_causal)
         grid = Grid(T, T if S is None else S, self.block_size, is_causal, q_start, k_start)
         groups = self.head_groups()
         numbers = [groups if n is None else n for n in (num_heads, num_kv_heads or num_heads)]

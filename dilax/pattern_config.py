@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from dilax._types import refuse
-from dilax.checks import check_choice, check_index, plain
+from dilax.block_lists import BlockLists
+from dilax.checks import check_choice, check_index, is_array, plain
 from dilax.patterns import (
     DilatedSparse,
     GlobalLocal,
@@ -148,7 +149,11 @@ def as_pattern(name: str, x: Any) -> Pattern:
     if isinstance(x, str) and x in PATTERN_TYPES:
         return SparsePatternConfig(x).pattern()
     names = ", ".join(dict.fromkeys((*PRESETS, *PATTERN_TYPES)))
-    wanted = f"a SparsePatternConfig, a pattern, BlockLists, or one of {names}"
-    if x == "adaptive":
+    wanted = f"a SparsePatternConfig, a pattern, or one of {names}"
+    if isinstance(x, str) and x.startswith("adaptive"):
         wanted += "; dilax.AdaptiveAttention is what has a router"
+    if isinstance(x, BlockLists):
+        wanted += "; dilax.block_sparse_attention is what takes lists"
+    if is_array(x):
+        wanted += "; dilax.block_lists.from_mask makes lists of a mask over blocks"
     raise refuse(name, wanted, x)

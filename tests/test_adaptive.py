@@ -343,6 +343,15 @@ def test_the_selector_knows_its_names(name):
     assert (layer.num_kv_heads, layer.attention.num_kv_heads) == (2, 2)
     sizes = {"seq_len": 4096, "dtype": "bfloat16", "device_kind": "NVIDIA H100 80GB HBM3"}
     assert dilax.explain(name, **sizes).implementation == "pallas"
+    if name == "adaptive":
+        said = dilax.explain(name, **sizes, sparsity_ratio=0.3, block_size=96)
+        assert "30% of them" in said.variant
+        assert said.implementation == "xla"  # no kernel takes such blocks
+    wrong = {"sparsity_ratio": 2.0, "block_size": 0}
+    own = {"sparsity_ratio": 0.3, "block_size": 64} if name == "adaptive_standard" else {}
+    for option, x in ({"pattern_type": "local_window"} | wrong | own).items():
+        with pytest.raises(ValueError, match=f"^{option}: wanted"):
+            dilax.explain(name, **sizes, **{option: x})
 
 
 def test_a_module_with_a_router_is_attention_between_projections(rng):

@@ -102,6 +102,11 @@ def test_wrong_lists_are_refused():
     wrong("band numbers from 0 to 0", band_index=np.ones_like(column))
     with pytest.raises(ValueError, match="mask: wanted a boolean array"):
         from_mask(np.ones((3, 3)), 64)
+    with pytest.raises(ValueError, match=r"^mask: wanted an array that is known"):
+        jax.eval_shape(lambda x: from_mask(x, 64), jnp.ones((3, 3), bool))
+    for index in (np.zeros((2, 3), int), np.zeros((3, 3))):
+        with pytest.raises(ValueError, match=r"^band_index: wanted ints of the mask's shape"):
+            from_mask(np.ones((3, 3), bool), 64, ((None, None), (3, 0)), index)
     known = jax.tree.map(jnp.asarray, good)
     with pytest.raises(ValueError, match="columns from 0 to 1"):
         check_lists(known, 3, 2)

@@ -317,6 +317,11 @@ def test_wrong_arguments_are_refused():
     good = lists((2, 4, 5, 5))
     refused("pattern: wanted a SparsePatternConfig, a pattern.*got 3", 3)
     refused("pattern: wanted a SparsePatternConfig.*one of local, .*got 'learned'", "learned")
+    refused("pattern: wanted .*AdaptiveAttention is what has a router", "adaptive_standard")
+    for mask in (np.ones((5, 5), bool), jnp.ones((5, 5))):
+        refused("^pattern: wanted .*from_mask makes lists of a mask", mask)
+    with pytest.raises(ValueError, match=r"^pattern: wanted .*_attention is what takes lists, got"):
+        dilax.DilatedAttention(None, pattern=good)
     refused("blocks.columns: wanted int32 .* with 5 rows", lists((2, 4, 6, 5)))
     refused("blocks.columns: wanted columns from 0 to 4, got 5", lists((2, 4, 5, 6), 1))
     for one in (lists((2, 4, 5, 6), 1), dataclasses.replace(good, counts=good.counts + 9)):

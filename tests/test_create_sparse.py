@@ -49,6 +49,12 @@ def test_hierarchical_is_its_preset_or_with_options_its_type():
     assert made("hierarchical", pattern=other).pattern == other
 
 
+def test_every_preset_is_a_kind_of_block_sparse_attention():
+    for name, pattern in PRESETS.items():
+        attention = dilax.create_block_sparse_attention(name)
+        assert (attention.pattern, attention.segment_lengths) == (pattern, None), name
+
+
 def test_functions_compute_block_sparse_attention(x64):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 300, 2, 8), jnp.float64)
     config = SparsePatternConfig("dilated_sparse", 0.4, 64)
@@ -92,10 +98,10 @@ def test_visiting_orders_give_the_same_bits(rng):
             out = dilax.block_sparse_attention(q, k, v, "global_local", visiting_order=order)
             return (out**2).sum(), out
 
-        found[order] = jax.jit(jax.grad(loss, (0,), has_aux=True))(q, k, v)
+        found[order] = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
     for order in ("row", "hilbert"):
-        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found[order], found["row"]))
-        assert (found[order][1] == found["longest_first"][1]).all()
+        same = jax.tree.map(lambda a, b: (a == b).all(), found[order], found["longest_first"])
+        assert jax.tree.all(same)
     with pytest.raises(ValueError, match="visiting_order: wanted 'longest_first' or 'row' or"):
         dilax.block_sparse_attention(q, k, v, "local", visiting_order="curve")
 
@@ -133,8 +139,12 @@ def test_what_cannot_be_honoured_is_refused(match, kind, options):
 
 
 def test_block_sparse_factory_refuses_other_kinds():
-    with pytest.raises(ValueError, match=r"kind: wanted one of block_sparse, .*got 'dilated'"):
-        dilax.create_block_sparse_attention("dilated")
+    with pytest.raises(ValueError, match=r"kind: wanted one of block_sparse, .*got 'standard'"):
+        dilax.create_block_sparse_attention("standard")
+    with pytest.raises(ValueError, match="sparse_config: wanted None with kind 'dilated', a pres"):
+        dilax.create_block_sparse_attention("dilated", sparse_config="local")
+    with pytest.raises(ValueError, match="sparsity_ratio: wanted None with a pattern"):
+        dilax.create_block_sparse_attention("dilated", sparsity_ratio=0.1)
     with pytest.raises(ValueError, match="embed_dim: wanted a positive int with kind"):
         dilax.create_block_sparse_attention("block_sparse_multihead")
     inside = dilax.explain(

@@ -292,6 +292,10 @@ def test_wrong_patterns_are_refused():
     for T in (0, -3, 1.5):
         with pytest.raises(ValueError, match=r"^T: wanted"):
             LocalWindow(0.5).lists(T)
+    for name, x in (("num_heads", 0), ("num_kv_heads", -2), ("q_start", -5), ("k_start", 0.5),
+                    ("is_causal", 1)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: wanted"):
+            LocalWindow(0.5).lists(8, **{name: x})
     with pytest.raises(ValueError, match="dilation_rates: wanted a sequence"):
         DilatedSparse(0.5, dilation_rates=3)
     far = Hierarchical(near_blocks=1, levels=100, block_size=4)
