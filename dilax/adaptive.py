@@ -62,8 +62,8 @@ class AdaptiveAttention(nnx.Module):
         straight_through: the router also gets the gradient that a bias on the kept blocks' logits
             would have; the result does not change.
         order: a `TokenOrder` of the grid that the tokens are; they come and go row by row, blocks
-            are of the order, causality and dropout go by the original positions. A causal router
-            then knows of a block that lies before a row only in part its earliest key.
+            and segments are of the order, causality and dropout go by the original positions. Of a
+            block that lies before a row only in part a causal router knows only its earliest key.
         attention_scale: factor on the logits, None for 1 / sqrt(H).
         dropout: share of attention probabilities dropped, in [0, 1), if not deterministic.
         add_zero_attn: one key with logit 0 and value 0 that every query sees.
@@ -138,8 +138,6 @@ class AdaptiveAttention(nnx.Module):
             branches_of(spec, num_heads, combine, head_offset)
             if average_branches is not None:
                 check_bool("average_branches", average_branches)
-            if order is not None:
-                raise refuse("order", "None inside branches, where a router goes by index", order)
         if attention_scale is not None:
             wanted = "None or a finite Python number"
             check_number("attention_scale", attention_scale, -1e30, 1e30, wanted)
@@ -187,12 +185,12 @@ class AdaptiveAttention(nnx.Module):
         check_bool("is_causal", is_causal)
         _check_order(order, query, key)
         ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
-        routing = self._routing(query, key, is_causal, sparsity_ratio, order)
+        routing = self._routing(query, key, is_causal, sparsity_ratio, _positions(order))
         weights = self.q_weight[...], self.k_weight[...]
         with jax.named_scope("dilax.router"):
             return route(query, key, *weights, routing, *ids)
 
-    def _routing(self, query, key, is_causal: bool, sparsity_ratio: Any, order: Any) -> Routing:
+    def _routing(self, query, key, is_causal: bool, sparsity_ratio, positions) -> Routing:
         ratio = self.sparsity_ratio if sparsity_ratio is None else sparsity_ratio
         check_ratio(ratio)
         T, S = query.shape[1], key.shape[1]
@@ -200,12 +198,12 @@ class AdaptiveAttention(nnx.Module):
         if is_causal and feature == "mean":
             wanted = "'first' or 'previous' in a causal call: a mean knows the block's later tokens"
             raise refuse("query_feature", wanted, feature)
-        if is_causal and order is not None and feature != "first":
+        if is_causal and positions is not None and feature != "first":
             wanted = "'first' in a causal call in an order: blocks do not follow each other in time"
             raise refuse("query_feature", wanted, feature)
         if is_causal and T != S:
             raise refuse("key", f"as many keys as queries, {T}, in a causal call", key)
-        return Routing(ratio, self.block_size, feature, is_causal, order)
+        return Routing(ratio, self.block_size, feature, is_causal, positions)
 
     def __call__(
         self,
@@ -268,8 +266,8 @@ class AdaptiveAttention(nnx.Module):
                 arrays, ids = jax.tree.map(self.order.permute, (arrays, ids))
             q, k, v = arrays
             if self.segment_lengths is not None:
-                return self._in_branches(q, k, v, ids, weights, dropout_key, said, extra)
-            more: Any = said | {"order": order, "dropout_key": dropout_key}
+                return self._in_branches(q, k, v, ids, weights, order, dropout_key, said, extra)
+            more: Any = said | {"positions": _positions(order), "dropout_key": dropout_key}
             return self._attend(q, k, v, ids, weights, **more, **extra)
 
         out, lse, loss = checkpointed(attend, self.use_gradient_checkpointing)(
@@ -297,11 +295,17 @@ class AdaptiveAttention(nnx.Module):
         is_causal: bool,
         sparsity_ratio: float | None,
         with_loss: bool,
-        order: TokenOrder | None = None,
+        positions: np.ndarray | None = None,
         **options: Any,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """out, lse and loss of one sequence: route, attend, and what the router learns from."""
-        routing = self._routing(query, key, is_causal, sparsity_ratio, order)
+        """out, lse and loss of one sequence: route, attend, and what the router learns from.
+
+        positions: those of `Routing`.
+        """
+        routing = self._routing(query, key, is_causal, sparsity_ratio, positions)
+        if positions is not None:
+            repeats = (max(1, len(query) // len(positions)), 1)
+            positions = np.tile(positions, repeats).astype(np.int32)
         with jax.named_scope("dilax.router"):
             found = route(query, key, *weights, routing, *ids)
         out, lse = block_sparse_attention(
@@ -313,7 +317,7 @@ class AdaptiveAttention(nnx.Module):
             scale=self.attention_scale,
             q_segment_ids=ids[0],
             kv_segment_ids=ids[1],
-            q_positions=None if order is None else jnp.asarray(order.positions),
+            q_positions=None if positions is None else jnp.asarray(positions),
             dropout_rate=self.dropout,
             implementation=self.implementation,
             return_lse=True,
@@ -322,7 +326,7 @@ class AdaptiveAttention(nnx.Module):
         said: Any = {
             "scale": self._scale,
             "is_causal": is_causal,
-            "order": order,
+            "positions": positions,
             "segment_ids": ids,
         }
         if self.straight_through:
@@ -333,7 +337,7 @@ class AdaptiveAttention(nnx.Module):
         return out, lse, kl_loss(found, mass)
 
     def _in_branches(
-        self, query, key, value, ids, weights, dropout_key, said: dict, extra: dict
+        self, query, key, value, ids, weights, order, dropout_key, said: dict, extra: dict
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """The same inside each segment of each branch; the loss is the mean over blocks of rows."""
         T, N = query.shape[1:3]
@@ -343,10 +347,12 @@ class AdaptiveAttention(nnx.Module):
         branches = branches_of(spec, N, self.combine, self.head_offset)
         losses = []
 
-        def attend(q, k, v, ids, heads, kv_heads):
+        def attend(q, k, v, ids, heads, kv_heads, places):
             mine = weights[0][np.array(heads)], weights[1][np.array(kv_heads)]
             drop = None if dropout_key is None else jax.random.fold_in(dropout_key, len(losses))
-            out, lse, loss = self._attend(q, k, v, ids, mine, dropout_key=drop, **said)
+            of_rows = None if order is None else np.where(places < 0, -1, order.positions[places])
+            more: Any = said | {"positions": of_rows, "dropout_key": drop}
+            out, lse, loss = self._attend(q, k, v, ids, mine, **more)
             losses.append((loss, len(q) * len(kv_heads) * -(-q.shape[1] // self.block_size)))
             return out, lse
 
@@ -356,7 +362,8 @@ class AdaptiveAttention(nnx.Module):
         drop = (0.0, None, len(branches))
         if self.dropout > 0 and not said["deterministic"]:
             drop = (self.dropout, seed_bits(dropout_key), len(branches))
-        parts += extra_keys(query, self._scale, np.arange(T)[None], drop, **extra)
+        place = np.arange(T)[None] if order is None else order.positions[None]
+        parts += extra_keys(query, self._scale, place, drop, **extra)
         out, lse = merge(*parts)
         average = (
             self.combine == "heads" if self.average_branches is None else self.average_branches
@@ -376,8 +383,6 @@ class AdaptiveAttention(nnx.Module):
         if order is not None and (self.order is not None or not isinstance(order, TokenOrder)):
             wanted = "None or a TokenOrder" if self.order is None else "None: the router has one"
             raise refuse("order", wanted, order)
-        if order is not None and self.segment_lengths is not None:
-            raise refuse("order", "None inside branches, where a router goes by index", order)
         order = self.order if order is None else order
         _check_order(order, query, key)
         return order
@@ -398,3 +403,7 @@ def _check_order(order: Any, query: Any, key: Any) -> None:
         raise refuse("order", "None or a TokenOrder", order)
     for name, x in (("query", query), ("key", key)):
         order.check_length(name, x)
+
+
+def _positions(order: TokenOrder | None) -> np.ndarray | None:
+    return None if order is None else order.positions[None]

@@ -16,8 +16,8 @@ from dilax.dilate import Piece, dilate, pieces, scatter
 from dilax.partial import Partial
 from dilax.spec import Branch
 
-# (query [b, L, n, H], key, value [b, L, k, H], ids of both, query heads, key heads)
-# -> out [b, L, n, H], lse [b, L, n]
+# (query [b, L, n, H], key, value [b, L, k, H], ids of both, query heads, key heads, places [M, L])
+# -> out [b, L, n, H], lse [b, L, n]; example i lies in places[i % M], -1 where there is padding
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -74,7 +74,7 @@ def _piece(attend: Attend, branch: Branch, piece: Piece, query, key, value, ids)
             mine = (ones if x is None else x for x in ids)
             mine = tuple(taken(x[..., None], (0,))[..., 0] for x in mine)  # 0 in padding rows
         kept = taken(query, heads), *(taken(x, kv_heads) for x in (key, value))
-        out, lse = attend(*kept, mine, heads, kv_heads)
+        out, lse = attend(*kept, mine, heads, kv_heads, rows.places(residue, M))
         outs.append(jnp.swapaxes(out.astype(stats), 1, 2).reshape(*shape, H))
         lses.append(jnp.swapaxes(lse, 1, 2).reshape(shape))
     back = np.argsort(done)

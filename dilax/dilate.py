@@ -42,6 +42,12 @@ class Rows(NamedTuple):
         place = np.arange(self.steps) * self.rate + offset
         return (place >= self.lead) & (place < self.lead + self.length)
 
+    def places(self, offset: int, segments: int) -> np.ndarray:
+        """int [M, L]: which rows of the array those of a residue are, -1 where there is none."""
+        place = self.first - self.lead + np.arange(self.steps) * self.rate + offset
+        place = place + self.length * np.arange(segments)[:, None]
+        return np.where(self.real(offset), place, -1)
+
 
 class Piece(NamedTuple):
     """M segments of a branch, all filled alike by queries and by keys."""

@@ -16,9 +16,9 @@ from jax import lax
 
 from dilax._types import stats_dtype
 from dilax.block_lists import BlockLists, admissible
-from dilax.order import TokenOrder
 
 QUERY_FEATURES = ("mean", "first", "previous")
+_NEVER = 2**31 - 1  # later than every position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +31,15 @@ class Routing:
         query_feature: "mean" of the block's queries (it knows later tokens of the block: not for
             causal attention), its "first" query, or the mean of the "previous" block's.
         is_causal: blocks after a row's own are not admissible.
-        order: the order in which the tokens lie; causality goes by their original positions.
+        positions: int [M, T], by which causality goes where tokens lie in an order, -1 where there
+            is none; those of example b are in row b modulo M. None: the indices.
     """
 
     sparsity_ratio: float
     block_size: int
     query_feature: str
     is_causal: bool
-    order: TokenOrder | None = None
+    positions: np.ndarray | None = None
 
 
 class Route(NamedTuple):
@@ -52,41 +53,43 @@ class Route(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """What causality leaves: bool [1, 1, rows, columns] each, but `first`; known when tracing."""
+    """What causality leaves: bool [M, 1, rows, columns] each, but `first`; known when tracing."""
 
     admissible: np.ndarray  # some query of the row sees some key of the block
     past: np.ndarray  # every query sees every key
     begun: np.ndarray  # every query sees the block's earliest key, but not all keys
-    first: np.ndarray  # int [blocks]: the place of a block's earliest token
+    first: np.ndarray  # int [M, blocks]: the place of a block's earliest token
 
 
 def causal_reach(T: int, routing: Routing) -> Reach:
     """The reach of a causal call of T queries and keys.
 
     Example:
-        >>> order = TokenOrder((4, 4), "tile", (2, 4))
-        >>> causal_reach(16, Routing(0.5, 4, "first", True, order)).begun[0, 0].astype(int).tolist()
-        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+        >>> routing = Routing(0.5, 2, "first", True, np.array([[0, 3, 1, 2]]))
+        >>> reach = causal_reach(4, routing)
+        >>> reach.admissible[0, 0].astype(int).tolist(), reach.begun[0, 0].astype(int).tolist()
+        ([[1, 1], [1, 1]], [[1, 0], [1, 1]])
     """
     size = routing.block_size
-    place = np.arange(T) if routing.order is None else routing.order.positions
-    starts = np.arange(0, T, size)
-    low, high = (f.reduceat(place, starts) for f in (np.minimum, np.maximum))
-    first = np.array([place[i : i + size].argmin() for i in starts])
-    low, high = low[None, None], high[None, None]
-    past = high < low[..., None]
-    return Reach(low <= high[..., None], past, (low <= low[..., None]) & ~past, first)
+    place = np.arange(T)[None] if routing.positions is None else routing.positions
+    place = np.pad(place, ((0, 0), (0, -T % size)), constant_values=-1)
+    place = place.reshape(len(place), -1, size)
+    late = np.where(place < 0, _NEVER, place)
+    low, high = late.min(-1)[:, None, None], place.max(-1)[:, None, None]
+    q_low, q_high = (np.swapaxes(x, 2, 3) for x in (low, high))
+    past = high < q_low
+    return Reach(low <= q_high, past, (low <= q_low) & ~past, late.argmin(-1))
 
 
 def budgets(T: int, S: int, routing: Routing) -> np.ndarray:
-    """int [rows]: how many blocks each row keeps.
+    """int [rows], or [M, rows] causally by positions: how many blocks each row keeps.
 
     Example:
         >>> budgets(640, 640, Routing(0.25, 64, "first", True)).tolist()
         [1, 1, 1, 1, 1, 2, 2, 2, 2, 3]
     """
-    if routing.is_causal and routing.order is not None:
-        limit = causal_reach(T, routing).admissible[0, 0].sum(1)
+    if routing.is_causal and routing.positions is not None:
+        limit = causal_reach(T, routing).admissible[:, 0].sum(-1)
     else:
         limit = admissible(T, S, routing.block_size, routing.is_causal)
     kept = np.floor(routing.sparsity_ratio * limit + 0.5).astype(int)
@@ -112,8 +115,16 @@ def _mean(x: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _at(x: jax.Array, place: np.ndarray) -> jax.Array:
-    """x [B, blocks, size, ...] at one place of each block."""
-    return x[:, np.arange(len(place)), place]
+    """x [B, blocks, size, ...] at one place of each block: place [1 or B, blocks]."""
+    if len(place) == 1:
+        return x[:, np.arange(place.shape[1]), place[0]]
+    place = place.reshape(*place.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, place, axis=2)[:, :, 0]
+
+
+def _of_examples(x: np.ndarray, B: int) -> np.ndarray:
+    """x [M, ...] of each of B examples, or [1, ...] of all."""
+    return x if len(x) == 1 else np.tile(x, (B // len(x), *[1] * (x.ndim - 1)))
 
 
 def _query_features(query: jax.Array, ids: jax.Array, first: np.ndarray, routing: Routing):
@@ -160,8 +171,10 @@ def route(
         ids_in_blocks(kv_segment_ids, B, S, size),
     )
     rows, columns = q_ids.shape[1], k_ids.shape[1]
-    reach = causal_reach(T, routing) if routing.is_causal else None
-    first = np.zeros(rows, int) if reach is None else reach.first
+    reach = None
+    if routing.is_causal:
+        reach = Reach(*(_of_examples(x, B) for x in causal_reach(T, routing)))
+    first = np.zeros((1, rows), int) if reach is None else reach.first
     own = (np.eye(rows, columns, dtype=bool) & (T == S))[None, None]
     blocks = in_blocks(key, size)
     q = jnp.einsum("BRNH,NHD->BRND", _query_features(query, q_ids, first, routing), q_weight)
@@ -175,7 +188,7 @@ def route(
     if reach is not None and (reach.begun & ~own).any():
         scores = jnp.where(reach.begun & ~own, scores_of(_at(blocks, first)), scores)
 
-    counts = budgets(T, S, routing)
+    counts = _of_examples(np.atleast_2d(budgets(T, S, routing)), B)[:, None]
     shared = _share_ids(q_ids, k_ids, reach)
     start = (np.arange(columns) == 0)[None, None, None]
     rank = jnp.where(start, jnp.finfo(stats).max, lax.stop_gradient(scores))
@@ -189,7 +202,7 @@ def route(
     rank = jnp.where(own, jnp.inf, rank)
     capacity = max(1, int(counts.max()))
     best, column = lax.top_k(rank, capacity)
-    valid = (best > -jnp.inf) & (np.arange(capacity) < counts[:, None])[None, None]
+    valid = (best > -jnp.inf) & (np.arange(capacity) < counts[..., None])
     counts = valid.sum(-1, dtype=jnp.int32)
     column = jnp.sort(jnp.where(valid, column, columns), axis=-1)
     column = jnp.minimum(column, columns - 1).astype(jnp.int32)

@@ -17,7 +17,6 @@ from jax import lax
 
 from dilax._types import stats_dtype
 from dilax.block_lists import BlockLists
-from dilax.order import TokenOrder
 from dilax.router import Route, ids_in_blocks, in_blocks
 
 TARGETS = ("mean", "max")
@@ -31,44 +30,44 @@ def _heads_first(x: jax.Array, K: int, size: int) -> jax.Array:
 
 
 def _per_kept_block(
-    measure: Callable, query, key, lse, lists: BlockLists, ids, scale, causality, more
+    measure: Callable, query, key, lse, lists: BlockLists, masks, scale, is_causal: bool, more
 ) -> jax.Array:
     """measure(p, more) -> [B, K, capacity] for each row of blocks: [B, K, rows, capacity].
 
-    p [B, K, G, queries, capacity, keys] are the probabilities of a row's kept blocks; `more` is a
-    pair of arrays of queries' and of keys', [B, T, N, ...] and [B, S, K, ...].
+    p [B, K, G, queries, capacity, keys] are the probabilities of a row's kept blocks; masks are the
+    ids of queries and of keys, and the positions; `more` is a pair of arrays of queries' and of
+    keys', [B, T, N, ...] and [B, S, K, ...].
     """
     (B, T), (S, K), size = query.shape[:2], key.shape[1:3], lists.block_size
     stats = stats_dtype(query.dtype)
-    q_ids, k_ids = ids_in_blocks(ids[0], B, T, size), ids_in_blocks(ids[1], B, S, size)
-    is_causal, order = causality
-    place = jnp.arange(max(T, S)) if order is None else jnp.asarray(order.positions)
-    place = in_blocks(place[None], size)[0]
+    q_ids, k_ids = ids_in_blocks(masks[0], B, T, size), ids_in_blocks(masks[1], B, S, size)
+    place = jnp.arange(S)[None] if masks[2] is None else masks[2]
+    place = in_blocks(jnp.broadcast_to(place, (B, S)), size)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(s - inf) = 0: rows that saw nothing
     mine = [_heads_first(x, K, size) for x in (query, lse, *more[0])]
     theirs = [_heads_first(x, K, size)[:, :, 0] for x in (key, *more[1])]
-    theirs.append(jnp.broadcast_to(k_ids[:, None], (B, K, *k_ids.shape[1:])))
+    theirs += [jnp.broadcast_to(x[:, None], (B, K, *x.shape[1:])) for x in (k_ids, place)]
 
     def row(along):
-        number, column, count, q_ids, mine = along
+        column, count, q_ids, q_place, mine = along
         met = [jax.vmap(jax.vmap(lambda x, c: x[c]))(x, column) for x in theirs]
-        k, k_ids = met[0], met[-1]
+        k, k_ids, k_place = met[0], *met[-2:]
         q, lse = mine[:2]
         s = jnp.einsum("BKGqH,BKcsH->BKGqcs", q, k, preferred_element_type=stats) * scale
         valid = np.arange(lists.capacity)[None, None] < count[..., None]
         visible = (k_ids[:, :, None] == q_ids[:, None, :, None, None]) & (k_ids != 0)[:, :, None]
         visible &= valid[:, :, None, :, None]
         if is_causal:
-            visible &= place[number].reshape(1, 1, size, 1, 1) >= place[column][:, :, None]
+            visible &= q_place[:, None, :, None, None] >= k_place[:, :, None]
         visible = visible[:, :, None]
         s = jnp.where(visible, s, 0) - lse[..., None, None]
-        return measure(jnp.where(visible, jnp.exp(s), 0), mine[2:], met[1:-1])
+        return measure(jnp.where(visible, jnp.exp(s), 0), mine[2:], met[1:-2])
 
     along = (
-        jnp.arange(lists.columns.shape[2]),
         jnp.moveaxis(lists.columns, 2, 0),
         jnp.moveaxis(lists.counts, 2, 0),
         jnp.moveaxis(q_ids, 1, 0),
+        jnp.moveaxis(place if is_causal else q_ids, 1, 0),  # causally as many queries as keys
         [jnp.moveaxis(x, 3, 0) for x in mine],
     )
     return jnp.moveaxis(lax.map(row, along), 0, 2)
@@ -82,13 +81,14 @@ def kept_mass(
     *,
     scale: float,
     is_causal: bool,
-    order: TokenOrder | None = None,
+    positions: Any = None,
     segment_ids: tuple[Any, Any] = (None, None),
     target: str = "max",
 ) -> jax.Array:
     """The attention that went to each kept block, pooled over a row's queries and its heads.
 
-    lse [B, T, N] is that of the attention over the lists. target: "max" over the queries and heads,
+    lse [B, T, N] is that of the attention over the lists; causality goes by positions [1 or B, T],
+    if there are any. target: "max" over the queries and heads,
     for which one query that needs a block is enough, or "mean". Each row sums to 1, or to 0 where
     nothing is visible: [B, K, rows, capacity]. It is a constant: no gradient flows through it.
 
@@ -104,8 +104,8 @@ def kept_mass(
         return mass.max((2, 3)) if target == "max" else mass.sum((2, 3))
 
     query, key, lse = (lax.stop_gradient(x) for x in (query, key, lse))
-    causality = (is_causal, order)
-    mass = _per_kept_block(measure, query, key, lse, lists, segment_ids, scale, causality, ((), ()))
+    masks = (*segment_ids, positions)
+    mass = _per_kept_block(measure, query, key, lse, lists, masks, scale, is_causal, ((), ()))
     total = mass.sum(-1, keepdims=True)
     return lax.stop_gradient(mass / jnp.where(total > 0, total, 1))
 
@@ -130,20 +130,18 @@ def kl_loss(found: Route, mass: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _through(
-    fixed: tuple[float, tuple[bool, TokenOrder | None]], result, scores, lists, arrays, ids
-):
+def _through(fixed: tuple[float, bool], result, scores, lists, arrays, masks):
     return result
 
 
-def _through_fwd(fixed, result, scores, lists, arrays, ids):
-    return result, (result, lists, arrays, ids)
+def _through_fwd(fixed, result, scores, lists, arrays, masks):
+    return result, (result, lists, arrays, masks)
 
 
 def _through_bwd(fixed, residuals, cotangents):
-    (out, lse), lists, (query, key, value), ids = residuals
+    (out, lse), lists, (query, key, value), masks = residuals
     d_out, d_lse = cotangents
-    scale, causality = fixed
+    scale, is_causal = fixed
     stats = lse.dtype
     delta = (d_out.astype(stats) * out.astype(stats)).sum(-1) - jnp.where(lse > -jnp.inf, d_lse, 0)
 
@@ -153,7 +151,7 @@ def _through_bwd(fixed, residuals, cotangents):
         return (p * (dp - delta[..., None, None])).sum((2, 3, 5))
 
     more = ((d_out, delta), (value,))
-    d_scores = _per_kept_block(measure, query, key, lse, lists, ids, scale, causality, more)
+    d_scores = _per_kept_block(measure, query, key, lse, lists, masks, scale, is_causal, more)
     return cotangents, d_scores, None, None, None
 
 
@@ -169,7 +167,7 @@ def straight_through(
     *,
     scale: float,
     is_causal: bool,
-    order: TokenOrder | None = None,
+    positions: Any = None,
     segment_ids: tuple[Any, Any] = (None, None),
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse) as they are, with the gradient that a bias of 0 on each kept block would have.
@@ -187,4 +185,5 @@ def straight_through(
         True
     """
     scores, arrays = found.scores, tuple(map(lax.stop_gradient, (query, key, value)))
-    return _through((scale, (is_causal, order)), result, scores, found.lists, arrays, segment_ids)
+    masks = (*segment_ids, positions)
+    return _through((scale, is_causal), result, scores, found.lists, arrays, masks)

@@ -1,5 +1,6 @@
 """Adaptive attention: the router's choice, what it learns from, and what it may not know."""
 
+import functools
 import itertools
 
 import jax
@@ -271,6 +272,65 @@ def test_inside_branches_each_segment_is_routed_for_itself(rng, x64):
     assert_exact(jax.jit(lambda *x: router(*x))(*arrays), whole)
 
 
+def test_inside_branches_along_an_order(rng, x64):
+    """Segments of the order, several of them alike, each causal in its own way."""
+    order, t, branches = dilax.TokenOrder((5, 7)), 35, ((7, 48), (1, 2))
+    ids, arrays, said = packed(rng)[:, 26 : 26 + t], heads(rng, t), {"is_causal": True}
+    router = made(rng, segment_lengths=branches[0], dilation_rates=branches[1], order=order,
+                  block_size=3)  # fmt: skip
+
+    @nnx.jit
+    def attend(router, *x):
+        return router(*x, q_segment_ids=ids, return_lse=True, **said)
+
+    out, lse = attend(router, *arrays)
+    for at in (4, 17, 30):
+        changed, _ = attend(router, *(x.at[:, at:].add(1.0) for x in arrays))
+        assert (changed[:, :at] == out[:, :at]).all()
+        assert (changed[:, at:] != out[:, at:]).any()
+
+    # All kept: dilated attention of the permuted tokens. Half: only some keys of each row.
+    p, lse_of_half = order.positions, lse
+    router.sparsity_ratio = 1.0
+    out, lse = attend(router, *arrays)
+    whole = jax.jit(
+        lambda *x: reference.dilated_attention(
+            *x, *branches, q_positions=p, q_segment_ids=ids[:, p], **said
+        )
+    )
+    exact, exact_lse = (x[:, order.inverse] for x in whole(*(x[:, p] for x in arrays)))
+    assert_exact(out, exact)
+    assert_exact(jnp.exp(lse), jnp.exp(exact_lse))
+    assert (lse_of_half <= lse + 1e-9).all()
+    assert (lse_of_half < lse - 1e-3).any()
+
+
+def test_positions_may_differ_between_examples(rng, x64):
+    """As those of the segments of a branch do: each as alone with its own."""
+    q, k = rng.normal(size=(2, 4, 20, 1, H))
+    places = np.stack([rng.permutation(20), np.arange(20)])
+    places[:, -1] = -1  # no token
+    ids = np.where(np.tile(places, (2, 1)) < 0, 0, 1).astype(np.int32)
+    eye, lse = jnp.eye(H)[None], jnp.full((4, 20, 1), 0.5)
+
+    def both(places, q, k, ids, lse):
+        found = route(q, k, eye, eye, Routing(0.6, 4, "first", True, places), ids, ids)
+        at = np.tile(places, (len(q) // len(places), 1))
+        said = {"scale": 0.3, "is_causal": True, "positions": at, "segment_ids": (ids, ids)}
+        return found, kept_mass(q, k, lse, found.lists, **said)
+
+    run = [jax.jit(functools.partial(both, x)) for x in (places, places[:1], places[1:])]
+    found, mass = run[0](q, k, ids, lse)
+    assert (found.lists.counts[0] != found.lists.counts[1]).any()
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone, its = run[1 + i % 2](q[one], k[one], ids[one], lse[one])
+        n = alone.lists.capacity
+        assert (alone.lists.counts == found.lists.counts[one]).all()
+        assert (alone.lists.columns == found.lists.columns[one, ..., :n]).all()
+        assert_exact(its, mass[one, ..., :n])
+
+
 def test_examples_of_a_batch_do_not_influence_each_other(rng, x64):
     router, (q, k, v) = made(rng), heads(rng)
     attend = jax.jit(lambda q, k, v: router(q, k, v, is_causal=True))
@@ -450,8 +510,21 @@ CALL, ORDER = {"is_causal": True}, dilax.TokenOrder((9, 10))
         ("query_feature", {"query_feature": "previous"}, CALL | {"order": ORDER}),
         ("query", {}, {"order": dilax.TokenOrder((3, 4))}),
         ("combine", {"combine": "heads"}, None),
-        ("order", {"order": ORDER, "segment_lengths": [8], "dilation_rates": [1]}, None),
-        ("order", {"segment_lengths": [8], "dilation_rates": [1]}, {"order": ORDER}),
+        (
+            "query_feature",
+            {
+                "order": ORDER,
+                "query_feature": "previous",
+                "segment_lengths": [8],
+                "dilation_rates": [1],
+            },
+            CALL,
+        ),
+        (
+            "query",
+            {"segment_lengths": [8], "dilation_rates": [1]},
+            {"order": dilax.TokenOrder((3, 4))},
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(name, options, call, rng):
