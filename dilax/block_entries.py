@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dilax._types import refuse
 from dilax.block_lists import BlockLists, admissible
 
 UNLIMITED = 2**40
@@ -68,7 +67,8 @@ class Grid:
 class Entries(NamedTuple):
     """Kept blocks, sorted by row and then column, none twice, all of them admissible.
 
-    left and right are the band in tokens, UNLIMITED where there is none.
+    left and right are the band in tokens, UNLIMITED where there is none. Neither is negative: each
+    band holds distance 0, so the union of two has no gap and their intersection is not empty.
     """
 
     row: np.ndarray
@@ -163,25 +163,14 @@ def from_rows(columns: Sequence[np.ndarray]) -> Entries:
 
 
 def union(grid: Grid, parts: Sequence[Entries]) -> Entries:
-    """All blocks that any part keeps; a block's bands are joined.
-
-    Raises:
-        ValueError: two bands of one block neither overlap nor touch.
-    """
+    """All blocks that any part keeps; a block's bands are joined."""
     row, column, left, right = (np.concatenate(x) for x in zip(*parts, strict=True))
     place = row * grid.columns + column
-    # The bands of one block by their lower end, so that a gap shows between neighbours.
-    order = np.lexsort((-right, place))
+    order = np.argsort(place, kind="stable")
     place, row, column, left, right = (x[order] for x in (place, row, column, left, right))
     first = np.flatnonzero(np.diff(place, prepend=-1))
     if not len(first):
         return Entries(row, column, left, right)
-    again = np.diff(place, prepend=-1) == 0
-    for i in np.flatnonzero(again & (-right > np.roll(left, 1) + 1)):
-        begin = first[np.searchsorted(first, i, "right") - 1]
-        if -right[i] > left[begin:i].max() + 1:
-            gap = f"none between {int(left[begin:i].max())} and {int(-right[i])} tokens back"
-            raise refuse("patterns", "windows without a gap where they share a block", gap)
     return Entries(
         row[first],
         column[first],
@@ -198,8 +187,7 @@ def intersection(grid: Grid, parts: Sequence[Entries]) -> Entries:
         _, a, b = np.intersect1d(*places, assume_unique=True, return_indices=True)
         left = np.minimum(result.left[a], part.left[b])
         right = np.minimum(result.right[a], part.right[b])
-        cut = Entries(result.row[a], result.column[a], left, right)
-        result = Entries(*(x[-right <= left] for x in cut))
+        result = Entries(result.row[a], result.column[a], left, right)
     return result
 
 

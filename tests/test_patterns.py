@@ -94,7 +94,8 @@ def test_hierarchical_levels_end_the_bands():
 
 @pytest.mark.parametrize(
     ("window", "is_causal", "left", "right"),
-    [(7, False, 3, 3), (7, True, 6, 0), ((5, 2), False, 5, 2), ((5, 2), True, 5, 0),
+    [(7, False, 3, 3), (8, False, 4, 4), (7, True, 6, 0), ((5, 2), False, 5, 2),
+     ((5, 2), True, 5, 0),
      ((None, 1), False, 99, 1), ((0, 0), False, 0, 0), (1, True, 0, 0)],
 )  # fmt: skip
 def test_windows_are_exact_to_the_token(window, is_causal, left, right):
@@ -128,7 +129,8 @@ def test_later_queries_alone_keep_what_they_keep_among_all(is_causal):
             part = pattern.lists(41 - start, 41, is_causal=is_causal, q_start=start)
             assert (block_mask(part, 11)[0] == whole[start // 4 :]).all(), (pattern, start)
     beyond = GlobalLocal(global_tokens=4, window_blocks=1, block_size=4)
-    assert (beyond.lists(8, 20, is_causal=is_causal, q_start=20).counts == 2).all()
+    for start in (18, 20):
+        assert (beyond.lists(8, 20, is_causal=is_causal, q_start=start).counts == 2).all()
 
 
 def test_dilated_rates_in_turn():
@@ -136,8 +138,25 @@ def test_dilated_rates_in_turn():
     assert np.flatnonzero(block_mask(pattern.lists(160), 40)[0, 20]).tolist() == [
         15, 16, 18, 20, 22, 24, 25,
     ]  # fmt: skip
+    fewer = DilatedSparse(window_size=5 * 4, dilation_rates=(2, 5), block_size=4)
+    assert np.flatnonzero(block_mask(fewer.lists(160), 40)[0, 20]).tolist() == [15, 18, 20, 22, 25]
     near = DilatedSparse(0.3, dilation_rates=(1,), block_size=4)
     assert (near.lists(160).columns == LocalWindow(0.3, block_size=4).lists(160).columns).all()
+
+
+def test_windows_of_whole_blocks():
+    for is_causal, kept in ((False, [8, 9, 10, 11]), (True, [7, 8, 9, 10])):
+        lists = LocalWindow(window_blocks=4, block_size=4).lists(80, is_causal=is_causal)
+        assert np.flatnonzero(block_mask(lists, 20)[0, 10]).tolist() == kept
+
+
+def test_a_quarter_of_the_budget_is_global():
+    kept = block_mask(GlobalLocal(0.4, block_size=4).lists(80), 20)[0, 14]
+    assert np.flatnonzero(kept).tolist() == [0, 1, 11, 12, 13, 14, 15, 16]
+    drawn = block_mask(GlobalLocal(0.4, random_blocks=3, seed=1, block_size=4).lists(80), 20)[0, 14]
+    assert drawn.sum() == 8
+    assert drawn[[0, 1, 13, 14, 15]].all()
+    assert (drawn != kept).any()
 
 
 def tokens(pattern, T=48, is_causal=False):
@@ -170,6 +189,11 @@ def test_patterns_per_head():
         assert mask.shape[0] == n
         for i in range(n):
             assert (mask[i] == block_mask((a, b)[i * 2 // n].lists(48), 12)[0]).all()
+    c = Hierarchical(near_blocks=1, block_size=4)
+    mask = block_mask(PerHead((pattern, c)).lists(48, None, 4), 12)
+    for found, wanted in zip(mask, (a, b, c, c), strict=True):
+        assert (found == block_mask(wanted.lists(48), 12)[0]).all()
+    assert pattern.density(48) == pytest.approx((a.density(48) + b.density(48)) / 2)
     both = (pattern | LocalWindow(1.0, block_size=4)).lists(48, None, 4)
     assert both.counts.min() == 12
     with pytest.raises(ValueError, match="2 patterns to divide the number of heads, got 3"):
