@@ -219,10 +219,21 @@ def test_causality_goes_by_the_original_positions_in_an_order(kind, rng, x64):
     assert_exact(jax.jit(lambda *x: router(*x, is_causal=True))(*arrays), whole)
 
 
+def test_ids_that_come_later_do_not_choose_a_block(x64):
+    """Row 2 begins before the last tokens of block 0, whose first ones are another document."""
+    places = np.array([[0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]])
+    x, eye = jnp.ones((1, 12, 1, H)), jnp.eye(H)[None]
+    routing = Routing(0.67, 4, "first", True, places)
+    run = jax.jit(lambda ids: route(x, x, eye, eye, routing, ids, ids).lists.columns[0, 0, 2])
+    for later in (1, 2):
+        ids = np.where(places < 2, 1, np.where(places < 10, 2, later)).astype(np.int32)
+        assert run(ids).tolist() == [1, 2]
+
+
 def test_inside_branches_each_segment_is_routed_for_itself(rng, x64):
     t, said = 24, {"is_causal": True, "return_lse": True, "return_loss": True}
     ids = packed(rng)[:, 26 : 26 + t]
-    router = made(rng, segment_lengths=(12, 48), dilation_rates=(1, 2), block_size=4)
+    router = made(rng, segment_lengths=(8, 48), dilation_rates=(1, 2), block_size=4)
     arrays = heads(rng, t)
     attend = nnx.jit(lambda router, ids, *x: router(*x, q_segment_ids=ids, **said))
 
@@ -240,7 +251,7 @@ def test_inside_branches_each_segment_is_routed_for_itself(rng, x64):
     # other: of each pair one has the first key head, one the second.
     parts, losses = [], []
     for first, step, mine, width in (
-        *((i, 1, np.arange(N), 12) for i in (0, 12)),
+        *((i, 1, np.arange(N), 8) for i in (0, 8, 16)),
         *((i, 2, np.arange(i, N, 2), t) for i in (0, 1)),
     ):
         rows, theirs = slice(first, min(first + width, t), step), mine // 2 if step == 2 else [0, 1]
@@ -268,7 +279,7 @@ def test_inside_branches_each_segment_is_routed_for_itself(rng, x64):
     # Short last segments, heads that take no part and residues without a row.
     router.sparsity_ratio, router.combine, router.dilation_rates = 1.0, "heads", (1, 30)
     arrays = [x[:, :21] for x in arrays]
-    whole, _ = reference.dilated_attention(*arrays, (12, 48), (1, 30), combine="heads")
+    whole, _ = reference.dilated_attention(*arrays, (8, 48), (1, 30), combine="heads")
     assert_exact(jax.jit(lambda *x: router(*x))(*arrays), whole)
 
 

@@ -16,6 +16,7 @@ from dilax.block_lists import (
     from_mask,
     token_mask,
     transpose,
+    window,
 )
 
 MASK = np.random.default_rng(3).random((2, 3, 5, 7)) < 0.4
@@ -41,6 +42,26 @@ def test_mask_to_lists_and_back():
     assert lists.is_static
     assert not jax.jit(lambda x: jnp.array(x.is_static))(lists)
     assert (np.asarray(token_mask(lists, 18, 25)) == back[..., :18, :25]).all()
+
+
+def test_window_cuts_rows_and_columns():
+    mask = MASK.copy()
+    mask[..., :3] = False  # so that one window loses nothing
+    index = np.arange(mask.size).reshape(mask.shape) % 2
+    bands = ((None, None), (3, 0))
+    lists = from_mask(mask, 4, bands, index)
+    for row, rows, column, columns in ((0, 5, 3, 4), (1, 3, 4, 2), (0, 5, 0, 7)):
+        wanted = mask[..., row : row + rows, column : column + columns]
+        tokens = [
+            np.asarray(token_mask(x, 4 * rows, 4 * columns, 4 * row, 4 * column))
+            for x in (
+                window(lists, row, rows, column, columns),
+                jax.jit(lambda x, at=(row, rows, column, columns): window(x, *at))(lists),
+                from_mask(wanted, 4, bands, index[..., row : row + rows, column:][..., :columns]),
+            )
+        ]
+        assert (tokens[0] == tokens[2]).all()
+        assert (tokens[1] == tokens[2]).all()
 
 
 def test_transpose_static_and_traced():
