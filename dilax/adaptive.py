@@ -270,7 +270,8 @@ class AdaptiveAttention(nnx.Module):
             more: Any = said | {"positions": _positions(order), "dropout_key": dropout_key}
             return self._attend(q, k, v, ids, weights, **more, **extra)
 
-        out, lse, loss = checkpointed(attend, self.use_gradient_checkpointing)(
+        attend = checkpointed(attend, self.use_gradient_checkpointing)
+        out, lse, loss = _placed_by_xla(attend, query, return_loss)(
             (query, key, value),
             ids,
             (self.q_weight[...], self.k_weight[...]),
@@ -407,3 +408,15 @@ def _check_order(order: Any, query: Any, key: Any) -> None:
 
 def _positions(order: TokenOrder | None) -> np.ndarray | None:
     return None if order is None else order.positions[None]
+
+
+def _placed_by_xla(attend: Any, query: jax.Array, with_loss: bool) -> Any:
+    """attend, with its inside left to XLA where the query's axes are Explicit."""
+    sharding: Any = jax.typeof(query).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return attend
+    axes = tuple(sharding.spec)
+    of_rows, of_all = (jax.NamedSharding(sharding.mesh, jax.P(*x)) for x in (axes[:3], ()))
+    return jax.sharding.auto_axes(
+        attend, out_sharding=(sharding, of_rows, of_all if with_loss else None)
+    )

@@ -351,13 +351,23 @@ def test_examples_of_a_batch_do_not_influence_each_other(rng, x64):
 
 
 def test_examples_may_lie_on_several_devices(rng, x64):
-    router, arrays = made(rng), heads(rng)
+    router, arrays, ids = made(rng, straight_through=True), heads(rng), packed(rng)
     mesh = jax.make_mesh((B,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    spread = (jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))) for x in arrays)
-    attend = jax.jit(lambda q, k, v: router(q, k, v, is_causal=True))
-    out = attend(*spread)
-    assert out.sharding.spec[0] == "data"
-    assert_exact(out, np.asarray(attend(*arrays)))
+    where = jax.NamedSharding(mesh, jax.P("data"))
+
+    @nnx.jit
+    def both(router, ids, *x):
+        def total(router):
+            out, loss = router(*x, is_causal=True, q_segment_ids=ids, return_loss=True)
+            return jnp.sin(out).sum() + loss, (out, loss)
+
+        (_, found), gradients = nnx.value_and_grad(total, has_aux=True)(router)
+        return *found, gradients
+
+    found = both(router, *(jax.device_put(x, where) for x in (ids, *arrays)))
+    assert found[0].sharding.spec[0] == "data"
+    found = jax.tree.map(np.asarray, found)
+    assert_exact(found, jax.tree.map(np.asarray, both(router, ids, *arrays)))
 
 
 def test_all_blocks_kept_is_dense(rng, x64):
