@@ -27,7 +27,7 @@ from dilax.router import QUERY_FEATURES, Route, Routing, route
 from dilax.router_signal import TARGETS, kept_mass, kl_loss, straight_through
 from dilax.select import check_implementation
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of, within
-from dilax.union import check_extra_keys, extra_keys
+from dilax.union import check_extra_keys, extra_keys, placed_by_xla
 
 
 def _identity(heads: int, head_dim: int, dtype: Any) -> nnx.Param:
@@ -271,7 +271,7 @@ class AdaptiveAttention(nnx.Module):
             return self._attend(q, k, v, ids, weights, **more, **extra)
 
         attend = checkpointed(attend, self.use_gradient_checkpointing)
-        out, lse, loss = _placed_by_xla(attend, query, return_loss)(
+        out, lse, loss = placed_by_xla(attend, query, return_loss)(
             (query, key, value),
             ids,
             (self.q_weight[...], self.k_weight[...]),
@@ -408,15 +408,3 @@ def _check_order(order: Any, query: Any, key: Any) -> None:
 
 def _positions(order: TokenOrder | None) -> np.ndarray | None:
     return None if order is None else order.positions[None]
-
-
-def _placed_by_xla(attend: Any, query: jax.Array, with_loss: bool) -> Any:
-    """attend, with its inside left to XLA where the query's axes are Explicit."""
-    sharding: Any = jax.typeof(query).sharding
-    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-        return attend
-    axes = tuple(sharding.spec)
-    of_rows, of_all = (jax.NamedSharding(sharding.mesh, jax.P(*x)) for x in (axes[:3], ()))
-    return jax.sharding.auto_axes(
-        attend, out_sharding=(sharding, of_rows, of_all if with_loss else None)
-    )

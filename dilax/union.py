@@ -125,33 +125,36 @@ def union_attention(
     if blocks is not None:
         options["order"] = visiting_order
     attend = choose(implementation, query, key, value, **options)
-    out, lse = _placed_by_xla(attend, query)(query, key, value, **options)
+    arrays = {
+        name: x
+        for name, x in options.items()
+        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
+    }
+    static = {name: x for name, x in options.items() if name not in arrays}
+
+    def run(query, key, value, arrays):
+        return tuple(attend(query, key, value, **arrays, **static))
+
+    out, lse = placed_by_xla(run, query)(query, key, value, arrays)
     if average_branches:
         out = out / len(branches)
     out = out.astype(query.dtype)
     return (out, lse) if return_lse else out
 
 
-def _placed_by_xla(attend: Any, query: jax.Array) -> Any:
-    """attend, with its inside left to XLA where the query's axes are Explicit."""
+def placed_by_xla(function: Callable, query: jax.Array, *others: bool) -> Callable:
+    """function, of arrays alone, with its inside left to XLA where the query's axes are Explicit.
+
+    It gives (out, lse) like the query; others: whether there is another array, or None, which lies
+    on all devices.
+    """
     sharding: Any = jax.typeof(query).sharding
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-        return attend
-    where: Any = (sharding, jax.NamedSharding(sharding.mesh, jax.P(*tuple(sharding.spec)[:3])))
-
-    def run(query, key, value, **options):
-        arrays = {
-            name: x
-            for name, x in options.items()
-            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
-        }
-        others = {name: x for name, x in options.items() if name not in arrays}
-        inside: Any = jax.sharding.auto_axes(
-            lambda q, k, v, arrays: tuple(attend(q, k, v, **arrays, **others)), out_sharding=where
-        )
-        return inside(query, key, value, arrays)
-
-    return run
+        return function
+    axes = tuple(sharding.spec)
+    of_rows, of_all = (jax.NamedSharding(sharding.mesh, jax.P(*x)) for x in (axes[:3], ()))
+    where: Any = (sharding, of_rows, *(of_all if x else None for x in others))
+    return jax.sharding.auto_axes(function, out_sharding=where)
 
 
 def positions_of(query: Any, key: Any, q_positions: Any, kv_positions: Any):
