@@ -216,22 +216,8 @@ class Warpgroup:
             shape = (ROWS, memory.away)
             s = product(memory.k.at[self.number], queries, shape, lambda: None)
             step = functools.partial(self._step, total, sight, dk_acc, dv_acc)
-            if sight.seen is None:
-                lax.fori_loop(base, total, lambda n, s: step((n, 0, s), False)[2], s)
-            else:
-                # A loop of its own for tiles that hide something: a branch in the loop costs every
-                # step more than its test.
-                def both(state: Any) -> Any:
-                    for masks in (True, False):
-                        state = lax.while_loop(
-                            lambda x, masks=masks: (x[0] < total) & (x[1] == masks),
-                            functools.partial(step, masks=masks),
-                            state,
-                        )
-                    return state
-
-                state = (base, self._edge(base), s)
-                lax.while_loop(lambda x: x[0] < total, both, state)
+            edge = jnp.int32(0) if sight.seen is None else self._edge(base)
+            lax.fori_loop(base, total, step, (edge, s))
             return dk_acc[...], dv_acc[...]
 
         acc = plgpu.ACC((ROWS, memory.head_dim), jnp.float32)
@@ -239,25 +225,23 @@ class Warpgroup:
         plgpu.barrier_arrive(memory.k_free)
         return dk, dv, total
 
-    def _step(
-        self, total: Any, sight: Sight, dk_acc: Any, dv_acc: Any, state: Any, masks: bool
-    ) -> Any:
-        """The state (tile, whether it hides something, its scores) after one step.
-
-        masks: it may hide something.
-        """
+    def _step(self, total: Any, sight: Sight, dk_acc: Any, dv_acc: Any, n: Any, state: Any) -> Any:
+        """The state (whether the tile hides something, its scores) after the step of tile n."""
         memory, dtype = self.memory, self.memory.k.dtype
-        n, _, s = state
+        edge, s = state
         slot, shape = memory.slot(n), (ROWS, memory.away)
         me = recomputed(self.number, memory.interpret)
         share = 1.0 / (1.0 - self.rate)
         staging = None if memory.staging is None else memory.staging.at[me]
+        if sight.seen is not None:
+            # Here, where nothing runs: the assembler moves no arithmetic across a branch.
+            s = self._masked(edge, s, slot, me, sight.seen)
         plgpu.barrier_wait(memory.do_ready.at[slot])
 
         def products(dp_acc: Any, dq_acc: Any, next_acc: Any) -> jax.Array:
             plgpu.wgmma(dp_acc, memory.v.at[me], memory.do.at[slot].transpose((1, 0)))
             lse = load(memory.lse.at[slot], COLUMN)
-            scores = self._masked(s, slot, me, sight, masks)
+            scores = s if sight.ids is None else self._same_ids(s, slot, me, sight.ids)
             p = jnp.exp2(scores * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
             seen = None if sight.kept is None else sight.kept(me, memory.place(slot))
             weight = p if seen is None else jnp.where(seen, p * share, 0.0)
@@ -287,23 +271,23 @@ class Warpgroup:
 
         scores, half = plgpu.ACC(shape, jnp.float32), self.memory.dq.shape[1:]
         queries = plgpu.ACC(half, jnp.float32)
-        return n + 1, *pl.run_scoped(products, scores, queries, scores)
+        return pl.run_scoped(products, scores, queries, scores)
 
     def _edge(self, n: Any) -> Any:
         """1 if some pair of tile n is hidden by its place; anything where there is no such tile."""
         place = self.memory.place(self.memory.slot(n))
         return ((place.start < place.low) | (place.start > place.high)).astype(jnp.int32)
 
-    def _masked(self, s: jax.Array, slot: Any, me: Any, sight: Sight, masks: bool) -> jax.Array:
-        """Scores of a tile with -inf where nothing is seen."""
-        memory, scores = self.memory, s
-        if masks and sight.seen is not None:
-            scores = jnp.where(sight.seen(me, memory.place(slot)), s, -jnp.inf)
-        if sight.ids is None:
-            return scores
-        home = lax.broadcast_in_dim(sight.ids(me), s.shape, [0])
-        away = lax.broadcast_in_dim(load(memory.ids.at[slot], COLUMN), s.shape, [1])
-        return jnp.where((home == away) & (home != 0), scores, -jnp.inf)
+    def _masked(self, edge: Any, s: jax.Array, slot: Any, me: Any, seen: Any) -> jax.Array:
+        """Scores of a tile with -inf where its place hides a pair."""
+        place = self.memory.place(slot)
+        return lax.cond(edge > 0, lambda: jnp.where(seen(me, place), s, -jnp.inf), lambda: s)
+
+    def _same_ids(self, s: jax.Array, slot: Any, me: Any, ids: Any) -> jax.Array:
+        """Scores of a tile with -inf where segment ids differ."""
+        home = lax.broadcast_in_dim(ids(me), s.shape, [0])
+        away = lax.broadcast_in_dim(load(self.memory.ids.at[slot], COLUMN), s.shape, [1])
+        return jnp.where((home == away) & (home != 0), s, -jnp.inf)
 
     @property
     def _by_rows(self) -> bool:
