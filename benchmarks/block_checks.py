@@ -125,7 +125,7 @@ def prepare_check(c: Check) -> tuple[Any, tuple, Callable]:
         options |= {"dropout_rate": c.rate, "dropout_seed": seed, "keep": dropout}
     if c.carry:
         options["carry"] = tuple(jnp.asarray(a[x], jnp.float32) for x in ("old_out", "old_lse"))
-    fused = config.block_fused_blocks(padded_head(c.H), c.pattern.block_size, c.ids) is not None
+    fused = config.block_fused_blocks(padded_head(c.H), c.pattern.block_size) is not None
     lists = (c.pattern.columns, c.pattern.counts, c.pattern.band_index)
 
     def run(q: Any, k: Any, v: Any, lists: Any, starts: Any) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def run_backward(
     shared = {"starts": starts, "seed": seed, "keep": call.keep}
     head_dim, size = arrays[0].shape[-1], blocks.block_size
     narrow = (lse[:, :, :padded_T], delta[:, :, :padded_T])
-    fused = None if call.deterministic else config.block_fused_blocks(head_dim, size, call.ids)
+    fused = None if call.deterministic else config.block_fused_blocks(head_dim, size)
 
     def prepared(tiles: Any, transposed: bool) -> tuple[Any, ...]:
         plan = _plan(call, blocks, query, key, tiles.away, transposed)

@@ -169,23 +169,23 @@ def lanes(block_size: int) -> int:
     return CONSUMERS if block_size < CONSUMERS * ROWS else 1
 
 
-def fused_blocks(head_dim: int, out_bytes: int, ids: bool) -> Blocks | None:
+def fused_blocks(head_dim: int, out_bytes: int) -> Blocks | None:
     """Away (query) tile of the fused backward kernel, or None if it does not take this head size.
 
     out_bytes: size of one element of the gradients of keys and values. Larger tiles do not fit the
     registers; heads between 64 and 128 do not split in two where tiles of shared memory do.
 
     Example:
-        >>> fused_blocks(128, 2, ids=False)
+        >>> fused_blocks(128, 2)
         Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
     """
     if head_dim > 64 and head_dim != 128:
         return None
     home, away, stages = CONSUMERS * ROWS, 128 if head_dim <= 64 else 64, 2
-    used = home * head_dim * 2 * 2 + stages * away * (head_dim * 2 * 2 + 4 * 2 + 4 * ids)
+    used = home * head_dim * 2 * 2 + stages * away * (head_dim * 2 * 2 + 4 * 2)
     used += 2 * home * away * 2 + home * min(head_dim, 64) * 4
     used += home * head_dim * 2 if out_bytes == 2 else 0
-    # It reduces nothing, but has more barriers and small rings than others.
+    # It reduces nothing, but has more barriers and small rings than others, those of ids too.
     return Blocks(away, stages) if used <= SHARED_BYTES + REDUCTION_BYTES // 2 else None
 
 
@@ -215,16 +215,16 @@ def block_queries_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | 
     return _first_fit(_key_tiles(head_dim, block_size), head_dim * 2 * 3, away_row)
 
 
-def block_fused_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | None:
+def block_fused_blocks(head_dim: int, block_size: int) -> Blocks | None:
     """Away (query) tile of the fused backward over block lists, or None if two passes do it.
 
     Both warpgroups add to one gradient of queries, so they must follow one list.
 
     Example:
-        >>> block_fused_blocks(128, 256, ids=False).away, block_fused_blocks(128, 64, ids=False)
+        >>> block_fused_blocks(128, 256).away, block_fused_blocks(128, 64)
         (64, None)
     """
-    return fused_blocks(head_dim, 2, ids) if lanes(block_size) == 1 else None
+    return fused_blocks(head_dim, 2) if lanes(block_size) == 1 else None
 
 
 def _key_tiles(head_dim: int, block_size: int) -> tuple[tuple[int, int], ...]:

@@ -28,7 +28,7 @@ from pallas_kernels.compat import (
 from pallas_kernels.config import CONSUMERS, ROWS
 from pallas_kernels.instructions import add_rows, meet, recomputed, see_stores, store_tile
 
-# Of an entry of `Memory.words`. (One array: each takes at least 1024 bytes.)
+# Of a `Place`, or of an item.
 WORDS = 8
 
 
@@ -73,8 +73,7 @@ def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interp
         shared_tile(tiles, dtype),
         shared_tile(tiles, dtype),
         plgpu.SMEM((2, stages, away), jnp.float32),
-        plgpu.SMEM((stages, away), jnp.int32) if ids else None,
-        plgpu.SMEM((stages + 2, WORDS), jnp.int32),
+        plgpu.SMEM((stages + 1, away), jnp.int32),
         shared_tile((2 * away // ROWS, CONSUMERS, ROWS, ROWS), dtype, head_dim),
         shared_tile((CONSUMERS, ROWS, width), jnp.float32),
         shared_tile((CONSUMERS, ROWS, away), dtype) if interpret else None,
@@ -90,10 +89,11 @@ def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interp
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Shared memory of a block: k, v at home; rings of queries q, do, vectors, ids (or None).
+    """Shared memory of a block: k, v at home; rings of queries q, do, vectors.
 
-    vectors: rings of lse and delta. words: ring of `Place`, ready with q; then of two items, ready
-    with k: steps, and what else the kernel wants to know. ds: gradients of scores of two steps, in
+    vectors: rings of lse and delta. integers: ring of segment ids, and a row of words: a ring of
+    `Place`, ready with q; then of two items, ready with k: steps, and what else the kernel wants to
+    know. (One array: each takes at least 1024 bytes.) ds: gradients of scores of two steps, in
     squares of 64. dq: of the queries, half a warpgroup. staging: None except under the interpreter.
     Barriers: what is ready, and what is free again; met: both warpgroups stored their gradients of
     scores (used by the interpreter only).
@@ -104,8 +104,7 @@ class Memory:
     q: Any
     do: Any
     vectors: Any
-    ids: Any
-    words: Any
+    integers: Any
     ds: Any
     dq: Any
     staging: Any
@@ -156,7 +155,7 @@ class Memory:
             for source, target in zip(sources(w), (self.k, self.v), strict=True):
                 plgpu.copy_gmem_to_smem(source, target.at[w], self.k_ready)
         for i, word in enumerate(words):
-            self.words[self._item(t), i] = jnp.int32(word)
+            self.integers[self._word(self._item(t), i)] = jnp.int32(word)
         plgpu.barrier_arrive(self.k_ready)
 
     def bring(self, n: Any, place: Place, q: Any, ids: Any, do: Any, lse: Any, delta: Any) -> None:
@@ -166,11 +165,11 @@ class Memory:
         """
         slot, reused = self.slot(n), n >= self.q.shape[0]
         pl.when(reused)(lambda: plgpu.barrier_wait(self.q_free.at[slot]))
-        first = [(q, self.q)] if ids is None else [(q, self.q), (ids, self.ids)]
+        first = [(q, self.q)] if ids is None else [(q, self.q), (ids, self.integers)]
         for source, target in first:
             plgpu.copy_gmem_to_smem(source, target.at[slot], self.q_ready.at[slot])
         for i, word in enumerate(place):
-            self.words[slot, i] = jnp.int32(word)
+            self.integers[self._word(slot, i)] = jnp.int32(word)
         plgpu.barrier_arrive(self.q_ready.at[slot])
         pl.when(reused)(lambda: plgpu.barrier_wait(self.do_free.at[slot]))
         for source, target in ((do, self.do), (lse, self.lse), (delta, self.delta)):
@@ -178,11 +177,14 @@ class Memory:
 
     def place(self, slot: Any) -> Place:
         """The place of a tile of queries."""
-        return Place(*(self.words[slot, i] for i in range(len(Place._fields))))
+        return Place(*(self.integers[self._word(slot, i)] for i in range(len(Place._fields))))
 
     def item(self, t: Any, i: Any) -> Any:
         """Word i of item t."""
-        return self.words[self._item(t), i]
+        return self.integers[self._word(self._item(t), i)]
+
+    def _word(self, entry: Any, i: Any) -> tuple[Any, Any]:
+        return self.q.shape[0], entry * WORDS + i
 
     def _item(self, t: Any) -> Any:
         return lax.rem(t, jnp.int32(2)) + self.q.shape[0]
@@ -286,7 +288,7 @@ class Warpgroup:
     def _same_ids(self, s: jax.Array, slot: Any, me: Any, ids: Any) -> jax.Array:
         """Scores of a tile with -inf where segment ids differ."""
         home = lax.broadcast_in_dim(ids(me), s.shape, [0])
-        away = lax.broadcast_in_dim(load(self.memory.ids.at[slot], COLUMN), s.shape, [1])
+        away = lax.broadcast_in_dim(load(self.memory.integers.at[slot], COLUMN), s.shape, [1])
         return jnp.where((home == away) & (home != 0), s, -jnp.inf)
 
     @property

@@ -258,9 +258,9 @@ def run_backward(
 
     padded = tuple(x[:, :, : sizes.padded_T] for x in (lse, delta))
     dq = dk = dv = None
-    if not call.deterministic and config.fused_blocks(head_dim, 2, call.ids) is not None:
+    if not call.deterministic and config.fused_blocks(head_dim, 2) is not None:
         blocks, dtype = keys_dtype(
-            lambda size: tiles.get("fused") or config.fused_blocks(head_dim, size, call.ids)
+            lambda size: tiles.get("fused") or config.fused_blocks(head_dim, size)
         )
         dq = jnp.zeros((query.shape[0], heads, sizes.padded_T, head_dim), jnp.float32)
         for plan, add, table in plans(blocks, True):
