@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import block_peers as peers
-from benchmarks.block_timing import Row, in_turns
+from benchmarks.block_timing import Row
+from benchmarks.turns import in_turns
 from pallas_kernels import blocks
 
 T, N, H, RATIO, SIZE = 32768, 16, 128, 0.1, 128

@@ -3,8 +3,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 from benchmarks import block_peers as peers
 from benchmarks.block_cases import Case, functions, inputs, traces
 from benchmarks.block_peers import DENSE, FLEX, OURS
+from benchmarks.turns import in_turns
 from pallas_kernels import block_schedule
 
 
@@ -105,24 +104,6 @@ class Flex:
     def wait(self, _: Any) -> None:
         """Until the GPU is idle."""
         self.torch.cuda.synchronize()
-
-
-def in_turns(runs: dict[str, tuple[Callable, Callable]], least: float = 0.02) -> dict[str, float]:
-    """Median seconds of each of (run, wait), batches of one after those of another."""
-    counts, samples = {}, {name: [] for name in runs}
-    for name, (run, wait) in runs.items():
-        wait(run())
-        start = time.perf_counter()
-        wait(run())
-        counts[name] = max(1, min(100, int(least / max(time.perf_counter() - start, 1e-5))))
-    for _ in range(5):
-        for name, (run, wait) in runs.items():
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                result = run()
-            wait(result)
-            samples[name].append((time.perf_counter() - start) / counts[name])
-    return {name: statistics.median(x) for name, x in samples.items()}
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 
 from benchmarks import gpu_checks, gpu_torch
 from benchmarks import gpu_peers as peers
-from benchmarks.gpu_lab import HEADS, Lab, Program, Shape, Step, clock, deviation, memory_mib, timed
+from benchmarks.gpu_lab import HEADS, Lab, Program, Shape, Step, deviation, memory_mib, record
 from benchmarks.gpu_table import OURS, Row, read_rows
+from benchmarks.turns import in_turns
 
 LONGNET = ((2048, 1), (4096, 2), (8192, 4), (16384, 8), (32768, 16))
 GIGAPATH = ((1024, 1), (5792, 2), (32768, 4), (185363, 8), (1048576, 16))
@@ -53,17 +54,32 @@ def gigapath(T: int) -> Shape:
 
 def measured(lab: Lab, shape: Shape, who: str, *, backward: bool = True) -> Step:
     """Times forward, and forward with backward."""
+    return compete(lab, f"{shape.name}, {who}", [(shape, who)], backward=backward)
+
+
+def compete(
+    lab: Lab, name: str, entries: list[tuple[Shape, str]], *, backward: bool = True
+) -> Step:
+    """Times forward, and forward with backward, of several (shape, who) in turns."""
     works = ("forward", "both") if backward else ("forward",)
+    programs = tuple(Program(shape, who, work) for work in works for shape, who in entries)
 
     def run(*executables: Any) -> None:
-        row, arrays = Row(shape.name, who), shape.inputs()
-        row.memory_mib = memory_mib(executables[0])
-        calls = [functools.partial(executable, *arrays) for executable in executables]
-        timed(row, shape, calls[0], calls[1] if backward else None, jax.block_until_ready)
-        lab.add(row)
+        rows = [Row(shape.name, who) for shape, who in entries]
+        arrays = {shape: shape.inputs() for shape, _ in entries}
+        for i, work in enumerate(works):
+            mine = executables[i * len(entries) : (i + 1) * len(entries)]
+            calls = {}
+            for n, ((shape, _), executable) in enumerate(zip(entries, mine, strict=True)):
+                calls[n] = functools.partial(executable, *arrays[shape]), jax.block_until_ready
+                if work == "forward":
+                    rows[n].memory_mib = memory_mib(executable)
+            for n, seconds in in_turns(calls).items():
+                record(rows[n], entries[n][0], work, seconds)
+        for row in rows:
+            lab.add(row)
 
-    programs = tuple(Program(shape, who, work) for work in works)
-    return Step(f"{shape.name}, {who}", programs, run)
+    return Step(name, programs, run)
 
 
 def checked(lab: Lab, shape: Shape, who: str) -> Step:
@@ -113,13 +129,14 @@ def bars(lab: Lab) -> list[Step]:
     """LongNet and dense, H = 64 and 128, causal or not, beside dense cuDNN and other packages."""
     steps = []
     for H, causal in CALLS:
-        steps.append(measured(lab, dense(H, causal), "cudnn"))
-        steps.append(measured(lab, longnet(H, causal), OURS))
-        steps.append(measured(lab, dense(H, causal), OURS))
+        whole, dilated = dense(H, causal), longnet(H, causal)
+        entries = [(whole, "cudnn"), (dilated, OURS), (whole, OURS)]
+        entries += [(whole, who) for who in peers.present()]
         if peers.has_switch():
-            steps.append(measured(lab, longnet(H, causal), DETERMINISTIC))
-        steps += [measured(lab, dense(H, causal), who) for who in peers.present()]
-        steps.append(gpu_torch.dense(lab, dense(H, causal)))
+            entries.append((dilated, DETERMINISTIC))
+        kind = "causal" if causal else "full"
+        steps.append(compete(lab, f"dense and LongNet {kind} H={H}", entries))
+        steps.append(gpu_torch.dense(lab, whole))
     return steps
 
 
@@ -231,7 +248,8 @@ def matmul_rate() -> float:
     """TFLOP/s of a large bf16 product, the ceiling of this card at this moment."""
     a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
     product = jax.jit(lambda a: a @ a)
-    return 2 * 8192**3 / clock(lambda: product(a), jax.block_until_ready) / 1e12
+    calls = {"product": (lambda: product(a), jax.block_until_ready)}
+    return 2 * 8192**3 / in_turns(calls)["product"] / 1e12
 
 
 def main() -> None:

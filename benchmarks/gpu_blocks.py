@@ -34,7 +34,8 @@ import jax.numpy as jnp
 
 from benchmarks import block_cases, block_checks, block_errors, block_report, block_router
 from benchmarks.block_peers import FLEX, OURS, TWO, XLA
-from benchmarks.block_timing import Compiled, Flex, Row, brief, in_turns, measure
+from benchmarks.block_timing import Compiled, Flex, Row, brief, measure
+from benchmarks.turns import in_turns
 from pallas_kernels import block_schedule
 
 PARTS = (

@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 
 from benchmarks import gpu_peers as peers
 from benchmarks import gpu_table
+from benchmarks.turns import in_turns
 
 HEADS = 16
 
@@ -88,22 +88,6 @@ class Step:
     name: str
     programs: tuple[Program, ...]
     run: Callable[..., None]
-
-
-def clock(run: Callable[[], Any], wait: Callable[[Any], Any], least: float = 0.03) -> float:
-    """Median seconds of one call over batches of back-to-back calls."""
-    wait(run())
-    start = time.perf_counter()
-    wait(run())
-    count = max(2, min(100, int(least / max(time.perf_counter() - start, 1e-5))))
-    samples = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(count):
-            result = run()
-        wait(result)
-        samples.append((time.perf_counter() - start) / count)
-    return statistics.median(samples)
 
 
 class Lab:
@@ -193,12 +177,16 @@ class Lab:
 
 def timed(row: gpu_table.Row, shape: Shape, forward: Any, both: Any, wait: Any) -> None:
     """Fills in the times of a row from functions without arguments; either may be None."""
-    if forward is not None:
-        seconds = clock(forward, wait)
-        row.forward, row.forward_rate = seconds * 1e3, shape.flops / seconds / 1e12
-    if both is not None:
-        seconds = clock(both, wait)
-        row.both, row.both_rate = seconds * 1e3, 3.5 * shape.flops / seconds / 1e12
+    for work, call in (("forward", forward), ("both", both)):
+        if call is not None:
+            record(row, shape, work, in_turns({work: (call, wait)})[work])
+
+
+def record(row: gpu_table.Row, shape: Shape, work: str, seconds: float) -> None:
+    """Fills in a time and its rate. work: "forward" or "both"."""
+    factor = {"forward": 1.0, "both": 3.5}[work]
+    setattr(row, work, seconds * 1e3)
+    setattr(row, f"{work}_rate", factor * shape.flops / seconds / 1e12)
 
 
 def memory_mib(executable: Any) -> float:

@@ -276,10 +276,13 @@ def partition(launch: schedule.Launch) -> tuple[tuple[int, ...], ...]:
         total = 0.0
         for group in groups:
             part = subset(launch, group)
-            steps = schedule.steps(part)
             rows = schedule.participation(part) != 0
+            total += schedule.steps(part).sum()
+            if not part.gaps and schedule.knows_starts(part):
+                # Masks take time, above all those of several branches.
+                total += 0.5 * schedule.of_heads(part, schedule.masked_steps(part)).sum()
             # A tile costs its start and end (2 steps), a launch its ramp (4 steps a block).
-            total += steps.sum() + 2.0 * rows.sum() * part.tiles + 4.0 * 132
+            total += 2.0 * rows.sum() * part.tiles + 4.0 * 132
         return total
 
     return min(candidates, key=cost)

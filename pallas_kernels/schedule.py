@@ -94,9 +94,13 @@ def steps(launch: Launch) -> np.ndarray:
     known = dataclasses.replace(
         launch, home_start=launch.home_start or 0, away_start=launch.away_start or 0
     )
-    visited = geometry(known, None)[..., 1].astype(np.int64)
+    return of_heads(launch, geometry(known, None)[..., 1].astype(np.int64))
+
+
+def of_heads(launch: Launch, counts: np.ndarray) -> np.ndarray:
+    """Sums `[branch, residue, tile]` over the branches of each `[head, residue, tile]`."""
     bits = participation(launch)[None] >> np.arange(len(launch.rates))[:, None, None] & 1
-    return np.einsum("bnr,brt->nrt", bits, visited)
+    return np.einsum("bnr,brt->nrt", bits, counts)
 
 
 def rows_of(branches: Any, extent: int) -> list[int]:
@@ -298,18 +302,27 @@ def hides(launch: Launch) -> bool:
     """Whether a visit may hold a pair that does not see each other, and so needs masks."""
     if launch.causal or launch.gaps or not knows_starts(launch):
         return True
+    return bool(masked_steps(launch).any())
+
+
+def masked_steps(launch: Launch) -> np.ndarray:
+    """Of the away tiles of `[branch, residue, tile]`, those that some home row does not see whole.
+
+    For static starts, without causality and gaps.
+    """
+    found = []
     for branch, fields in enumerate(geometry(launch, None).astype(np.int64)):
         first, steps, home_shift, away_shift, _, limit = np.moveaxis(fields, -1, 0)[:6]
         step, length = launch.stride // launch.rates[branch], launch.lengths[branch]
-        row = np.arange(launch.tiles) * launch.block_home * step + home_shift
-        last = row + (launch.block_home - 1) * step
-        end = first + steps * launch.block_away
-        whole = (row // length == last // length) & (end <= limit)
-        whole &= first + away_shift >= last // length * length
-        whole &= end + away_shift <= row // length * length + length
-        if not (whole | (steps == 0)).all():
-            return True
-    return False
+        row = np.arange(launch.tiles) * launch.block_home
+        # What all rows see: from where the last one's segment begins to where the first one's ends.
+        last = (row + launch.block_home - 1) * step + home_shift
+        low = last // length * length - away_shift - first
+        high = (row * step + home_shift) // length * length + length - away_shift
+        high = np.minimum(high, limit) - first
+        whole = high // launch.block_away - -(-np.maximum(low, 0) // launch.block_away)
+        found.append(steps - np.clip(whole, 0, steps))
+    return np.stack(found)
 
 
 def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile: Any) -> Visit:

@@ -1,0 +1,28 @@
+"""A clock for several functions: batches of one after those of another.
+
+A card gets warm and its clock falls, so what is timed first would look faster than what comes last.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable
+
+
+def in_turns[Name: Hashable](
+    runs: dict[Name, tuple[Callable, Callable]], least: float = 0.02
+) -> dict[Name, float]:
+    """Median seconds of each of (run, wait), batches of one after those of another."""
+    counts, samples = {}, {name: [] for name in runs}
+    for name, (run, wait) in runs.items():
+        wait(run())
+        start = time.perf_counter()
+        wait(run())
+        counts[name] = max(1, min(100, int(least / max(time.perf_counter() - start, 1e-5))))
+    for _ in range(5):
+        for name, (run, wait) in runs.items():
+            start = time.perf_counter()
+            for _ in range(counts[name]):
+                result = run()
+            wait(result)
+            samples[name].append((time.perf_counter() - start) / counts[name])
+    return {name: statistics.median(x) for name, x in samples.items()}
