@@ -26,7 +26,14 @@ from pallas_kernels.compat import (
     value_while,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
-from pallas_kernels.instructions import add_rows, meet, recomputed, see_stores, store_tile
+from pallas_kernels.instructions import (
+    add_rows,
+    meet,
+    recomputed,
+    see_stores,
+    store_tile,
+    store_words,
+)
 
 # Of a `Place`, or of an item.
 WORDS = 8
@@ -154,8 +161,7 @@ class Memory:
         for w in range(CONSUMERS):
             for source, target in zip(sources(w), (self.k, self.v), strict=True):
                 plgpu.copy_gmem_to_smem(source, target.at[w], self.k_ready)
-        for i, word in enumerate(words):
-            self.integers[self._word(self._item(t), i)] = jnp.int32(word)
+        store_words(self._words(self._item(t)), words, self.interpret)
         plgpu.barrier_arrive(self.k_ready)
 
     def bring(self, n: Any, place: Place, q: Any, ids: Any, do: Any, lse: Any, delta: Any) -> None:
@@ -168,8 +174,7 @@ class Memory:
         first = [(q, self.q)] if ids is None else [(q, self.q), (ids, self.integers)]
         for source, target in first:
             plgpu.copy_gmem_to_smem(source, target.at[slot], self.q_ready.at[slot])
-        for i, word in enumerate(place):
-            self.integers[self._word(slot, i)] = jnp.int32(word)
+        store_words(self._words(slot), place, self.interpret)
         plgpu.barrier_arrive(self.q_ready.at[slot])
         pl.when(reused)(lambda: plgpu.barrier_wait(self.do_free.at[slot]))
         for source, target in ((do, self.do), (lse, self.lse), (delta, self.delta)):
@@ -177,14 +182,15 @@ class Memory:
 
     def place(self, slot: Any) -> Place:
         """The place of a tile of queries."""
-        return Place(*(self.integers[self._word(slot, i)] for i in range(len(Place._fields))))
+        words = self._words(slot)
+        return Place(*(words[i] for i in range(len(Place._fields))))
 
     def item(self, t: Any, i: Any) -> Any:
         """Word i of item t."""
-        return self.integers[self._word(self._item(t), i)]
+        return self._words(self._item(t))[i]
 
-    def _word(self, entry: Any, i: Any) -> tuple[Any, Any]:
-        return self.q.shape[0], entry * WORDS + i
+    def _words(self, entry: Any) -> Any:
+        return self.integers.at[self.q.shape[0], pl.ds(entry * WORDS, WORDS)]
 
     def _item(self, t: Any) -> Any:
         return lax.rem(t, jnp.int32(2)) + self.q.shape[0]

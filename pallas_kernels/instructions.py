@@ -182,6 +182,26 @@ def store_tile(smem: Any, tile: jax.Array, interpret: bool, columns: int | None 
     emit(smem, tile)
 
 
+def store_words(ref: Any, words: Sequence[Any], interpret: bool) -> None:
+    """Stores int32 scalars to shared memory, from its beginning, without waiting.
+
+    An arrival at a barrier must follow: it shows them to those who wait there.
+    """
+    words = [jnp.int32(word) for word in words]
+    if interpret:
+        for i, word in enumerate(words):
+            ref[i] = word
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * len(words)))
+    def emit(_: Any, target: Any, *scalars: Any) -> None:
+        index = mgpu_utils.ir.IndexType.get()
+        for i, scalar in enumerate(scalars):
+            mgpu_utils.memref.store(scalar.registers[()], target, [mgpu_utils.c(i, index)])
+
+    emit(ref, *words)
+
+
 def see_stores(interpret: bool) -> None:
     """What this thread stored to shared memory is seen by copies after the next `add_rows`."""
     if interpret:
