@@ -51,6 +51,7 @@ CASES = [
     KernelCase("starts traced", (256, 512), (1, 2), T=300, S=500, starts=(333, 101), traced=True),
     KernelCase("queries before keys", (256,), (1,), T=100, S=100, starts=(0, 1000), causal=True),
     KernelCase("ids", **LONG, ids=True),
+    KernelCase("ids causal 128", **LONG, H=128, ids=True, causal=True),
     KernelCase("ids ragged causal", (96, 200), (1, 2), T=333, ids=True, causal=True, B=2),
     KernelCase("dropout", **LONG, rate=0.2),
     KernelCase("dropout causal 128", **LONG, rate=0.3, H=128, causal=True, K=2),
