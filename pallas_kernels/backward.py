@@ -52,13 +52,19 @@ class Options:
 
 
 def seen_pairs(
-    plan: schedule.Launch, v: schedule.Visit, row: Any, start: Any, shape: tuple[int, int]
+    plan: schedule.Launch,
+    v: schedule.Visit,
+    row: Any,
+    start: Any,
+    shape: tuple[int, int],
+    end: Any = None,
 ) -> jax.Array:
-    """Which (home, away) pairs of this step see each other."""
+    """Which (home, away) pairs of this step see each other; home rows from `end` on see nothing."""
     columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + (start + v.away_shift)
     iota = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
     rows = (iota + row) * v.home_step + v.home_shift
-    return schedule.visible(plan, v.length, rows, columns, v.limit + v.away_shift)
+    last = schedule.UNBOUNDED if end is None else end * v.home_step + v.home_shift
+    return schedule.visible(plan, v.length, rows, columns, v.limit + v.away_shift, last)
 
 
 def is_edge(plan: schedule.Launch, v: schedule.Visit, row: Any, start: Any, block: int) -> Any:

@@ -77,8 +77,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 return schedule.visit(plan, geometry, place.branch, None, residue, tile)
 
             def seen(me: Any, place: gradient_loop.Place) -> jax.Array:
-                _, residue, tile, row, _ = home(me)
-                return seen_pairs(plan, visited(place, residue, tile), row, place.start, shape)
+                _, residue, tile, row, local = home(me)
+                v, end = visited(place, residue, tile), home_end(plan, local)
+                return seen_pairs(plan, v, row, place.start, shape, end)
 
             def ids(me: Any) -> jax.Array:
                 b, _, _, row, local = home(me)
@@ -141,7 +142,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             def member(m: Any, fill: Any, branch: int) -> Any:
                 head, rate = kv_head * opt.group + m, plan.rates[branch]
                 v = visit(branch, head, residue, tile)
-                low, high = unmasked(plan, v, tile)
+                low, high = unmasked(plan, v, tile, home_end(plan, local))
                 plane = (b * plan.heads + head) * dq_rows + v.away_residue
 
                 def step(j: Any, i: Any) -> Any:
@@ -169,11 +170,24 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     pl.when(wg == CONSUMERS)(produce)
 
 
-def unmasked(plan: schedule.Launch, v: schedule.Visit, tile: Any) -> tuple[Any, Any]:
-    """The first and last start of an away tile that all home rows of a tile see whole."""
+def home_end(plan: schedule.Launch, local: Any) -> Any:
+    """Rows of keys that exist of a residue, or None where tiles end with them."""
+    ragged = plan.home % (plan.stride * plan.block_home)
+    return schedule.home_end(plan, local) if ragged else None
+
+
+def unmasked(
+    plan: schedule.Launch, v: schedule.Visit, tile: Any, end: Any = None
+) -> tuple[Any, Any]:
+    """The first and last start of an away tile that all home rows of a tile see whole.
+
+    end: see `home_end`.
+    """
     first = tile * plan.block_home * v.home_step + v.home_shift
     _, high = schedule.row_bounds(plan, v.length, first)
     low, _ = schedule.row_bounds(plan, v.length, first + (plan.block_home - 1) * v.home_step)
+    if end is not None:
+        low = jnp.where((tile + 1) * plan.block_home > end, schedule.UNBOUNDED, low)
     return low - v.away_shift, jnp.minimum(high - v.away_shift, v.limit) - plan.block_away
 
 

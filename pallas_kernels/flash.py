@@ -60,7 +60,7 @@ def attend(
         dropout_rate, dropout_seed, keep: probability, uint32[2] and an object with `row_bits`,
             `column_bits` and `keep` as in `dilax.dropout`.
         carry: a partial result (out float32 `[B, T, N, H]`, lse float32 `[B, T, N]`) over other
-            keys, which the softmax continues.
+            keys, which the softmax continues; out is 0 where lse is -inf.
         out_dtype: of out; None means query's dtype, or float32 when there is a carry.
         deterministic: True asks for gradients whose bits do not vary from run to run: two passes
             in place of one. False: one pass wherever heads allow it, which is faster. None: False

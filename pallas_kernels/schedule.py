@@ -297,6 +297,15 @@ def geometry(launch: Launch, starts: Any) -> Any:
     return xp.stack(branches).astype(np.int32)
 
 
+def home_end(launch: Launch, local: Any) -> Any:
+    """How many home rows exist of residue `local` of the home array.
+
+    Those past them, up to the end of a tile, are zeros: as keys, whose logits of 0 may be far above
+    all that count in a query's lse. Their probabilities would then be infinite.
+    """
+    return (launch.home - local + launch.stride - 1) // launch.stride
+
+
 @functools.lru_cache(maxsize=256)
 def hides(launch: Launch) -> bool:
     """Whether a visit may hold a pair that does not see each other, and so needs masks."""
@@ -320,6 +329,10 @@ def masked_steps(launch: Launch) -> np.ndarray:
         low = last // length * length - away_shift - first
         high = (row * step + home_shift) // length * length + length - away_shift
         high = np.minimum(high, limit) - first
+        if launch.transposed:
+            # Keys past the end see nothing, see `home_end`.
+            there = row + launch.block_home <= home_end(launch, fields[..., LOCAL])
+            high = np.where(there, high, 0)
         whole = high // launch.block_away - -(-np.maximum(low, 0) // launch.block_away)
         found.append(steps - np.clip(whole, 0, steps))
     return np.stack(found)
@@ -405,10 +418,21 @@ def common_stride(rates: tuple[int, ...]) -> int:
     return math.lcm(*rates)
 
 
-def visible(launch: Launch, length: Any, rows: jax.Array, columns: jax.Array, limit: Any) -> Any:
-    """Which pairs of dilated home rows `[h]` and away rows `[h, a]` see each other."""
+def visible(
+    launch: Launch,
+    length: Any,
+    rows: jax.Array,
+    columns: jax.Array,
+    limit: Any,
+    end: Any = UNBOUNDED,
+) -> Any:
+    """Which pairs of dilated home rows `[h]` below `end` and away rows `[h, a]` below `limit` see
+    each other.
+    """
     low, high = row_bounds(launch, length, rows)
     high = jnp.minimum(high, limit)
+    if end is not UNBOUNDED:
+        high = jnp.where(rows < end, high, 0)
     low, high = (lax.broadcast_in_dim(x, columns.shape, [0]) for x in (low, high))
     return (columns >= low) & (columns < high)
 

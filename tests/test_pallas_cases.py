@@ -41,6 +41,7 @@ class KernelCase:
     dtype: str = "bfloat16"
     scale: float | None = None
     deterministic: bool = False
+    apart: float = 0.0  # mean of query and, negated, of key: logits lie far below 0
 
     @property
     def branches(self) -> tuple:
@@ -52,16 +53,17 @@ class KernelCase:
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         S, K = self.S or self.T, self.K or self.N
 
-        def draw(*shape: int) -> np.ndarray:
-            return np.asarray(jnp.asarray(rng.normal(size=shape), self.dtype), np.float32)
+        def draw(*shape: int, mean: float = 0.0) -> np.ndarray:
+            drawn = rng.normal(mean, size=shape)
+            return np.asarray(jnp.asarray(drawn, self.dtype), np.float32)
 
         carry = None
         if self.carry:
             lse = np.float32(rng.normal(size=(self.B, self.T, self.N)) + 4)
             lse[:, ::3] = -np.inf
             carry = (np.float32(rng.normal(size=(self.B, self.T, self.N, self.H))), lse)
-        q = draw(self.B, self.T, self.N, self.H)
-        k, v = draw(self.B, S, K, self.H), draw(self.B, S, K, self.H)
+        q = draw(self.B, self.T, self.N, self.H, mean=self.apart)
+        k, v = draw(self.B, S, K, self.H, mean=-self.apart), draw(self.B, S, K, self.H)
         dlse = np.float32(rng.normal(size=(self.B, self.T, self.N)))
         return (q, k, v, carry), (draw(*q.shape), dlse)
 

@@ -58,6 +58,8 @@ CASES = [
     KernelCase("carry", (128, 256), (1, 2), T=300, carry=True, causal=True),
     KernelCase("carry 128", (128, 256), (1, 2), T=512, H=128, carry=True),
     KernelCase("carry and ids 256", (128, 256), (1, 2), T=300, H=256, carry=True, ids=True),
+    KernelCase("logits below", (200, 500), (1, 2), T=300, apart=2.0, dtype="float16"),
+    KernelCase("logits below 128", (1 << 20,), (1,), T=256, S=300, H=128, apart=4.0),
     KernelCase("scale", (128,), (1,), T=256, scale=0.5),
     *(KernelCase(f"head {h}", (128, 256), (1, 2), T=300, H=h) for h in (16, 24, 40, 72, 80, 96)),
     *(

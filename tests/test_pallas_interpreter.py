@@ -22,6 +22,10 @@ pytestmark = [
 ]
 
 CASES = [
+    # A tile of keys goes past their end, none of queries does.
+    KernelCase(
+        "logits below", (1 << 20,), (1,), T=128, S=40, H=16, N=1, dtype="float16", apart=2.0
+    ),
     KernelCase("causal gqa", (128, 256), (1, 2), T=136, H=16, N=2, K=1, causal=True),
     KernelCase("ids", (1 << 20,), (1,), T=72, H=232, N=1, ids=True),
     KernelCase(
