@@ -31,6 +31,7 @@ class Check:
     K: int = 2
     B: int = 1
     ids: bool = False
+    positions: bool = False  # tokens in any order; causality goes by their positions
     rate: float = 0.0
     starts: tuple[int, int] = (0, 0)
     carry: bool = False
@@ -40,13 +41,17 @@ class Check:
 
 def checks(smoke: bool) -> list[Check]:
     """The cases; with smoke only tiny ones."""
+    random = peers.random_blocks
     if smoke:
         small = peers.global_local(4, 1, 0, block_size=64)
         return [
             Check("window", peers.window(256, 100), 256, 256, 16, 1, 1),
-            Check("split", small, 230, 250, 16, 1, 1, ids=True, traced=True, split=1),
+            Check(
+                "split", small, 230, 250, 16, 1, 1, ids=True, positions=True, traced=True, split=1
+            ),
+            Check("positions", random(2, 0.7), 230, 250, 16, 2, 1, positions=True, rate=0.2),
         ]
-    random, window, far = peers.random_blocks, peers.window, peers.global_local(64, 1, 1)
+    window, far = peers.window, peers.global_local(64, 1, 1)
     halves, coarse = window(1100, 300, 64), random(4, 0.5, True, block_size=256)
     return [
         Check("random 128", random(16, 0.3), 2048, 2048, 128, 16, 16),
@@ -60,20 +65,31 @@ def checks(smoke: bool) -> list[Check]:
         Check("ids ragged", random(6, 0.6), 700, 768, 128, ids=True),
         Check("dropout", random(6, 0.6, True), 700, 700, 64, 4, 2, rate=0.2),
         Check("carry starts", random(5, 0.6, True), 600, 640, 64, starts=(200, 130), carry=True),
+        Check("positions", random(6, 0.6, True), 700, 740, 128, 4, 2, 2, positions=True, rate=0.2),
+        Check("positions ids", random(6, 0.6), 700, 700, 128, ids=True, positions=True),
+        Check("positions window", window(700, 300), 700, 700, 64, 4, 1, positions=True),
+        Check("positions block 64", halves, 1100, 1100, 64, positions=True, rate=0.1),
         Check("head 192", random(5, 0.6), 600, 600, 192),
         Check("head 16", window(700, 200), 700, 700, 16),
     ]
 
 
-def oracle(c: Check, arrays: dict[str, np.ndarray], ids: Any, seed: Any) -> dict[str, np.ndarray]:
+def oracle(
+    c: Check, arrays: dict[str, np.ndarray], ids: Any, positions: Any, seed: Any
+) -> dict[str, np.ndarray]:
     """out, lse and gradients by a dense masked softmax in float64."""
     q, k, v, do, dlse = (arrays[x].swapaxes(1, 2) for x in ("q", "k", "v", "do", "dlse"))
     group = c.N // c.K
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
-    seen = np.broadcast_to(c.pattern.visible(c.N, c.T, c.S, c.starts), (c.B, c.N, c.T, c.S))
+    # With positions, what is causal about places is the lists and bands alone.
+    pattern = dataclasses.replace(c.pattern, is_causal=False) if c.positions else c.pattern
+    seen = np.broadcast_to(pattern.visible(c.N, c.T, c.S, c.starts), (c.B, c.N, c.T, c.S))
     if ids is not None:
         same = (ids[0][:, :, None] == ids[1][:, None]) & (ids[0] != 0)[:, :, None]
         seen = seen & same[:, None]
+    q_positions, kv_positions = positions
+    if c.positions:
+        seen = seen & (q_positions[:, None, :, None] >= kv_positions[:, None, None])
     scale = 1 / math.sqrt(c.H)
     logits = np.where(seen, q @ k.swapaxes(2, 3) * scale, -np.inf)
     if c.carry:
@@ -90,9 +106,9 @@ def oracle(c: Check, arrays: dict[str, np.ndarray], ids: Any, seed: Any) -> dict
         old, p = p[..., -1:] * arrays["old_out"].swapaxes(1, 2), p[..., :-1]
     drop: Any = 1.0
     if c.rate:
-        example, head, row = np.ogrid[: c.B, : c.N, : c.T]
-        rows = dropout.row_bits(seed, example, head, row + c.starts[0])
-        columns = dropout.column_bits(seed, np.arange(c.S) + c.starts[1], 0)
+        example, head, _ = np.ogrid[: c.B, : c.N, :1]
+        rows = dropout.row_bits(seed, example, head, q_positions[:, None])
+        columns = dropout.column_bits(seed, kv_positions[:, None], 0)
         drop = np.asarray(dropout.keep(rows, columns, c.rate)) / (1 - c.rate)
     out = (p * drop) @ v + old
     dp = (do @ v.swapaxes(2, 3)) * drop
@@ -117,6 +133,12 @@ def prepare_check(c: Check) -> tuple[Any, tuple, Callable]:
     a["old_lse"][:, ::3] = -np.inf
     options: dict[str, Any] = {"is_causal": c.pattern.is_causal}
     ids, seed = None, jnp.asarray([11, 22], jnp.uint32)
+    positions = tuple(np.arange(n)[None] + at for n, at in zip((c.T, c.S), c.starts, strict=True))
+    if c.positions:
+        places = np.tile(np.arange(max(c.T, c.S)), (c.B, 1))
+        positions = tuple(rng.permuted(places, axis=1)[:, :n] for n in (c.T, c.S))
+        given = (jnp.asarray(x, jnp.int32) for x in positions)
+        options |= dict(zip(("q_positions", "kv_positions"), given, strict=True), is_causal=True)
     if c.ids:
         ids = tuple(np.sort(rng.integers(0, 4, (c.B, n)), axis=1) for n in (c.T, c.S))
         options |= {"q_segment_ids": jnp.asarray(ids[0], jnp.int32)}
@@ -125,7 +147,8 @@ def prepare_check(c: Check) -> tuple[Any, tuple, Callable]:
         options |= {"dropout_rate": c.rate, "dropout_seed": seed, "keep": dropout}
     if c.carry:
         options["carry"] = tuple(jnp.asarray(a[x], jnp.float32) for x in ("old_out", "old_lse"))
-    fused = config.block_fused_blocks(padded_head(c.H), c.pattern.block_size) is not None
+    sizes = (padded_head(c.H), c.pattern.block_size, c.ids + c.positions)
+    fused = config.block_fused_blocks(*sizes) is not None
     lists = (c.pattern.columns, c.pattern.counts, c.pattern.band_index)
 
     def run(q: Any, k: Any, v: Any, lists: Any, starts: Any) -> dict[str, Any]:
@@ -150,7 +173,7 @@ def prepare_check(c: Check) -> tuple[Any, tuple, Callable]:
         lowered = jax.jit(run).lower(*arguments)
     finally:
         block_schedule.SHORTEST_TRACED_SPLIT = before
-    return lowered, arguments, functools.partial(oracle, c, a, ids, seed)
+    return lowered, arguments, functools.partial(oracle, c, a, ids, positions, seed)
 
 
 def run_check(compiled: Any, arguments: tuple, exact: Callable, repeats: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from pallas_kernels import gradient_loop, schedule
 from pallas_kernels.backward import Options, seen_pairs
 from pallas_kernels.backward_keys import operands_of
 from pallas_kernels.compat import (
+    COLUMN,
     ROW,
     add_to_global,
     aligned_rows,
@@ -81,11 +82,15 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 v, end = visited(place, residue, tile), home_end(plan, local)
                 return seen_pairs(plan, v, row, place.start, shape, end)
 
-            def ids(me: Any) -> jax.Array:
+            def same_ids(s: jax.Array, me: Any, slot: Any) -> jax.Array:
                 b, _, _, row, local = home(me)
-                return load(k_ids.at[b, pl.ds(row, ROWS), local], ROW)
+                ids = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW)
+                ids = lax.broadcast_in_dim(ids, s.shape, [0])
+                away = lax.broadcast_in_dim(load(memory.mark(slot, 0), COLUMN), s.shape, [1])
+                return jnp.where((ids == away) & (ids != 0), s, -jnp.inf)
 
-            def kept(me: Any, place: gradient_loop.Place) -> jax.Array:
+            def kept(me: Any, slot: Any) -> jax.Array:
+                place = memory.place(slot)
                 b, residue, tile, row, _ = home(me)
                 at = (b, place.head, place.branch, row, place.start)
                 seed, v = (seed_ref[0], seed_ref[1]), visited(place, residue, tile)
@@ -93,7 +98,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
             hides = schedule.hides(plan)
             return gradient_loop.Sight(
-                seen if hides else None, ids if opt.ids else None, kept if opt.rate else None
+                seen if hides else None, same_ids if opt.ids else None, kept if opt.rate else None
             )
 
         def one_item(t: Any, base: Any) -> Any:
@@ -150,7 +155,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     rows = aligned_rows(start, bq)
                     at, vector = (b, rows, v.away_residue, head), (b, head, v.away_residue, rows)
                     place = gradient_loop.Place(start, low, high, plane, rate, branch, head)
-                    ids = q_ids[rate].at[b, v.away_residue, rows] if opt.ids else None
+                    ids = [q_ids[rate].at[b, v.away_residue, rows]] if opt.ids else []
                     tiles = (q_refs[rate].at[at], ids, do_refs[rate].at[at])
                     vectors = (lse_refs[rate].at[vector], delta_refs[rate].at[vector])
                     memory.bring(i, place, *tiles, *vectors)

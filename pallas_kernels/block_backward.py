@@ -1,6 +1,7 @@
 """The backward kernel for queries over block lists, for the total lse of each row."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,8 +14,8 @@ from pallas_kernels.block_forward import (
     Options,
     away_rows,
     kept,
+    mark_rings,
     masked_scores,
-    same_ids,
     split_rows,
     walk,
 )
@@ -68,10 +69,10 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
     it = iter(refs)
     items, entries, starts_ref, seed_ref = (next(it) for _ in range(4))
     q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref = (next(it) for _ in range(6))
-    q_ids, k_ids = (next(it), next(it)) if opt.ids else (None, None)
+    q_marks, k_marks = opt.marks.take(it), opt.marks.take(it)
     dq_ref = next(it)
     part_dq = next(it) if plan.parts else None
-    q_smem, do_smem, k_smem, v_smem, dq_smem, id_smem, ds_smem = (next(it) for _ in range(7))
+    q_smem, do_smem, k_smem, v_smem, dq_smem, mark_smem, ds_smem = (next(it) for _ in range(7))
     q_ready, k_ready, v_ready, q_free, k_free, v_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
@@ -90,7 +91,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             row = tile * TILE_ROWS + wg * ROWS
             lse = load(lse_ref.at[b, n, pl.ds(row, ROWS)], ROW)
             delta = load(delta_ref.at[b, n, pl.ds(row, ROWS)], ROW)
-            id_rows = load(q_ids.at[b, pl.ds(row, ROWS)], ROW) if opt.ids else None
+            home = opt.marks.of_rows(q_marks, (b, pl.ds(row, ROWS)), ROW)
             pl.when(item.steps > 0)(lambda: plgpu.barrier_wait(q_ready.at[wg]))
 
             def step(j: Any, state: Any) -> Any:
@@ -118,15 +119,15 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
 
                 acc = plgpu.ACC(shape, jnp.float32)
                 s, dp = pl.run_scoped(scores, acc, acc)
-                ids = load(of_lane(id_smem, wg).at[slot], COLUMN) if opt.ids else None
+                away = opt.marks.of_slot(of_lane(mark_smem, wg), slot, COLUMN)
                 plgpu.barrier_arrive(v_free.at[slot])
                 pl.when(j + 1 == item.steps)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
                 s = masked_scores(plan, s, entry, row, start, shift)
-                if opt.ids:
-                    s = same_ids(s, id_rows, ids)
+                s = opt.marks.hide(s, home, away, plan.transposed)
                 p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [0]))
                 if opt.rate:
-                    seen = kept(plan, opt, keep, seed_ref, starts, (b, n, row, start), shape)
+                    place, marks = (b, n, row, start), (home, away)
+                    seen = kept(plan, opt, keep, seed_ref, starts, place, shape, marks)
                     dp = jnp.where(seen, dp * (1.0 / (1.0 - opt.rate)), 0.0)
                 ds = p * (dp - lax.broadcast_in_dim(delta, shape, [0]))
                 staging = None if ds_smem is None else ds_smem.at[wg]
@@ -167,9 +168,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 for lane, at in enumerate(rows):
                     to, ready = of_lane(k_smem, lane).at[slot], k_ready.at[slot]
                     plgpu.copy_gmem_to_smem(k_ref.at[b, at, kv_head], to, ready)
-                    if opt.ids:
-                        to = of_lane(id_smem, lane).at[slot]
-                        plgpu.copy_gmem_to_smem(k_ids.at[b, at], to, ready)
+                    opt.marks.bring(k_marks, (b, at), of_lane(mark_smem, lane), slot, ready)
                 pl.when(j == 0)(load_home)
                 pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
                 for lane, at in enumerate(rows):
@@ -196,7 +195,7 @@ def queries_gradient(
     *,
     starts: jax.Array,
     seed: jax.Array,
-    ids: tuple[jax.Array, jax.Array] | None,
+    marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
     keep: Any,
 ) -> jax.Array:
     """The queries' gradient `[B, T', N, H]` of padded query, key, value and do.
@@ -206,7 +205,7 @@ def queries_gradient(
     query, key, value, do = arrays
     head_dim, dtype, lanes, stages = query.shape[-1], query.dtype, plan.lanes, opt.stages
     operands = [jnp.asarray(work.items), jnp.asarray(entries), starts, seed]
-    operands += [query, do, lse, delta, key, value, *(ids or ())]
+    operands += [query, do, lse, delta, key, value, *marks[0], *marks[1]]
     types = [jax.ShapeDtypeStruct(query.shape, dtype)]
     if plan.parts:
         types += [jax.ShapeDtypeStruct((plan.parts, TILE_ROWS, head_dim), jnp.float32)]
@@ -217,10 +216,10 @@ def queries_gradient(
         shared_tile(away, dtype),
         shared_tile(away, dtype),
         shared_tile(home, dtype),
-        plgpu.SMEM(block_schedule.ring(plan, stages), jnp.int32) if opt.ids else None,
+        mark_rings(plan, opt),
         shared_tile((CONSUMERS, ROWS, plan.away), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (2 if opt.ids else 1)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (1 + opt.marks.count)),
         plgpu.Barrier(num_barriers=stages, num_arrivals=lanes),
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),

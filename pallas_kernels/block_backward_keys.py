@@ -1,6 +1,7 @@
 """The backward kernel for keys and values over transposed block lists."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ from pallas_kernels.block_forward import (
     Options,
     away_rows,
     kept,
+    mark_rings,
     masked_scores,
-    same_ids,
     walk,
 )
 from pallas_kernels.block_lists import TILE_ROWS
@@ -38,11 +39,11 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
     it = iter(refs)
     items, entries, starts_ref, seed_ref = (next(it) for _ in range(4))
     k_ref, v_ref, q_ref, do_ref, lse_ref, delta_ref = (next(it) for _ in range(6))
-    k_ids, q_ids = (next(it), next(it)) if opt.ids else (None, None)
+    k_marks, q_marks = opt.marks.take(it), opt.marks.take(it)
     dk_ref, dv_ref = next(it), next(it)
     part_dk, part_dv = (next(it), next(it)) if plan.parts else (None, None)
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = (next(it) for _ in range(6))
-    out_smem, id_smem, p_smem = (next(it) for _ in range(3))
+    out_smem, mark_smem, p_smem = (next(it) for _ in range(3))
     k_ready, q_ready, do_ready, k_free, q_free, do_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
@@ -60,7 +61,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             following = block_schedule.item(items, cta, t + 1, count)
             b, kv_head, tile = block_schedule.place(plan, item.code)
             row = tile * TILE_ROWS + wg * ROWS
-            id_rows = load(k_ids.at[b, pl.ds(row, ROWS)], ROW) if opt.ids else None
+            home = opt.marks.of_rows(k_marks, (b, pl.ds(row, ROWS)), ROW)
             pl.when(item.steps > 0)(lambda: plgpu.barrier_wait(k_ready.at[wg]))
 
             def step(j: Any, i: Any, accs: Any) -> Any:
@@ -79,16 +80,15 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 queries = of_lane(q_smem, wg).at[slot]
                 s = product(k_smem.at[wg], queries.transpose((1, 0)), shape, lambda: None)
                 lse = load(of_lane(lse_smem, wg).at[slot], COLUMN)
-                ids = load(of_lane(id_smem, wg).at[slot], COLUMN) if opt.ids else None
+                away = opt.marks.of_slot(of_lane(mark_smem, wg), slot, COLUMN)
                 s = masked_scores(plan, s, entry, row, start, shift)
-                if opt.ids:
-                    s = same_ids(s, id_rows, ids)
+                s = opt.marks.hide(s, home, away, plan.transposed)
                 p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [1]))
                 staging = None if p_smem is None else p_smem.at[wg]
                 weight, seen = p, None
                 if opt.rate:
                     at = (b, kv_head * opt.group + entry.member, row, start)
-                    seen = kept(plan, opt, keep, seed_ref, starts, at, shape)
+                    seen = kept(plan, opt, keep, seed_ref, starts, at, shape, (home, away))
                     weight = jnp.where(seen, p * (1.0 / (1.0 - opt.rate)), 0.0)
                 weight = weight.astype(dtype)
                 plgpu.barrier_wait(do_ready.at[slot])
@@ -156,10 +156,11 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                     vector = (b, head, rows)
                     copies = [(q_ref.at[b, rows, head], q_smem)]
                     copies += [(lse_ref.at[vector], lse_smem), (delta_ref.at[vector], delta_smem)]
-                    copies += [(q_ids.at[b, rows], id_smem)] if opt.ids else []
                     for source, to in copies:
                         to = of_lane(to, lane).at[slot]
                         plgpu.copy_gmem_to_smem(source, to, q_ready.at[slot])
+                    rings, ready = of_lane(mark_smem, lane), q_ready.at[slot]
+                    opt.marks.bring(q_marks, (b, rows), rings, slot, ready)
                 pl.when(reused)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                 for lane, (rows, head) in enumerate(places):
                     to, ready = of_lane(do_smem, lane).at[slot], do_ready.at[slot]
@@ -185,17 +186,18 @@ def keys_gradient(
     *,
     starts: jax.Array,
     seed: jax.Array,
-    ids: tuple[jax.Array, jax.Array] | None,
+    marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
     keep: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients `[B, S', K, H]` of padded keys and values; arguments as in `queries_gradient`.
 
-    lse and delta: `[B, N, T']`. ids: int32 `[B, T']` and `[B, rows]` with rows whole key tiles.
+    lse and delta: `[B, N, T']`. marks: int32 `[B, T']` of queries and `[B, rows]` of keys, rows
+    whole tiles.
     """
     query, key, value, do = arrays
     head_dim, dtype, bq, stages = query.shape[-1], query.dtype, plan.away, opt.stages
     operands = [jnp.asarray(work.items), jnp.asarray(entries), starts, seed]
-    operands += [key, value, query, do, lse, delta, *(ids[::-1] if ids else ())]
+    operands += [key, value, query, do, lse, delta, *marks[1], *marks[0]]
     types = [jax.ShapeDtypeStruct(key.shape, dtype)] * 2
     if plan.parts:
         types += [jax.ShapeDtypeStruct((plan.parts, TILE_ROWS, head_dim), jnp.float32)] * 2
@@ -210,10 +212,10 @@ def keys_gradient(
         vectors,
         vectors,
         shared_tile(home, dtype),
-        plgpu.SMEM(away[:-1], jnp.int32) if opt.ids else None,
+        mark_rings(plan, opt),
         shared_tile((CONSUMERS, ROWS, bq), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (4 if opt.ids else 3)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (3 + opt.marks.count)),
         plgpu.Barrier(num_barriers=stages, num_arrivals=lanes),
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),

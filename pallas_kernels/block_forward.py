@@ -3,21 +3,22 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import block_lists, block_schedule, schedule
+from pallas_kernels import block_lists, block_marks, block_schedule, schedule
 from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.compat import (
+    COLUMN,
     ROW,
     TILE,
     Sum,
     aligned_rows,
     launch,
-    load,
     pl,
     plgpu,
     shared_tile,
@@ -37,7 +38,7 @@ class Options:
     stages: int
     overlap: bool
     group: int
-    ids: bool
+    marks: block_marks.Kinds
     rate: float
     interpret: bool
 
@@ -94,13 +95,6 @@ def seen_pairs(
     return seen
 
 
-def same_ids(s: jax.Array, home: jax.Array, away: jax.Array) -> jax.Array:
-    """Scores with -inf where ids `[home]` and `[away]` differ or are 0."""
-    a = lax.broadcast_in_dim(home, s.shape, [0])
-    c = lax.broadcast_in_dim(away, s.shape, [1])
-    return jnp.where((a == c) & (c != 0), s, -jnp.inf)
-
-
 def kept(
     plan: block_schedule.Plan,
     opt: Options,
@@ -109,9 +103,16 @@ def kept(
     starts: Any,
     where: tuple[Any, Any, Any, Any],
     shape: tuple[int, int],
+    marks: tuple[block_marks.Marks, block_marks.Marks],
 ) -> jax.Array:
-    """Which pairs dropout keeps. where: (batch, query head, first home row, first away row)."""
+    """Which pairs dropout keeps. where: (batch, query head, first home row, first away row).
+
+    marks: of home and away; if they have positions, pairs are known by those, not by their rows.
+    """
     batch, head, row, start = where
+    if opt.marks.positions:
+        who, positions = (batch, head, plan.numbers[0]), tuple(x.positions for x in marks)
+        return schedule.kept_at(keep, opt.rate, (seed[0], seed[1]), who, positions, plan.transposed)
     home, away = (starts[1], starts[0]) if plan.transposed else (starts[0], starts[1])
     visit: Any = schedule.Visit(
         first=0,
@@ -183,10 +184,10 @@ def away_rows(plan: block_schedule.Plan, packed: tuple[Any, ...], j: Any) -> lis
 def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> None:
     it = iter(refs)
     items, entries, starts_ref, seed_ref, q_ref, k_ref, v_ref = (next(it) for _ in range(7))
-    q_ids, k_ids = (next(it), next(it)) if opt.ids else (None, None)
+    q_marks, k_marks = opt.marks.take(it), opt.marks.take(it)
     out_ref, lse_ref = next(it), next(it)
     part_out, part_lse = (next(it), next(it)) if plan.parts else (None, None)
-    q_smem, k_smem, v_smem, o_smem, id_smem, p_smem, sum_smem = (next(it) for _ in range(7))
+    q_smem, k_smem, v_smem, o_smem, mark_smem, p_smem, sum_smem = (next(it) for _ in range(7))
     q_ready, k_ready, v_ready, q_free, k_free, v_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
@@ -206,13 +207,13 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             q=q_smem.at[wg],
             k=of_lane(k_smem, wg),
             v=of_lane(v_smem, wg),
-            ids=of_lane(id_smem, wg) if opt.ids else None,
+            marks=lambda slot: opt.marks.of_slot(of_lane(mark_smem, wg), slot, COLUMN),
             ready=(q_ready.at[wg], k_ready, v_ready),
             free=(q_free.at[wg], k_free, v_free),
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
 
-        def tile_at(j: Any, item: Any, at: Any, id_rows: Any) -> Tile:
+        def tile_at(j: Any, item: Any, at: Any, home: Any) -> Tile:
             b, n, row = at
             entry, start = block_lists.decode(jnp.int32(0)), jnp.int32(0)
             if plan.masks or opt.rate:
@@ -224,14 +225,15 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 entry = block_lists.decode(packed)
                 start = entry.block * (plan.away * plan.steps_per_entry) + inside
 
-            def mask(s: jax.Array, ids: Any) -> jax.Array:
+            def mask(s: jax.Array, away: Any) -> jax.Array:
                 s = masked_scores(plan, s, entry, row, start, shift)
-                return same_ids(s, id_rows, ids) if opt.ids else s
+                return opt.marks.hide(s, home, away, plan.transposed)
 
-            def drop(p: jax.Array) -> jax.Array:
+            def drop(p: jax.Array, away: Any) -> jax.Array:
                 if not opt.rate:
                     return p
-                seen = kept(plan, opt, keep, seed_ref, starts, (b, n, row, start), p.shape)
+                place, marks = (b, n, row, start), (home, away)
+                seen = kept(plan, opt, keep, seed_ref, starts, place, p.shape, marks)
                 return jnp.where(seen, p, 0.0)
 
             return Tile(mask, drop)
@@ -242,15 +244,15 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             following = block_schedule.item(items, cta, t + 1, count)
             b, n, tile = block_schedule.place(plan, item.code)
             at = (b, n, tile * TILE_ROWS + wg * ROWS)
-            id_rows = load(q_ids.at[b, pl.ds(at[2], ROWS)], ROW) if opt.ids else None
+            home = opt.marks.of_rows(q_marks, (b, pl.ds(at[2], ROWS)), ROW)
             total = base + item.steps
 
             def look() -> Any:
-                state = loop.first(base, total, tile_at(jnp.int32(0), item, at, id_rows))
+                state = loop.first(base, total, tile_at(jnp.int32(0), item, at, home))
 
                 def steps(acc: Sum) -> Any:
                     def step(j: Any, state: Any) -> Any:
-                        return loop.step(state, acc, total, tile_at(j, item, at, id_rows))
+                        return loop.step(state, acc, total, tile_at(j, item, at, home))
 
                     return loop.last(lax.fori_loop(1, item.steps, step, state), acc)
 
@@ -313,9 +315,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 for lane, at in enumerate(rows):
                     to, ready = of_lane(k_smem, lane).at[slot], k_ready.at[slot]
                     plgpu.copy_gmem_to_smem(k_ref.at[b, at, kv_head], to, ready)
-                    if opt.ids:
-                        to = of_lane(id_smem, lane).at[slot]
-                        plgpu.copy_gmem_to_smem(k_ids.at[b, at], to, ready)
+                    opt.marks.bring(k_marks, (b, at), of_lane(mark_smem, lane), slot, ready)
                 pl.when(j == 0)(load_queries)
                 pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
                 for lane, at in enumerate(rows):
@@ -341,19 +341,19 @@ def forward(
     out_dtype: Any,
     starts: jax.Array,
     seed: jax.Array,
-    ids: tuple[jax.Array, jax.Array] | None,
+    marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
     keep: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """out `[B, T', N, H]` and lse `[B, N, rows]` (rows whole tiles) of padded query, key, value.
 
-    arrays: query `[B, T', N, H]`, key and value `[B, S', K, H]`, lengths multiples of 8. ids:
-    int32 `[B, rows]` and `[B, S']`.
+    arrays: query `[B, T', N, H]`, key and value `[B, S', K, H]`, lengths multiples of 8.
+    marks: int32 `[B, rows]` of queries and `[B, S']` of keys, those that `opt.marks` has.
     """
     query, key, value = arrays
     B, _, N, head_dim = query.shape
     dtype, stages, lanes = query.dtype, opt.stages, plan.lanes
     operands = [jnp.asarray(work.items), jnp.asarray(entries), starts, seed, query, key, value]
-    operands += ids or ()
+    operands += [*marks[0], *marks[1]]
     types = [
         jax.ShapeDtypeStruct(query.shape, out_dtype),
         jax.ShapeDtypeStruct((B, N, plan.tiles * TILE_ROWS), jnp.float32),
@@ -368,11 +368,11 @@ def forward(
         shared_tile(block_schedule.ring(plan, stages, head_dim), dtype),
         shared_tile(block_schedule.ring(plan, stages, head_dim), dtype),
         shared_tile((CONSUMERS, ROWS, head_dim), out_dtype),
-        plgpu.SMEM(block_schedule.ring(plan, stages), jnp.int32) if opt.ids else None,
+        mark_rings(plan, opt),
         shared_tile((CONSUMERS, ROWS, plan.away), dtype) if opt.interpret else None,
         plgpu.SMEM((CONSUMERS, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (2 if opt.ids else 1)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (1 + opt.marks.count)),
         plgpu.Barrier(num_barriers=stages, num_arrivals=lanes),
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
@@ -390,6 +390,13 @@ def forward(
     if plan.parts:
         out, lse = _merge(plan, work, out, lse, *parts)
     return out, lse
+
+
+def mark_rings(plan: block_schedule.Plan, opt: Options) -> Any:
+    """Shared memory for the marks of away rows: one array, since each takes at least 1024 bytes."""
+    count = opt.marks.count
+    shape = block_schedule.ring(plan, opt.stages * count)
+    return plgpu.SMEM(shape, jnp.int32) if count else None
 
 
 def split_rows(plan: block_schedule.Plan, work: block_schedule.Work) -> tuple[Any, Any, Any, Any]:

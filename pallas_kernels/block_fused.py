@@ -5,21 +5,22 @@ to the queries' gradient is added to float32 memory by the copy engine, in an or
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import block_lists, block_schedule, gradient_loop
+from pallas_kernels import block_lists, block_marks, block_schedule, gradient_loop
 from pallas_kernels.block_backward import add_parts, write_tile
 from pallas_kernels.block_forward import LOG2E, Options, kept, seen_pairs, walk
 from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.compat import (
+    COLUMN,
     ROW,
     aligned_rows,
     launch,
-    load,
     pl,
     plgpu,
     shared_tile,
@@ -31,7 +32,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
     it = iter(refs)
     items, entries, starts_ref, seed_ref = (next(it) for _ in range(4))
     k_ref, v_ref, q_ref, do_ref, lse_ref, delta_ref = (next(it) for _ in range(6))
-    k_ids, q_ids = (next(it), next(it)) if opt.ids else (None, None)
+    k_marks, q_marks = opt.marks.take(it), opt.marks.take(it)
     dq_ref, dk_ref, dv_ref = (next(it) for _ in range(3))
     part_dk, part_dv = (next(it), next(it)) if plan.parts else (None, None)
     out_smem = next(it)
@@ -56,16 +57,25 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 at = (row(me), place.start, shape, shift, plan.away_rows)
                 return seen_pairs(plan, place.branch, *at)
 
-            def ids(me: Any) -> jax.Array:
-                return load(k_ids.at[memory.item(t, 1), pl.ds(row(me), ROWS)], ROW)
+            def home(me: Any) -> block_marks.Marks:
+                rows = (memory.item(t, 1), pl.ds(row(me), ROWS))
+                return opt.marks.of_rows(k_marks, rows, ROW)
 
-            def dropped(me: Any, place: gradient_loop.Place) -> jax.Array:
+            def away(slot: Any) -> block_marks.Marks:
+                return opt.marks.load(functools.partial(memory.mark, slot), COLUMN)
+
+            def marked(s: jax.Array, me: Any, slot: Any) -> jax.Array:
+                return opt.marks.hide(s, home(me), away(slot), plan.transposed)
+
+            def dropped(me: Any, slot: Any) -> jax.Array:
+                place = memory.place(slot)
                 at = (memory.item(t, 1), place.head, row(me), place.start)
-                return kept(plan, opt, keep, seed_ref, starts, at, (ROWS, bq))
+                marks = (home(me), away(slot))
+                return kept(plan, opt, keep, seed_ref, starts, at, (ROWS, bq), marks)
 
             return gradient_loop.Sight(
                 seen if plan.masks else None,
-                ids if opt.ids else None,
+                marked if opt.marks.count else None,
                 dropped if opt.rate else None,
             )
 
@@ -105,9 +115,9 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 low, high = block_schedule.unmasked(plan, entry.band, tile * TILE_ROWS, shift)
                 plane = (b * heads + head) * dq_rows
                 place = gradient_loop.Place(start, low, high, plane, 1, entry.band, head)
-                ids = q_ids.at[b, rows] if opt.ids else None
+                marks = [ref.at[b, rows] for ref in q_marks]
                 vectors = (lse_ref.at[vector], delta_ref.at[vector])
-                memory.bring(i, place, q_ref.at[at], ids, do_ref.at[at], *vectors)
+                memory.bring(i, place, q_ref.at[at], marks, do_ref.at[at], *vectors)
                 return i + 1
 
             return loop(step, fill), used
@@ -129,7 +139,7 @@ def gradients(
     *,
     starts: jax.Array,
     seed: jax.Array,
-    ids: tuple[jax.Array, jax.Array] | None,
+    marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
     keep: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of padded queries, keys and values; arguments as in `keys_gradient`.
@@ -139,7 +149,7 @@ def gradients(
     query, key, value, do = arrays
     head_dim, dtype = query.shape[-1], query.dtype
     operands = [jnp.asarray(work.items), jnp.asarray(entries), starts, seed]
-    operands += [key, value, query, do, lse, delta, *(ids[::-1] if ids else ())]
+    operands += [key, value, query, do, lse, delta, *marks[1], *marks[0]]
     types = [jax.ShapeDtypeStruct(key.shape, dtype)] * 2
     if plan.parts:
         types += [jax.ShapeDtypeStruct((plan.parts, TILE_ROWS, head_dim), jnp.float32)] * 2
@@ -147,7 +157,8 @@ def gradients(
     # The interpreter adds to rows of a view, here of a rate of 1.
     planes = (B, N, T, 1, head_dim) if opt.interpret else (B, N, T, head_dim)
     scratch = [shared_tile((CONSUMERS, ROWS, head_dim), dtype)]
-    scratch += gradient_loop.scratch(head_dim, plan.away, opt.stages, dtype, opt.ids, opt.interpret)
+    sizes = (head_dim, plan.away, opt.stages, dtype, opt.marks.count)
+    scratch += gradient_loop.scratch(*sizes, opt.interpret)
     dq, dk, dv, *parts = launch(
         functools.partial(_body, plan, opt, keep),
         operands,

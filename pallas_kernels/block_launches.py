@@ -18,6 +18,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.block_forward import LOG2E
 from pallas_kernels.block_lists import TILE_ROWS
+from pallas_kernels.block_marks import Kinds
 from pallas_kernels.support import pad, padded_head
 
 
@@ -46,7 +47,7 @@ class Call:
     rate: float
     keep: Any
     out_dtype: Any
-    ids: bool
+    marks: Kinds
     order: str
     device_kind: str
     interpret: bool
@@ -118,29 +119,28 @@ def _options(call: Call, query: Any, key: Any, tiles: config.Blocks) -> block_fo
         stages=tiles.stages,
         overlap=tiles.overlap,
         group=query.shape[2] // key.shape[2],
-        ids=call.ids,
+        marks=call.marks,
         rate=call.rate,
         interpret=call.interpret,
     )
 
 
-def _pad_ids(ids: Any, q_rows: int, k_rows: int) -> Any:
-    """Ids of whole tiles or copies; id 0 sees nothing."""
-    if ids is None:
-        return None
-    return pad(ids[0].astype(jnp.int32), 1, q_rows), pad(ids[1].astype(jnp.int32), 1, k_rows)
+def _pad_marks(marks: Any, q_rows: int, k_rows: int) -> Any:
+    """Marks of queries and of keys for whole tiles or copies; id 0 sees nothing."""
+    sides = zip(marks, (q_rows, k_rows), strict=True)
+    return tuple(tuple(pad(x.astype(jnp.int32), 1, rows) for x in side) for side, rows in sides)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_forward(
-    call: Call, query: Any, key: Any, value: Any, lists: Any, ids: Any, starts: Any, seed: Any
+    call: Call, query: Any, key: Any, value: Any, lists: Any, marks: Any, starts: Any, seed: Any
 ) -> tuple[jax.Array, jax.Array]:
     """out `[B, T, N, H]` and lse `[B, T, N]`; arguments of `blocks.attend`, checked."""
     T, H = query.shape[1], query.shape[3]
     blocks = _lists(call, lists)
     arrays = _pad_inputs(query, key, value)
     tiles = config.block_forward_blocks(
-        arrays[0].shape[-1], blocks.block_size, call.out_dtype.itemsize, call.ids
+        arrays[0].shape[-1], blocks.block_size, call.out_dtype.itemsize, call.marks.count
     )
     plan = _plan(call, blocks, query, key, tiles.away, False)
     found = block_lists.for_queries(blocks, plan.tiles)
@@ -155,7 +155,7 @@ def run_forward(
             out_dtype=call.out_dtype,
             starts=starts,
             seed=seed,
-            ids=_pad_ids(ids, _whole(T), arrays[1].shape[1]),
+            marks=_pad_marks(marks, _whole(T), arrays[1].shape[1]),
             keep=call.keep,
         )
     return out[:, :T, :, :H], lse[:, :, :T].swapaxes(1, 2)
@@ -171,7 +171,7 @@ def run_backward(
     lse: Any,
     delta: Any,
     lists: Any,
-    ids: Any,
+    marks: Any,
     starts: Any,
     seed: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -186,7 +186,8 @@ def run_backward(
     shared = {"starts": starts, "seed": seed, "keep": call.keep}
     head_dim, size = arrays[0].shape[-1], blocks.block_size
     narrow = (lse[:, :, :padded_T], delta[:, :, :padded_T])
-    fused = None if call.deterministic else config.block_fused_blocks(head_dim, size)
+    count = call.marks.count
+    fused = None if call.deterministic else config.block_fused_blocks(head_dim, size, count)
 
     def prepared(tiles: Any, transposed: bool) -> tuple[Any, ...]:
         plan = _plan(call, blocks, query, key, tiles.away, transposed)
@@ -197,20 +198,20 @@ def run_backward(
         plan, work = _work(call, plan, found, arrays[0], arrays[1])
         return plan, _options(call, query, key, tiles), work, found.entries, arrays
 
-    by_keys = {"ids": _pad_ids(ids, padded_T, _whole(S)), **shared}
+    by_keys = {"marks": _pad_marks(marks, padded_T, _whole(S)), **shared}
     if fused is not None:
         with jax.named_scope("block_gradients"):
             dq, dk, dv = block_fused.gradients(*prepared(fused, True), *narrow, **by_keys)
         dq = dq.swapaxes(1, 2) * call.scale
         dq = dq if call.wide else dq.astype(query.dtype)
         return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
-    tiles = config.block_queries_blocks(head_dim, size, call.ids)
+    tiles = config.block_queries_blocks(head_dim, size, count)
     with jax.named_scope("block_queries_gradient"):
-        own_ids = _pad_ids(ids, _whole(T), padded_S)
+        own = _pad_marks(marks, _whole(T), padded_S)
         dq = block_backward.queries_gradient(
-            *prepared(tiles, False), lse, delta, ids=own_ids, **shared
+            *prepared(tiles, False), lse, delta, marks=own, **shared
         )
-    tiles = config.block_keys_blocks(head_dim, size, call.ids)
+    tiles = config.block_keys_blocks(head_dim, size, count)
     with jax.named_scope("block_keys_gradient"):
         dk, dv = block_backward_keys.keys_gradient(*prepared(tiles, True), *narrow, **by_keys)
     return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]

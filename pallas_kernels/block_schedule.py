@@ -286,8 +286,8 @@ def ring(plan: Plan, stages: int, *columns: int) -> tuple[int, ...]:
 
 
 def of_lane(plan: Plan, ring: Any, lane: Any) -> Any:
-    """The away tiles of one lane (any number where there is one list)."""
-    return ring if plan.lanes == 1 else ring.at[lane]
+    """The away tiles of one lane (any number where there is one list); None of None."""
+    return ring if plan.lanes == 1 or ring is None else ring.at[lane]
 
 
 def limits(plan: Plan, band: Any, shift: Any) -> tuple[Any, Any]:

@@ -24,6 +24,8 @@ def unsupported(
     kv_segment_ids: Any = None,
     q_start: Any = 0,
     k_start: Any = 0,
+    q_positions: Any = None,
+    kv_positions: Any = None,
     dropout_rate: float = 0.0,
     dropout_seed: Any = None,
     keep: Any = None,
@@ -72,6 +74,10 @@ def unsupported(
         reasons.append("kv_segment_ids without q_segment_ids")
     if (q_segment_ids is not None) and kv_segment_ids is None and key.shape[1] != query.shape[1]:
         reasons.append("q_segment_ids without kv_segment_ids for keys of another length")
+    if q_positions is None and kv_positions is not None:
+        reasons.append("kv_positions without q_positions")
+    if q_positions is not None and kv_positions is None and key.shape[1] != query.shape[1]:
+        reasons.append("q_positions without kv_positions for keys of another length")
     ends = [x.shape[1] + int(s) for x, s in ((query, q_start), (key, k_start)) if is_static(s)]
     if max(ends, default=0) >= LARGEST_POSITION:
         reasons.append(f"positions up to {max(ends)}: wanted less than {LARGEST_POSITION}")
@@ -79,14 +85,17 @@ def unsupported(
     if reasons:
         return tuple(reasons)
     out, ids = result_dtype(query, carry, out_dtype), q_segment_ids is not None
+    ordered = q_positions is not None and bool(is_causal or dropout_rate)
+    marks = ids + ordered
     head, size = padded_head(head_dim), blocks.block_size
     tiles = (
-        config.block_forward_blocks(head, size, out.itemsize, ids),
-        config.block_queries_blocks(head, size, ids),
-        config.block_keys_blocks(head, size, ids),
+        config.block_forward_blocks(head, size, out.itemsize, marks),
+        config.block_queries_blocks(head, size, marks),
+        config.block_keys_blocks(head, size, marks),
     )
     if None in tiles:
-        what = f"blocks of {size}, {out.name} output{' and segment ids' if ids else ''}"
+        more = f"{' and segment ids' * ids}{' and positions' * ordered}"
+        what = f"blocks of {size}, {out.name} output{more}"
         reasons.append(f"head size {head_dim} with {what}: tiles exceed shared memory")
     return tuple(reasons)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from pallas_kernels import block_lists, block_schedule
 from pallas_kernels.block_launches import Blocks, Call, run_backward, run_forward
+from pallas_kernels.block_marks import Kinds
 from pallas_kernels.block_support import unsupported
 from pallas_kernels.compat import interpreting
 from pallas_kernels.support import current_device_kind, result_dtype, two_passes
@@ -31,6 +32,8 @@ def attend(
     kv_segment_ids: jax.Array | None = None,
     q_start: int | jax.Array = 0,
     k_start: int | jax.Array = 0,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: jax.Array | None = None,
     keep: Any = None,
@@ -55,6 +58,9 @@ def attend(
         q_segment_ids, kv_segment_ids: int32 `[B, T]` and `[B, S]`; a pair is seen if its ids are
             equal and not 0. kv_segment_ids None means q_segment_ids.
         q_start, k_start: position of the first query and key: ints, or traced int32 scalars.
+        q_positions, kv_positions: int32 `[1 or B, T]` and `[1 or B, S]`, for tokens that lie in
+            another order: causality and dropout go by these, bands by the places all the same.
+            kv_positions None means q_positions.
         dropout_rate, dropout_seed, keep: as in `pallas_kernels.flash.attend`; branch number 0.
         carry: a partial result (out float32 `[B, T, N, H]`, lse float32 `[B, T, N]`) over other
             keys, which the softmax continues.
@@ -84,6 +90,8 @@ def attend(
         "kv_segment_ids": kv_segment_ids,
         "q_start": q_start,
         "k_start": k_start,
+        "q_positions": q_positions,
+        "kv_positions": kv_positions,
         "dropout_rate": dropout_rate,
         "dropout_seed": dropout_seed,
         "keep": keep,
@@ -97,18 +105,21 @@ def attend(
         raise ValueError("attend: dropout_rate without keep, which says what is dropped")
     if order not in block_schedule.ORDERS:
         raise ValueError(f"order: wanted one of {', '.join(block_schedule.ORDERS)}, got {order!r}")
-    if kv_segment_ids is None:
-        kv_segment_ids = q_segment_ids
+    kinds, marks = _marks(
+        (query.shape[0], is_causal, dropout_rate),
+        (q_segment_ids, kv_segment_ids),
+        (q_positions, kv_positions),
+    )
     described, lists = _describe(blocks)
     final = result_dtype(query, carry, out_dtype)
     call = Call(
         blocks=described,
-        causal=bool(is_causal),
+        causal=bool(is_causal) and not kinds.causal,
         scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
         rate=float(dropout_rate),
         keep=keep if dropout_rate else None,
         out_dtype=final if carry is None else jnp.dtype(jnp.float32),
-        ids=q_segment_ids is not None,
+        marks=kinds,
         order=order,
         device_kind=kind,
         interpret=interpreting(),
@@ -116,8 +127,7 @@ def attend(
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
     starts = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
-    ids = (q_segment_ids, kv_segment_ids) if call.ids else None
-    out, lse = _attend(call, query, key, value, lists, ids, starts, seed)
+    out, lse = _attend(call, query, key, value, lists, marks, starts, seed)
     if carry is not None:
         out, lse = _continue(out, lse, *carry)
     return out.astype(final), lse
@@ -138,6 +148,8 @@ def attend_backward(
     kv_segment_ids: jax.Array | None = None,
     q_start: int | jax.Array = 0,
     k_start: int | jax.Array = 0,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: jax.Array | None = None,
     keep: Any = None,
@@ -149,15 +161,20 @@ def attend_backward(
     the total out. Returns float32, in which those of several calls can be added up. Other arguments
     as `attend`, as checked.
     """
+    kinds, marks = _marks(
+        (query.shape[0], is_causal, dropout_rate),
+        (q_segment_ids, kv_segment_ids),
+        (q_positions, kv_positions),
+    )
     described, lists = _describe(blocks)
     call = Call(
         blocks=described,
-        causal=bool(is_causal),
+        causal=bool(is_causal) and not kinds.causal,
         scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
         rate=float(dropout_rate),
         keep=keep if dropout_rate else None,
         out_dtype=jnp.dtype(jnp.float32),
-        ids=q_segment_ids is not None,
+        marks=kinds,
         order="longest_first",
         device_kind=current_device_kind(),
         interpret=interpreting(),
@@ -166,11 +183,25 @@ def attend_backward(
     )
     seed = jnp.zeros((2,), jnp.uint32) if dropout_seed is None else dropout_seed
     starts = jnp.stack([jnp.asarray(s, jnp.int32) for s in (q_start, k_start)])
-    kv_segment_ids = q_segment_ids if kv_segment_ids is None else kv_segment_ids
-    ids = (q_segment_ids, kv_segment_ids) if call.ids else None
     with _numbers():
-        found = run_backward(call, query, key, value, d_out, lse, delta, lists, ids, starts, seed)
+        found = run_backward(call, query, key, value, d_out, lse, delta, lists, marks, starts, seed)
     return tuple(x.astype(jnp.float32) for x in found)
+
+
+def _marks(
+    said: tuple[int, bool, float], ids: tuple[Any, Any], positions: tuple[Any, Any]
+) -> tuple[Kinds, tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """Which marks a call has, and those of queries and of keys. said: batch, is_causal, rate."""
+    batch, causal, rate = said
+    ordered = positions[0] is not None
+    used = [ids] if ids[0] is not None else []
+    if ordered and (causal or rate):  # else they change nothing
+        used.append(
+            tuple(x if x is None else jnp.broadcast_to(x, (batch, x.shape[1])) for x in positions)
+        )
+    kinds = Kinds(ids[0] is not None, bool(ordered and (causal or rate)), bool(ordered and causal))
+    sides = (tuple(q for q, _ in used), tuple(q if k is None else k for q, k in used))
+    return kinds, sides
 
 
 def _describe(blocks: Any) -> tuple[Blocks, Any]:
@@ -218,10 +249,10 @@ def _numbers() -> Iterator[None]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    call: Call, query: Any, key: Any, value: Any, lists: Any, ids: Any, starts: Any, seed: Any
+    call: Call, query: Any, key: Any, value: Any, lists: Any, marks: Any, starts: Any, seed: Any
 ) -> tuple[jax.Array, jax.Array]:
     with _numbers():
-        return run_forward(call, query, key, value, lists, ids, starts, seed)
+        return run_forward(call, query, key, value, lists, marks, starts, seed)
 
 
 def _attend_fwd(call: Call, *arrays: Any) -> tuple[Any, Any]:
@@ -230,13 +261,13 @@ def _attend_fwd(call: Call, *arrays: Any) -> tuple[Any, Any]:
 
 
 def _attend_bwd(call: Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    (query, key, value, lists, ids, starts, seed), out, lse = residuals
+    (query, key, value, lists, marks, starts, seed), out, lse = residuals
     do, dlse = cotangents
     seen = lse > -jnp.inf
     delta = (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(seen, dlse, 0.0)
     with _numbers():
-        dq, dk, dv = run_backward(call, query, key, value, do, lse, delta, lists, ids, starts, seed)
-    return dq, dk, dv, None, None, None, None
+        found = run_backward(call, query, key, value, do, lse, delta, lists, marks, starts, seed)
+    return (*found, None, None, None, None)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -169,10 +169,11 @@ def lanes(block_size: int) -> int:
     return CONSUMERS if block_size < CONSUMERS * ROWS else 1
 
 
-def fused_blocks(head_dim: int, out_bytes: int) -> Blocks | None:
+def fused_blocks(head_dim: int, out_bytes: int, marks: int = 1) -> Blocks | None:
     """Away (query) tile of the fused backward kernel, or None if it does not take this head size.
 
-    out_bytes: size of one element of the gradients of keys and values. Larger tiles do not fit the
+    out_bytes: size of one element of the gradients of keys and values. marks: int32 vectors that
+    travel with the queries. Larger tiles do not fit the
     registers; heads between 64 and 128 do not split in two where tiles of shared memory do.
 
     Example:
@@ -185,46 +186,50 @@ def fused_blocks(head_dim: int, out_bytes: int) -> Blocks | None:
     used = home * head_dim * 2 * 2 + stages * away * (head_dim * 2 * 2 + 4 * 2)
     used += 2 * home * away * 2 + home * min(head_dim, 64) * 4
     used += home * head_dim * 2 if out_bytes == 2 else 0
-    # It reduces nothing, but has more barriers and small rings than others, those of ids too.
+    # It reduces nothing, but has more barriers and small rings than others, that of a mark too.
+    used += max(0, marks - 1) * stages * away * 4
     return Blocks(away, stages) if used <= SHARED_BYTES + REDUCTION_BYTES // 2 else None
 
 
 def block_forward_blocks(
-    head_dim: int, block_size: int, out_bytes: int, ids: bool
+    head_dim: int, block_size: int, out_bytes: int, marks: int
 ) -> Blocks | None:
     """Away (key) tile of the forward kernel over block lists, or None if none fits.
 
+    marks: int32 vectors that travel with the keys.
+
     Example:
-        >>> block_forward_blocks(128, 128, 2, ids=False)
+        >>> block_forward_blocks(128, 128, 2, marks=0)
         Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1)
     """
     home_row = head_dim * (2 + out_bytes)
-    away_row = (2 * 2 * head_dim + 4 * ids) * lanes(block_size)
+    away_row = (2 * 2 * head_dim + 4 * marks) * lanes(block_size)
     blocks = _first_fit(_key_tiles(head_dim, block_size), home_row, away_row)
     return blocks and dataclasses.replace(blocks, overlap=head_dim > 64)
 
 
-def block_queries_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | None:
+def block_queries_blocks(head_dim: int, block_size: int, marks: int) -> Blocks | None:
     """Away (key) tile of the queries' gradient over block lists, or None if none fits.
 
     Example:
-        >>> block_queries_blocks(128, 64, ids=False)
+        >>> block_queries_blocks(128, 64, marks=0)
         Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
     """
-    away_row = (2 * 2 * head_dim + 4 * ids) * lanes(block_size)
+    away_row = (2 * 2 * head_dim + 4 * marks) * lanes(block_size)
     return _first_fit(_key_tiles(head_dim, block_size), head_dim * 2 * 3, away_row)
 
 
-def block_fused_blocks(head_dim: int, block_size: int) -> Blocks | None:
+def block_fused_blocks(head_dim: int, block_size: int, marks: int) -> Blocks | None:
     """Away (query) tile of the fused backward over block lists, or None if two passes do it.
 
-    Both warpgroups add to one gradient of queries, so they must follow one list.
+    Both warpgroups add to one gradient of queries, so they must follow one list. At H=128 there is
+    room for one mark.
 
     Example:
-        >>> block_fused_blocks(128, 256).away, block_fused_blocks(128, 64)
+        >>> block_fused_blocks(128, 256, 1).away, block_fused_blocks(128, 64, 1)
         (64, None)
     """
-    return fused_blocks(head_dim, 2) if lanes(block_size) == 1 else None
+    return fused_blocks(head_dim, 2, marks) if lanes(block_size) == 1 else None
 
 
 def _key_tiles(head_dim: int, block_size: int) -> tuple[tuple[int, int], ...]:
@@ -237,14 +242,14 @@ def _key_tiles(head_dim: int, block_size: int) -> tuple[tuple[int, int], ...]:
     return ((128, 3), (128, 2), *small) if head_dim <= 96 else ((128, 2), *small)
 
 
-def block_keys_blocks(head_dim: int, block_size: int, ids: bool) -> Blocks | None:
+def block_keys_blocks(head_dim: int, block_size: int, marks: int) -> Blocks | None:
     """Away (query) tile of the keys' and values' gradient over block lists, or None if none fits.
 
     Example:
-        >>> block_keys_blocks(128, 128, ids=False)
+        >>> block_keys_blocks(128, 128, marks=0)
         Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
     """
-    away_row = (2 * 2 * head_dim + 8 + 4 * ids) * lanes(block_size)
+    away_row = (2 * 2 * head_dim + 8 + 4 * marks) * lanes(block_size)
     return _first_fit(
         ((64, 2), (64, 1)), head_dim * 2 * 3, away_row, SHARED_BYTES + REDUCTION_BYTES
     )

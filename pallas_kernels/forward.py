@@ -12,6 +12,7 @@ from jax import lax
 
 from pallas_kernels import config, schedule
 from pallas_kernels.compat import (
+    COLUMN,
     ROW,
     TILE,
     Sum,
@@ -80,7 +81,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             q=q_smem.at[wg],
             k=k_smem,
             v=v_smem,
-            ids=id_smem,
+            marks=lambda slot: load(id_smem.at[slot], COLUMN) if opt.ids else None,
             ready=(q_ready.at[wg], k_ready, v_ready),
             free=(q_free.at[wg], k_free, v_free),
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
@@ -90,7 +91,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             def mask(s: jax.Array, ids: Any) -> jax.Array:
                 return mask_scores(plan, v, rows, v.first + j * bkv, s, ids)
 
-            def drop(p: jax.Array) -> jax.Array:
+            def drop(p: jax.Array, ids: Any) -> jax.Array:
                 if not opt.rate:
                     return p
                 seed, place = (seed_ref[0], seed_ref[1]), (*at, rows.row, v.first + j * bkv)

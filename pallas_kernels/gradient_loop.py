@@ -8,7 +8,7 @@ of the next step are begun before this one ends.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,17 +61,20 @@ class Sight:
     """What the keys of an item see.
 
     seen: (number of the warpgroup, place) -> which pairs its place allows, or None where all are
-    seen. ids: number -> segment ids of the keys, or None without. kept: (number, place) -> which
-    pairs dropout keeps, or None.
+    seen. marked: (scores, number, slot) -> scores with -inf where what tokens carry hides a pair,
+    or None. kept: (number, slot) -> which pairs dropout keeps, or None.
     """
 
     seen: Callable[[Any, Place], jax.Array] | None
-    ids: Callable[[Any], jax.Array] | None
-    kept: Callable[[Any, Place], jax.Array] | None
+    marked: Callable[[jax.Array, Any, Any], jax.Array] | None
+    kept: Callable[[Any, Any], jax.Array] | None
 
 
-def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interpret: bool) -> list:
-    """Shared memory and barriers of a block, in the order of `Memory`'s fields."""
+def scratch(head_dim: int, away: int, stages: int, dtype: Any, marks: int, interpret: bool) -> list:
+    """Shared memory and barriers of a block, in the order of `Memory`'s fields.
+
+    marks: int32 vectors that go along with the queries.
+    """
     home, tiles = (CONSUMERS, ROWS, head_dim), (stages, away, head_dim)
     width = min(head_dim, ROWS)
     return [
@@ -80,12 +83,12 @@ def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interp
         shared_tile(tiles, dtype),
         shared_tile(tiles, dtype),
         plgpu.SMEM((2, stages, away), jnp.float32),
-        plgpu.SMEM((stages + 1, away), jnp.int32),
+        plgpu.SMEM((max(1, marks) * stages + 1, away), jnp.int32),
         shared_tile((2 * away // ROWS, CONSUMERS, ROWS, ROWS), dtype, head_dim),
         shared_tile((CONSUMERS, ROWS, width), jnp.float32),
         shared_tile((CONSUMERS, ROWS, away), dtype) if interpret else None,
         plgpu.Barrier(num_arrivals=2 * CONSUMERS + 1),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=3 if ids else 2),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=2 + marks),
         plgpu.Barrier(num_barriers=stages, num_arrivals=3),
         plgpu.Barrier(num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
@@ -98,7 +101,7 @@ def scratch(head_dim: int, away: int, stages: int, dtype: Any, ids: bool, interp
 class Memory:
     """Shared memory of a block: k, v at home; rings of queries q, do, vectors.
 
-    vectors: rings of lse and delta. integers: ring of segment ids, and a row of words: a ring of
+    vectors: rings of lse and delta. integers: rings of marks, and a row of words: a ring of
     `Place`, ready with q; then of two items, ready with k: steps, and what else the kernel wants to
     know. (One array: each takes at least 1024 bytes.) ds: gradients of scores of two steps, in
     squares of 64. dq: of the queries, half a warpgroup. staging: None except under the interpreter.
@@ -164,16 +167,15 @@ class Memory:
         store_words(self._words(self._item(t)), words, self.interpret)
         plgpu.barrier_arrive(self.k_ready)
 
-    def bring(self, n: Any, place: Place, q: Any, ids: Any, do: Any, lse: Any, delta: Any) -> None:
-        """Copies tile n of the queries and leaves its place (the warpgroup that copies).
-
-        ids may be None.
-        """
+    def bring(
+        self, n: Any, place: Place, q: Any, marks: Sequence[Any], do: Any, lse: Any, delta: Any
+    ) -> None:
+        """Copies tile n of the queries and leaves its place (the warpgroup that copies)."""
         slot, reused = self.slot(n), n >= self.q.shape[0]
         pl.when(reused)(lambda: plgpu.barrier_wait(self.q_free.at[slot]))
-        first = [(q, self.q)] if ids is None else [(q, self.q), (ids, self.integers)]
-        for source, target in first:
-            plgpu.copy_gmem_to_smem(source, target.at[slot], self.q_ready.at[slot])
+        plgpu.copy_gmem_to_smem(q, self.q.at[slot], self.q_ready.at[slot])
+        for i, source in enumerate(marks):
+            plgpu.copy_gmem_to_smem(source, self.mark(slot, i), self.q_ready.at[slot])
         store_words(self._words(slot), place, self.interpret)
         plgpu.barrier_arrive(self.q_ready.at[slot])
         pl.when(reused)(lambda: plgpu.barrier_wait(self.do_free.at[slot]))
@@ -185,12 +187,16 @@ class Memory:
         words = self._words(slot)
         return Place(*(words[i] for i in range(len(Place._fields))))
 
+    def mark(self, slot: Any, i: int) -> Any:
+        """Mark i of a tile of queries."""
+        return self.integers.at[slot + i * self.q.shape[0] if i else slot]
+
     def item(self, t: Any, i: Any) -> Any:
         """Word i of item t."""
         return self._words(self._item(t))[i]
 
     def _words(self, entry: Any) -> Any:
-        return self.integers.at[self.q.shape[0], pl.ds(entry * WORDS, WORDS)]
+        return self.integers.at[self.integers.shape[0] - 1, pl.ds(entry * WORDS, WORDS)]
 
     def _item(self, t: Any) -> Any:
         return lax.rem(t, jnp.int32(2)) + self.q.shape[0]
@@ -249,9 +255,9 @@ class Warpgroup:
         def products(dp_acc: Any, dq_acc: Any, next_acc: Any) -> jax.Array:
             plgpu.wgmma(dp_acc, memory.v.at[me], memory.do.at[slot].transpose((1, 0)))
             lse = load(memory.lse.at[slot], COLUMN)
-            scores = s if sight.ids is None else self._same_ids(s, slot, me, sight.ids)
+            scores = s if sight.marked is None else sight.marked(s, me, slot)
             p = jnp.exp2(scores * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
-            seen = None if sight.kept is None else sight.kept(me, memory.place(slot))
+            seen = None if sight.kept is None else sight.kept(me, slot)
             weight = p if seen is None else jnp.where(seen, p * share, 0.0)
             add_product(dv_acc, weight.astype(dtype), memory.do.at[slot], staging)
             dp = value_while(dp_acc, 1, memory.interpret)
@@ -290,12 +296,6 @@ class Warpgroup:
         """Scores of a tile with -inf where its place hides a pair."""
         place = self.memory.place(slot)
         return lax.cond(edge > 0, lambda: jnp.where(seen(me, place), s, -jnp.inf), lambda: s)
-
-    def _same_ids(self, s: jax.Array, slot: Any, me: Any, ids: Any) -> jax.Array:
-        """Scores of a tile with -inf where segment ids differ."""
-        home = lax.broadcast_in_dim(ids(me), s.shape, [0])
-        away = lax.broadcast_in_dim(load(self.memory.integers.at[slot], COLUMN), s.shape, [1])
-        return jnp.where((home == away) & (home != 0), s, -jnp.inf)
 
     @property
     def _by_rows(self) -> bool:

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import (
-    COLUMN,
     ROW,
     TILE,
     Sum,
     filled,
-    load,
     pl,
     plgpu,
     product,
@@ -33,12 +31,12 @@ TURN = 8
 class Tile:
     """What is special about one tile of scores.
 
-    mask: scores and ids of the keys (or None) -> scores with -inf where nothing is seen. drop:
-    probabilities -> those that dropout leaves.
+    mask: scores and marks of the keys -> scores with -inf where nothing is seen. drop:
+    probabilities and marks of the keys -> those that dropout leaves.
     """
 
     mask: Callable[[jax.Array, Any], jax.Array]
-    drop: Callable[[jax.Array], jax.Array]
+    drop: Callable[[jax.Array, Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,8 @@ class Warpgroup:
 
     number, consumers: which of how many. scale: of the scores, base 2. overlap: its softmax runs
     while its last product of probabilities and values does, at the price of registers. q: its
-    queries; k, v, ids: rings of tiles (ids may be None). ready, free: barriers of (q, k, v).
+    queries; k, v: rings of tiles. marks: place in the rings -> what masks want to know of each key,
+    in registers. ready, free: barriers of (q, k, v).
     stand_in: shared memory for `compat.with_sum` under the interpreter, else None.
     """
 
@@ -58,7 +57,7 @@ class Warpgroup:
     q: Any
     k: Any
     v: Any
-    ids: Any
+    marks: Callable[[Any], Any]
     ready: tuple[Any, Any, Any]
     free: tuple[Any, Any, Any]
     stand_in: tuple[Any, Any] | None
@@ -103,10 +102,10 @@ class Warpgroup:
 
     def _weigh(self, s: Any, m: Any, n: Any, tile: Tile) -> Any:
         """Probabilities of the tile in slot n: (p, p for the product, maximum, factor)."""
-        ids = None if self.ids is None else load(self.ids.at[self.slot(n)], COLUMN)
+        marks = self.marks(self.slot(n))
         plgpu.barrier_arrive(self.free[1].at[self.slot(n)])
-        p, m, alpha = softmax(tile.mask(s, ids), m, self.scale)
-        return p, tile.drop(p), m, alpha
+        p, m, alpha = softmax(tile.mask(s, marks), m, self.scale)
+        return p, tile.drop(p, marks), m, alpha
 
     def first(self, base: Any, total: Any, tile: Tile) -> Any:
         """The state after the first tile of base to total - 1: weighed, not yet added."""

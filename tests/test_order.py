@@ -1,6 +1,7 @@
 """Token orders: bijections of any grid, counts of blocks, and attention that honours positions."""
 
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,9 @@ import pytest
 from flax import nnx
 
 import dilax
-from dilax import TokenOrder, UnsupportedError, reference
+from dilax import TokenOrder, UnsupportedError, reference, select
 from dilax.block_lists import from_mask, token_mask
 from dilax.order import hilbert_order, tile_order, window_blocks
-from dilax.select import unsupported
 from tests.compare import assert_exact
 
 GRID = (3, 7)  # T = 21, not a power of two, prime sides
@@ -212,10 +212,10 @@ def test_permuting_is_exact_and_differentiable(rng):
     assert hash(order) == hash(TokenOrder([5, 7]))
 
 
-def test_the_kernel_refuses_what_it_cannot_honour():
+def test_kernels_without_block_lists_refuse_what_they_cannot_honour():
     x = jax.ShapeDtypeStruct((1, 21, 4, 64), jnp.bfloat16)
     positions = jax.ShapeDtypeStruct((1, 21), jnp.int32)
-    (why,) = unsupported("pallas", x, x, x, device_kind="NVIDIA H100", q_positions=positions)
+    (why,) = select.unsupported("pallas", x, x, x, device_kind="NVIDIA H100", q_positions=positions)
     assert "positions" in why
     q = jnp.ones((1, 21, 4, 64), jnp.bfloat16)
     attention = dilax.create_dilated_attention("hilbert_pallas", *SPEC, grid=GRID)
@@ -224,6 +224,19 @@ def test_the_kernel_refuses_what_it_cannot_honour():
     options = dict(seq_len=21, device_kind="NVIDIA H100 80GB HBM3", dtype="bfloat16")
     assert dilax.explain("hilbert", **options).implementation == "pallas"
     assert dilax.explain("hilbert", is_causal=True, **options).implementation == "xla"
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+def test_kernels_over_block_lists_take_positions(implementation, monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(select, "device_of", lambda x: device)
+    pattern, order = dilax.SparsePatternConfig(window_size=64, block_size=64), TokenOrder(GRID)
+    attention = dilax.DilatedAttention(
+        pattern=pattern, segment_lengths=None, order=order, implementation=implementation
+    )
+    q = jax.ShapeDtypeStruct((2, len(order), 2, 64), jnp.bfloat16)
+    traced = jax.jit(lambda q: attention(q, q, q, is_causal=True)).trace(q)
+    assert "block_forward" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
