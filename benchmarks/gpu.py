@@ -13,7 +13,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +65,35 @@ def compete(
     programs = tuple(Program(shape, who, work) for work in works for shape, who in entries)
 
     def run(*executables: Any) -> None:
-        rows = [Row(shape.name, who) for shape, who in entries]
         arrays = {shape: shape.inputs() for shape, _ in entries}
-        for i, work in enumerate(works):
-            mine = executables[i * len(entries) : (i + 1) * len(entries)]
-            calls = {}
-            for n, ((shape, _), executable) in enumerate(zip(entries, mine, strict=True)):
-                calls[n] = functools.partial(executable, *arrays[shape]), jax.block_until_ready
-                if work == "forward":
-                    rows[n].memory_mib = memory_mib(executable)
-            for n, seconds in in_turns(calls).items():
+        calls: dict[str, dict[int, Any]] = {work: {} for work in works}
+        rows = {}
+        for n, (shape, who) in enumerate(entries):
+            mine = dict(zip(works, executables[n :: len(entries)], strict=True))
+            try:
+                _run_once(mine.values(), arrays[shape])
+            except Exception as problem:  # the others are timed without it
+                lab.fail(f"{shape.name}, {who}", problem)
+                continue
+            rows[n] = Row(shape.name, who, memory_mib=memory_mib(mine["forward"]))
+            for work, executable in mine.items():
+                call = functools.partial(executable, *arrays[shape])
+                calls[work][n] = call, jax.block_until_ready
+        for work in works:
+            for n, seconds in in_turns(calls[work]).items():
                 record(rows[n], entries[n][0], work, seconds)
-        for row in rows:
+        for row in rows.values():
             lab.add(row)
 
-    return Step(name, programs, run)
+    return Step(name, programs, run, alone=False)
+
+
+def _run_once(executables: Iterable[Any], arrays: Any) -> None:
+    """Runs each, or raises what is there in its place."""
+    for executable in executables:
+        if isinstance(executable, Exception):
+            raise executable
+        jax.block_until_ready(executable(*arrays))
 
 
 def checked(lab: Lab, shape: Shape, who: str) -> Step:

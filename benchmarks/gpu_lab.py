@@ -83,11 +83,16 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A measurement: what it needs compiled, and what to do with the executables, in order."""
+    """A measurement: what it needs compiled, and what to do with the executables, in order.
+
+    alone: the step fails with any of its programs; if not, run gets the exceptions of those that
+    failed in their places.
+    """
 
     name: str
     programs: tuple[Program, ...]
     run: Callable[..., None]
+    alone: bool = True
 
 
 class Lab:
@@ -150,10 +155,19 @@ class Lab:
                 self.left_out.append(step.name)
                 continue
             try:
-                step.run(*(self.programs[p].result(max(0.0, self.left())) for p in step.programs))
+                step.run(*(self.result(p, step.alone) for p in step.programs))
             except Exception as problem:  # the other steps go on, and the status says so
                 self.fail(step.name, problem)
         self.write()
+
+    def result(self, program: Program, alone: bool) -> Any:
+        """The executable of a program; if it has failed and is not alone, the exception."""
+        try:
+            return self.programs[program].result(max(0.0, self.left()))
+        except Exception as problem:
+            if alone:
+                raise
+            return problem
 
     def compiled(self, program: Program) -> Any:
         """The executable of a program."""

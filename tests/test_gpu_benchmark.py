@@ -74,6 +74,16 @@ def test_programs_err_as_little_as_the_xla_path(tmp_path):
     assert (timed.both or 0) > 0
 
 
+def test_a_peer_that_fails_leaves_the_others_their_rows(tmp_path):
+    lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
+    lab.part("bars", [gpu.compete(lab, "group", [(TINY, "no_such_peer"), (TINY, "xla")])])
+    (row,) = lab.rows
+    assert row.who == "xla"
+    assert 0 < (row.forward or 0) < (row.both or 0)
+    (failed,) = lab.failed
+    assert failed.startswith("tiny, no_such_peer: ModuleNotFoundError")
+
+
 def test_repeats_compare_bits():
     x = jax.numpy.asarray([1.0, -0.0], "bfloat16")
     assert gpu._same_bits((x,), (x,))

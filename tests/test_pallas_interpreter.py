@@ -27,6 +27,8 @@ CASES = [
         "logits below", (1 << 20,), (1,), T=128, S=40, H=16, N=1, dtype="float16", apart=2.0
     ),
     KernelCase("causal gqa", (128, 256), (1, 2), T=136, H=16, N=2, K=1, causal=True),
+    # One pass, of both branches at once.
+    KernelCase("ids 128", (48, 1 << 20), (1, 2), T=72, S=136, H=128, N=2, K=1, ids=True),
     KernelCase("ids", (1 << 20,), (1,), T=72, H=232, N=1, ids=True),
     KernelCase(
         "carry traced",
@@ -43,7 +45,16 @@ CASES = [
         deterministic=True,
     ),
     KernelCase(
-        "dropout", (1 << 20,), (1,), T=128, H=16, N=1, rate=0.3, starts=(192, 128), traced=True
+        # All keys are in one segment, which ends inside a tile of queries.
+        "dropout",
+        (288,),
+        (1,),
+        T=128,
+        H=16,
+        N=1,
+        rate=0.3,
+        starts=(192, 128),
+        traced=True,
     ),
 ]
 
