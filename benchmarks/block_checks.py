@@ -37,6 +37,7 @@ class Check:
     carry: bool = False
     traced: bool = False
     split: int | None = None
+    apart: float = 0.0  # mean of queries and, negated, of keys: logits lie far below 0
 
 
 def checks(smoke: bool) -> list[Check]:
@@ -50,6 +51,7 @@ def checks(smoke: bool) -> list[Check]:
                 "split", small, 230, 250, 16, 1, 1, ids=True, positions=True, traced=True, split=1
             ),
             Check("positions", random(2, 0.7), 230, 250, 16, 2, 1, positions=True, rate=0.2),
+            Check("logits below", random(2, 0.7), 256, 200, 16, 1, 1, apart=5.0),
         ]
     window, far = peers.window, peers.global_local(64, 1, 1)
     halves, coarse = window(1100, 300, 64), random(4, 0.5, True, block_size=256)
@@ -63,6 +65,7 @@ def checks(smoke: bool) -> list[Check]:
         Check("block 64 random", random(9, 0.4, block_size=64), 530, 530, 128),
         Check("block 256 traced", coarse, 1000, 1000, 96, 2, 2, 2, traced=True),
         Check("ids ragged", random(6, 0.6), 700, 768, 128, ids=True),
+        Check("logits below", random(6, 0.6), 700, 700, 128, apart=4.0),
         Check("dropout", random(6, 0.6, True), 700, 700, 64, 4, 2, rate=0.2),
         Check("carry starts", random(5, 0.6, True), 600, 640, 64, starts=(200, 130), carry=True),
         Check("positions", random(6, 0.6, True), 700, 740, 128, 4, 2, 2, positions=True, rate=0.2),
@@ -124,10 +127,11 @@ def prepare_check(c: Check) -> tuple[Any, tuple, Callable]:
     """A lowered call, its arguments, and a function for the exact results."""
     rng = np.random.default_rng(7)
 
-    def draw(*shape: int) -> np.ndarray:
-        return np.asarray(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), np.float64)
+    def draw(*shape: int, mean: float = 0.0) -> np.ndarray:
+        return np.asarray(jnp.asarray(rng.normal(mean, size=shape), jnp.bfloat16), np.float64)
 
-    a = {"q": draw(c.B, c.T, c.N, c.H), "k": draw(c.B, c.S, c.K, c.H)}
+    a = {"q": draw(c.B, c.T, c.N, c.H, mean=c.apart)}
+    a["k"] = draw(c.B, c.S, c.K, c.H, mean=-c.apart)
     a |= {"v": draw(*a["k"].shape), "do": draw(*a["q"].shape), "dlse": draw(c.B, c.T, c.N)}
     a |= {"old_out": draw(*a["q"].shape), "old_lse": draw(c.B, c.T, c.N) + 4}
     a["old_lse"][:, ::3] = -np.inf

@@ -87,9 +87,11 @@ def seen_pairs(
     """Which pairs (home, away) of a tile see each other by their place; limit: away rows."""
     away = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + start
     seen = away < limit
+    home = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW) + row
+    if plan.ragged_keys:
+        seen &= lax.broadcast_in_dim(home, shape, [0]) < plan.home_rows
     if plan.banded:
         low, high = block_schedule.limits(plan, band, shift)
-        home = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW) + row
         seen &= away >= lax.broadcast_in_dim(home + low, shape, [0])
         seen &= away <= lax.broadcast_in_dim(home + high, shape, [0])
     return seen

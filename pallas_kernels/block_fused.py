@@ -74,7 +74,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 return kept(plan, opt, keep, seed_ref, starts, at, (ROWS, bq), marks)
 
             return gradient_loop.Sight(
-                seen if plan.masks else None,
+                seen if plan.masks or plan.ragged_keys else None,
                 marked if opt.marks.count else None,
                 dropped if opt.rate else None,
             )

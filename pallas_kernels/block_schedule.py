@@ -64,6 +64,15 @@ class Plan:
         ragged = not self.transposed and self.away_rows % self.away != 0
         return self.banded or self.lanes > 1 or ragged
 
+    @property
+    def ragged_keys(self) -> bool:
+        """Whether a tile of keys goes past their end, which matters where they give to queries.
+
+        What lies there are zeros, whose logits of 0 may be far above all that count in a query's
+        lse; their probabilities would then be infinite.
+        """
+        return self.transposed and self.home_rows % TILE_ROWS != 0
+
 
 class Work(NamedTuple):
     """What a launch does.
@@ -308,11 +317,14 @@ def limits(plan: Plan, band: Any, shift: Any) -> tuple[Any, Any]:
 
 def unmasked(plan: Plan, band: Any, first: Any, shift: Any) -> tuple[Any, Any]:
     """The first and last start of an away tile that all home rows of the tile at `first` see."""
-    if not plan.masks:
+    if not (plan.masks or plan.ragged_keys):
         return jnp.int32(-UNBOUNDED), jnp.int32(UNBOUNDED)
     low, high = limits(plan, band, shift)
     end = jnp.minimum(high + first, plan.away_rows - 1)
-    return low + first + TILE_ROWS - 1, end + 1 - plan.away
+    begin = low + first + TILE_ROWS - 1
+    if plan.ragged_keys:
+        begin = jnp.where(first + TILE_ROWS > plan.home_rows, UNBOUNDED, begin)
+    return begin, end + 1 - plan.away
 
 
 def tiles_of(rows: int) -> int:
