@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import config, schedule
+from pallas_kernels import config, schedule, visits
 from pallas_kernels.compat import (
     COLUMN,
     ROW,
@@ -53,7 +53,7 @@ class Options:
 
 def seen_pairs(
     plan: schedule.Launch,
-    v: schedule.Visit,
+    v: visits.Visit,
     row: Any,
     start: Any,
     shape: tuple[int, int],
@@ -64,14 +64,14 @@ def seen_pairs(
     iota = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
     rows = (iota + row) * v.home_step + v.home_shift
     last = schedule.UNBOUNDED if end is None else end * v.home_step + v.home_shift
-    return schedule.visible(plan, v.length, rows, columns, v.limit + v.away_shift, last)
+    return visits.visible(plan, v.length, rows, columns, v.limit + v.away_shift, last)
 
 
-def is_edge(plan: schedule.Launch, v: schedule.Visit, row: Any, start: Any, block: int) -> Any:
+def is_edge(plan: schedule.Launch, v: visits.Visit, row: Any, start: Any, block: int) -> Any:
     """Whether some pair of this step is masked by position."""
     g_first = row * v.home_step + v.home_shift
-    _, high = schedule.row_bounds(plan, v.length, g_first)
-    low, _ = schedule.row_bounds(plan, v.length, g_first + (ROWS - 1) * v.home_step)
+    _, high = visits.row_bounds(plan, v.length, g_first)
+    low, _ = visits.row_bounds(plan, v.length, g_first + (ROWS - 1) * v.home_step)
     first = start + v.away_shift
     return (first < low) | (first + block > high) | (start + block > v.limit)
 
@@ -106,19 +106,19 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
     head_dim = q_smem.shape[-1]
 
     def place(entry: Any) -> tuple[Any, ...]:
-        return *schedule.place(plan, geometry, entry[0], plan.heads), entry[1]
+        return *visits.place(plan, geometry, entry[0], plan.heads), entry[1]
 
-    def visit(branch: Any, mask: Any, residue: Any, tile: Any) -> schedule.Visit:
-        return schedule.visit(plan, geometry, branch, mask, residue, tile)
+    def visit(branch: Any, mask: Any, residue: Any, tile: Any) -> visits.Visit:
+        return visits.visit(plan, geometry, branch, mask, residue, tile)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
 
         def one_item(t: Any, state: Any) -> Any:
             base, current = state
-            following = schedule.entry(items, cta, t + 1, count)
+            following = visits.entry(items, cta, t + 1, count)
             b, n, residue, tile, local, mask = place(current)
-            total = base + schedule.known_steps(plan, geometry, current, mask, residue, tile)
+            total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
             row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, n)
             if opt.add:
@@ -128,7 +128,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
             delta = load(delta_ref.at[b, n, pl.ds(row, ROWS), local], ROW)
             id_rows = load(q_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
 
-            def step(j: Any, state: Any, v: schedule.Visit, branch: Any) -> Any:
+            def step(j: Any, state: Any, v: visits.Visit, branch: Any) -> Any:
                 dq, i = state
                 pl.when(i == base)(lambda: plgpu.barrier_wait(q_ready.at[wg]))
                 slot, start = lax.rem(i, jnp.int32(opt.stages)), v.first + j * bkv
@@ -160,7 +160,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [0]))
                 if opt.rate:
                     seed, at = (seed_ref[0], seed_ref[1]), (b, n, branch, row, start)
-                    seen = schedule.kept(plan, keep, opt.rate, seed, v, at, shape)
+                    seen = visits.kept(plan, keep, opt.rate, seed, v, at, shape)
                     dp = jnp.where(seen, dp * (1.0 / (1.0 - opt.rate)), 0.0)
                 ds = p * (dp - lax.broadcast_in_dim(delta, shape, [0]))
                 staging = None if ds_smem is None else ds_smem.at[wg]
@@ -182,7 +182,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
             )
             return end, following
 
-        first = schedule.entry(items, cta, 0, count)
+        first = visits.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
         plgpu.wait_smem_to_gmem(0)
 
@@ -191,7 +191,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
 
         def one_item(t: Any, state: Any) -> Any:
             fill, used, current = state
-            following = schedule.entry(items, cta, t + 1, count)
+            following = visits.entry(items, cta, t + 1, count)
             b, n, residue, tile, local, mask = place(current)
             kv_head = lax.div(n, jnp.int32(opt.group))
 
@@ -226,7 +226,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 fill = lax.fori_loop(0, v.steps, step, fill)
             return fill, used + jnp.where(fill > begin, 1, 0), following
 
-        first = schedule.entry(items, cta, 0, count)
+        first = visits.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), jnp.int32(0), first))
 
     pl.when(wg < consumers)(consume)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import gradient_loop, schedule
+from pallas_kernels import gradient_loop, schedule, visits
 from pallas_kernels.backward import Options, seen_pairs
 from pallas_kernels.backward_keys import operands_of
 from pallas_kernels.compat import (
@@ -52,8 +52,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     # Rows of the queries' gradient: the interpreter's is a view `[B, N, T / rate, rate, H]`.
     dq_rows = math.prod(dq_refs[views[0]].shape[2:-1])
 
-    def visit(branch: Any, head: Any, residue: Any, tile: Any) -> schedule.Visit:
-        return schedule.visit(plan, geometry, branch, part[head, residue], residue, tile)
+    def visit(branch: Any, head: Any, residue: Any, tile: Any) -> visits.Visit:
+        return visits.visit(plan, geometry, branch, part[head, residue], residue, tile)
 
     def steps_of(current: Any, kv_head: Any, residue: Any, tile: Any) -> Any:
         if schedule.knows_starts(plan):
@@ -74,8 +74,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 b, residue, tile, local = (memory.item(t, i) for i in (1, 3, 4, 5))
                 return b, residue, tile, tile * plan.block_home + me * ROWS, local
 
-            def visited(place: gradient_loop.Place, residue: Any, tile: Any) -> schedule.Visit:
-                return schedule.visit(plan, geometry, place.branch, None, residue, tile)
+            def visited(place: gradient_loop.Place, residue: Any, tile: Any) -> visits.Visit:
+                return visits.visit(plan, geometry, place.branch, None, residue, tile)
 
             def seen(me: Any, place: gradient_loop.Place) -> jax.Array:
                 _, residue, tile, row, local = home(me)
@@ -94,7 +94,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 b, residue, tile, row, _ = home(me)
                 at = (b, place.head, place.branch, row, place.start)
                 seed, v = (seed_ref[0], seed_ref[1]), visited(place, residue, tile)
-                return schedule.kept(plan, keep, opt.rate, seed, v, at, shape)
+                return visits.kept(plan, keep, opt.rate, seed, v, at, shape)
 
             hides = schedule.hides(plan)
             return gradient_loop.Sight(
@@ -134,8 +134,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
-            following = schedule.entry(items, cta, t + 1, count)
-            b, kv_head, residue, tile, local = schedule.place(plan, geometry, current[0], kv_heads)
+            following = visits.entry(items, cta, t + 1, count)
+            b, kv_head, residue, tile, local = visits.place(plan, geometry, current[0], kv_heads)
 
             def home(w: int) -> tuple[Any, Any]:
                 row = aligned_rows(tile * plan.block_home + w * ROWS, ROWS)
@@ -168,7 +168,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 fill = lax.fori_loop(0, opt.group, body, fill) if opt.group > 1 else body(0, fill)
             return fill, following
 
-        first = schedule.entry(items, cta, 0, count)
+        first = visits.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
 
     pl.when(wg < CONSUMERS)(consume)
@@ -181,16 +181,14 @@ def home_end(plan: schedule.Launch, local: Any) -> Any:
     return schedule.home_end(plan, local) if ragged else None
 
 
-def unmasked(
-    plan: schedule.Launch, v: schedule.Visit, tile: Any, end: Any = None
-) -> tuple[Any, Any]:
+def unmasked(plan: schedule.Launch, v: visits.Visit, tile: Any, end: Any = None) -> tuple[Any, Any]:
     """The first and last start of an away tile that all home rows of a tile see whole.
 
     end: see `home_end`.
     """
     first = tile * plan.block_home * v.home_step + v.home_shift
-    _, high = schedule.row_bounds(plan, v.length, first)
-    low, _ = schedule.row_bounds(plan, v.length, first + (plan.block_home - 1) * v.home_step)
+    _, high = visits.row_bounds(plan, v.length, first)
+    low, _ = visits.row_bounds(plan, v.length, first + (plan.block_home - 1) * v.home_step)
     if end is not None:
         low = jnp.where((tile + 1) * plan.block_home > end, schedule.UNBOUNDED, low)
     return low - v.away_shift, jnp.minimum(high - v.away_shift, v.limit) - plan.block_away

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import config, schedule
+from pallas_kernels import config, schedule, visits
 from pallas_kernels.backward import Options, is_edge, seen_pairs
 from pallas_kernels.compat import (
     COLUMN,
@@ -46,22 +46,22 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     consumers = plan.block_home // ROWS
     count, bq = items[cta, 0, 0], plan.block_away
     kv_heads = plan.heads // opt.group
-    visits = len(plan.rates) * opt.group
+    rounds = len(plan.rates) * opt.group
     head_dim, stagings = k_smem.shape[-1], out_smem.shape[0]
     dtype = k_smem.dtype
 
     def place(entry: Any) -> tuple[Any, ...]:
-        return schedule.place(plan, geometry, entry[0], kv_heads)
+        return visits.place(plan, geometry, entry[0], kv_heads)
 
-    def visit(branch: Any, head: Any, residue: Any, tile: Any) -> schedule.Visit:
-        return schedule.visit(plan, geometry, branch, part[head, residue], residue, tile)
+    def visit(branch: Any, head: Any, residue: Any, tile: Any) -> visits.Visit:
+        return visits.visit(plan, geometry, branch, part[head, residue], residue, tile)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
 
         def one_item(t: Any, state: Any) -> Any:
             base, current = state
-            following = schedule.entry(items, cta, t + 1, count)
+            following = visits.entry(items, cta, t + 1, count)
             b, kv_head, residue, tile, local = place(current)
             # With starts that are traced the last step is known only when it is over.
             total = base + current[2] if schedule.knows_starts(plan) else base
@@ -70,7 +70,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             id_rows = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
             plgpu.barrier_wait(k_ready.at[wg])
 
-            def step(j: Any, i: Any, v: schedule.Visit, head: Any, branch: Any, accs: Any) -> Any:
+            def step(j: Any, i: Any, v: visits.Visit, head: Any, branch: Any, accs: Any) -> Any:
                 dk_acc, dv_acc = accs
                 slot, start = lax.rem(i, jnp.int32(opt.stages)), v.first + j * bq
                 shape = (ROWS, bq)
@@ -93,7 +93,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
                 weight = p
                 if opt.rate:
                     seed, at = (seed_ref[0], seed_ref[1]), (b, head, branch, row, start)
-                    seen = schedule.kept(plan, keep, opt.rate, seed, v, at, shape)
+                    seen = visits.kept(plan, keep, opt.rate, seed, v, at, shape)
                     weight = jnp.where(seen, p * (1.0 / (1.0 - opt.rate)), 0.0)
                 weight = weight.astype(dtype)
                 plgpu.barrier_wait(do_ready.at[slot])
@@ -126,7 +126,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
 
             def gradients(dk_acc: Any, dv_acc: Any) -> Any:
                 body = functools.partial(one_visit, accs=(dk_acc, dv_acc))
-                end = body(0, base) if visits == 1 else lax.fori_loop(0, visits, body, base)
+                end = body(0, base) if rounds == 1 else lax.fori_loop(0, rounds, body, base)
                 return dk_acc[...], dv_acc[...], end
 
             acc = plgpu.ACC((ROWS, head_dim), jnp.float32)
@@ -147,7 +147,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             else:
                 plgpu.copy_smem_to_gmem(smem, ref)
 
-        first = schedule.entry(items, cta, 0, count)
+        first = visits.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
         plgpu.wait_smem_to_gmem(0)
 
@@ -156,7 +156,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
 
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
-            following = schedule.entry(items, cta, t + 1, count)
+            following = visits.entry(items, cta, t + 1, count)
             b, kv_head, residue, tile, local = place(current)
             for i in range(consumers):
                 pl.when(t > 0)(lambda i=i: plgpu.barrier_wait(k_free.at[i]))
@@ -194,7 +194,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
                 fill = lax.fori_loop(0, opt.group, body, fill) if opt.group > 1 else body(0, fill)
             return fill, following
 
-        first = schedule.entry(items, cta, 0, count)
+        first = visits.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
 
     pl.when(wg < consumers)(consume)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import block_lists, block_marks, block_schedule, schedule
+from pallas_kernels import block_lists, block_marks, block_schedule, visits
 from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.compat import (
     COLUMN,
@@ -114,9 +114,9 @@ def kept(
     batch, head, row, start = where
     if opt.marks.positions:
         who, positions = (batch, head, plan.numbers[0]), tuple(x.positions for x in marks)
-        return schedule.kept_at(keep, opt.rate, (seed[0], seed[1]), who, positions, plan.transposed)
+        return visits.kept_at(keep, opt.rate, (seed[0], seed[1]), who, positions, plan.transposed)
     home, away = (starts[1], starts[0]) if plan.transposed else (starts[0], starts[1])
-    visit: Any = schedule.Visit(
+    visit: Any = visits.Visit(
         first=0,
         steps=0,
         home_shift=home,
@@ -130,7 +130,7 @@ def kept(
     )
     launch_: Any = plan
     at = (batch, head, 0, row, start)
-    return schedule.kept(launch_, keep, opt.rate, (seed[0], seed[1]), visit, at, shape)
+    return visits.kept(launch_, keep, opt.rate, (seed[0], seed[1]), visit, at, shape)
 
 
 def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: Any) -> None:

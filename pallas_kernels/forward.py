@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import config, schedule
+from pallas_kernels import config, schedule, visits
 from pallas_kernels.compat import (
     COLUMN,
     ROW,
@@ -87,7 +87,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
 
-        def tile_at(j: Any, v: schedule.Visit, rows: Rows, at: Any) -> Tile:
+        def tile_at(j: Any, v: visits.Visit, rows: Rows, at: Any) -> Tile:
             def mask(s: jax.Array, ids: Any) -> jax.Array:
                 return mask_scores(plan, v, rows, v.first + j * bkv, s, ids)
 
@@ -95,7 +95,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 if not opt.rate:
                     return p
                 seed, place = (seed_ref[0], seed_ref[1]), (*at, rows.row, v.first + j * bkv)
-                seen = schedule.kept(plan, keep, opt.rate, seed, v, place, p.shape)
+                seen = visits.kept(plan, keep, opt.rate, seed, v, place, p.shape)
                 return jnp.where(seen, p, 0.0)
 
             return Tile(mask, drop)
@@ -103,11 +103,11 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         def look(base: Any, total: Any, mask: Any, where: Any, at: Any, row: Any, ids: Any) -> Any:
             """(sum, maximum, mass) of the tile; it has at least one step."""
 
-            def visit(branch: Any) -> tuple[schedule.Visit, Rows]:
-                v = schedule.visit(plan, geometry, branch, mask, *where)
+            def visit(branch: Any) -> tuple[visits.Visit, Rows]:
+                v = visits.visit(plan, geometry, branch, mask, *where)
                 return v, rows_of(plan, v, row, ids)
 
-            first = schedule.first_branch(plan, geometry, mask, *where)
+            first = visits.first_branch(plan, geometry, mask, *where)
             state = loop.first(base, total, tile_at(jnp.int32(0), *visit(first), (*at, first)))
 
             def one_branch(branch: Any, state: Any, acc: Sum) -> Any:
@@ -130,8 +130,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             base, current = state
             code, mask, _ = current
             # Read early: the next tile must not start by waiting for memory.
-            following = schedule.entry(items, cta, t + 1, count)
-            b, n, residue, tile, local = schedule.place(plan, geometry, code, plan.heads)
+            following = visits.entry(items, cta, t + 1, count)
+            b, n, residue, tile, local = visits.place(plan, geometry, code, plan.heads)
             row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, n)
             lse_at = lse_ref.at[b, n, pl.ds(row, ROWS), local]
@@ -140,7 +140,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
                 old = load(lse_at, ROW)
-            total = base + schedule.known_steps(plan, geometry, current, mask, residue, tile)
+            total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
             ids = load(q_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
             acc, m, mass = lax.cond(
                 total > base,
@@ -175,7 +175,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             store(lse_at, jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf))
 
         loop.begin()
-        first = schedule.entry(items, cta, 0, count)
+        first = visits.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
         loop.end()
         plgpu.wait_smem_to_gmem(0)
@@ -185,8 +185,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
         def one_item(t: Any, state: Any) -> Any:
             fill, queries, (code, mask, _) = state
-            following = schedule.entry(items, cta, t + 1, count)
-            b, n, residue, tile, local = schedule.place(plan, geometry, code, plan.heads)
+            following = visits.entry(items, cta, t + 1, count)
+            b, n, residue, tile, local = visits.place(plan, geometry, code, plan.heads)
             kv_head = lax.div(n, jnp.int32(opt.group))
 
             def load_queries() -> None:
@@ -203,7 +203,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
             begin = fill
             for branch in range(branches):
-                v = schedule.visit(plan, geometry, branch, mask, residue, tile)
+                v = visits.visit(plan, geometry, branch, mask, residue, tile)
                 rate = plan.rates[branch]
 
                 def step(j: Any, n_fill: Any, v: Any = v, rate: int = rate) -> Any:
@@ -228,7 +228,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 fill = lax.fori_loop(0, v.steps, step, fill)
             return fill, queries + jnp.where(fill > begin, 1, 0), following
 
-        first = schedule.entry(items, cta, 0, count)
+        first = visits.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), jnp.int32(0), first))
 
     pl.when(wg < consumers)(consume)

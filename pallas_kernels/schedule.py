@@ -1,4 +1,4 @@
-"""Where a tile of rows looks, and in which order tiles are worked on.
+"""Where a tile of rows looks.
 
 Positions p of one residue class modulo a rate r form the *dilated rows* g = (p - offset) / r; a
 segment of w positions holds w / r of them. A tile is `block` consecutive rows of the array viewed
@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-from pallas_kernels.compat import COLUMN, ROW, plgpu
 
 UNBOUNDED = 1 << 30
 # Copies to swizzled shared memory start at a multiple of this many rows.
@@ -113,63 +111,12 @@ def rows_of(branches: Any, extent: int) -> list[int]:
     return [max(1, min(w, extent) // r) for w, r, *_ in branches]
 
 
-@dataclasses.dataclass(frozen=True)
-class Visit:
-    """What one branch contributes to one tile: traced int32 scalars.
-
-    first: first away row. steps: away tiles to visit. home_shift, home_step: the dilated row of
-    home row m is `m * home_step + home_shift`. away_shift: dilated row of away row 0.
-    away_residue: residue of the away rows in the away array viewed as `[rows, rate]`. limit: away
-    rows that exist. origin: position of dilated row 0. rate, length: of the branch; where there are
-    gaps length is a pair, the rows from one segment to the next and those in a segment.
-    """
-
-    first: Any
-    steps: Any
-    home_shift: Any
-    away_shift: Any
-    away_residue: Any
-    limit: Any
-    origin: Any
-    rate: Any
-    length: Any
-    home_step: Any
-
-
-def pick(values: tuple[int, ...], index: Any) -> Any:
-    """`values[index]` for a static tuple and an index that may be traced."""
-    if isinstance(index, int) or len(set(values)) == 1:
-        return values[0 if len(set(values)) == 1 else index]
-    result: Any = jnp.int32(values[-1])
-    for i in range(len(values) - 2, -1, -1):
-        result = jnp.where(index == i, values[i], result)
-    return result
-
-
-def row_bounds(launch: Launch, length: Any, rows: Any) -> tuple[Any, Any]:
-    """The dilated away rows [low, high) that dilated home rows see (scalar or vector).
-
-    length: as in `Visit`. A row between two segments sees nothing: [UNBOUNDED, 0).
-    """
-    period, count = length if isinstance(length, tuple) else (length, length)
-    start = low = lax.div(rows, jnp.int32(period)) * period
-    high = low + count
-    if launch.causal and launch.transposed:
-        low = jnp.maximum(low, rows)
-    elif launch.causal:
-        high = jnp.minimum(high, rows + 1)
-    if isinstance(length, tuple):
-        inside = rows - start < count
-        low, high = jnp.where(inside, low, UNBOUNDED), jnp.where(inside, high, 0)
-    return low, high
-
-
 # The first seven of `Visit`, the tile's residue in the home array, the rows of a segment.
 FIELDS = 9
 LOCAL, COUNT = 7, 8
 
 
-def _fields(
+def fields_of(
     launch: Launch, branch: int, residue: Any, row: Any, starts: Any, ops: Any
 ) -> tuple[Any, ...]:
     """The fields of one branch for tiles at `row` of class `residue`; all values are >= 0.
@@ -237,7 +184,7 @@ _HOST = types.SimpleNamespace(
     maximum=np.maximum,
     minimum=np.minimum,
 )
-_TRACED = types.SimpleNamespace(
+TRACED = types.SimpleNamespace(
     div=lambda a, b: lax.div(*_int32(a, b)),
     rem=lambda a, b: lax.rem(*_int32(a, b)),
     maximum=jnp.maximum,
@@ -289,10 +236,10 @@ def geometry(launch: Launch, starts: Any) -> Any:
         where = tuple(jnp.broadcast_to(x, shape) for x in where)
         residue, row = jnp.asarray(residue), jnp.asarray(row)
     xp: Any = np if static else jnp
-    ops = _HOST if static else _TRACED
+    ops = _HOST if static else TRACED
     branches = []
     for branch in range(len(launch.rates)):
-        fields = _fields(launch, branch, residue, row, where, ops)
+        fields = fields_of(launch, branch, residue, row, where, ops)
         branches.append(xp.stack([xp.broadcast_to(x, shape) for x in fields], axis=-1))
     return xp.stack(branches).astype(np.int32)
 
@@ -338,161 +285,6 @@ def masked_steps(launch: Launch) -> np.ndarray:
     return np.stack(found)
 
 
-def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile: Any) -> Visit:
-    """Reads the visit of `branch` by a tile; a branch whose bit in `mask` is unset has 0 steps.
-
-    mask None says that the branch is there.
-    """
-    wanted = (*range(LOCAL), *((COUNT,) if launch.gaps else ()))
-    present = True
-    if mask is not None:
-        present = lax.rem(lax.shift_right_logical(mask, jnp.int32(branch)), jnp.int32(2)) == 1
-    if computes_visits(launch):
-        where = (jnp.int32(launch.home_start), jnp.int32(launch.away_start))
-        row = tile * launch.block_home
-        fields = list(_fields(launch, 0, residue, row, where, _TRACED))
-        fields = [fields[i] for i in wanted]
-        fields[1] = jnp.where(present, fields[1], 0)
-    else:
-
-        def read() -> tuple[Any, ...]:
-            return tuple(table[branch, residue, tile, i] for i in wanted)
-
-        nothing = (jnp.int32(0),) * len(wanted)
-        fields = read() if mask is None else lax.cond(present, read, lambda: nothing)
-    length = pick(launch.lengths, branch)
-    return Visit(
-        *fields[:LOCAL],
-        rate=pick(launch.rates, branch),
-        length=(length, fields[-1]) if launch.gaps else length,
-        home_step=pick(tuple(launch.stride // r for r in launch.rates), branch),
-    )
-
-
-def place(launch: Launch, table: Any, code: Any, heads: int) -> tuple[Any, ...]:
-    """(batch, head, residue, tile, residue in the home array) of a tile code."""
-    batch, tile, head, residue = decode(launch, heads, code)
-    if not knows_starts(launch):
-        local = table[0, residue, tile, LOCAL]
-    else:
-        shifted = residue + (-launch.home_start) % launch.stride
-        local = lax.rem(shifted, jnp.int32(launch.stride))
-    return batch, head, residue, tile, local
-
-
-def entry(items: Any, cta: Any, t: Any, count: Any) -> tuple[Any, Any, Any]:
-    """(code, branch mask, away tiles) of item t of a block; the last one again past the end."""
-    at = jnp.minimum(t + 1, count)
-    return items[cta, at, 0], items[cta, at, 1], items[cta, at, 2]
-
-
-def known_steps(
-    launch: Launch, table: Any, current: Any, mask: Any, residue: Any, tile: Any
-) -> Any:
-    """Away tiles of a home tile, all branches: from its entry, or summed if starts are traced."""
-    if knows_starts(launch):
-        return current[2]
-    counts = (visit(launch, table, i, mask, residue, tile).steps for i in range(len(launch.rates)))
-    return sum(counts, jnp.int32(0))
-
-
-def first_branch(launch: Launch, table: Any, mask: Any, residue: Any, tile: Any) -> Any:
-    """The first branch that looks at anything from a tile; the last one if none does."""
-    result: Any = len(launch.rates) - 1
-    for branch in range(len(launch.rates) - 2, -1, -1):
-        looks = visit(launch, table, branch, mask, residue, tile).steps > 0
-        result = jnp.where(looks, jnp.int32(branch), result)
-    return result
-
-
-def decode(launch: Launch, heads: int, code: Any) -> tuple[Any, Any, Any, Any]:
-    """(batch, tile, head, residue) of a tile code."""
-    rest, residue = lax.div(code, jnp.int32(launch.stride)), lax.rem(code, jnp.int32(launch.stride))
-    rest, head = lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads))
-    batch, tile = lax.div(rest, jnp.int32(launch.tiles)), lax.rem(rest, jnp.int32(launch.tiles))
-    return batch, tile, head, residue
-
-
 def common_stride(rates: tuple[int, ...]) -> int:
     """The least common multiple of some rates."""
     return math.lcm(*rates)
-
-
-def visible(
-    launch: Launch,
-    length: Any,
-    rows: jax.Array,
-    columns: jax.Array,
-    limit: Any,
-    end: Any = UNBOUNDED,
-) -> Any:
-    """Which pairs of dilated home rows `[h]` below `end` and away rows `[h, a]` below `limit` see
-    each other.
-    """
-    low, high = row_bounds(launch, length, rows)
-    high = jnp.minimum(high, limit)
-    if end is not UNBOUNDED:
-        high = jnp.where(rows < end, high, 0)
-    low, high = (lax.broadcast_in_dim(x, columns.shape, [0]) for x in (low, high))
-    return (columns >= low) & (columns < high)
-
-
-class _Spread:
-    """A vector that answers `x[..., :, None]` and `x[..., None, :]` with the whole tile.
-
-    Registers have no tiles with an axis of length 1; a mask function that adds a column to a row
-    gets two tiles instead.
-    """
-
-    def __init__(self, vector: jax.Array, shape: tuple[int, int], axis: int):
-        self.tile = lax.broadcast_in_dim(vector, shape, [axis])
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        return self.tile
-
-
-def kept(
-    launch: Launch,
-    keep: Any,
-    rate: float,
-    seed: tuple[Any, Any],
-    v: Visit,
-    place: tuple[Any, Any, Any, Any, Any],
-    shape: tuple[int, int],
-) -> jax.Array:
-    """Which pairs of a tile dropout keeps, bool of `shape` (home, away).
-
-    keep: object with row_bits, column_bits and keep. place: (batch, query head, branch, first home
-    row, first away row).
-    """
-    batch, head, branch, row, start = place
-    home = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
-    away = plgpu.broadcasted_iota(jnp.int32, (shape[1],), 0, layout=COLUMN)
-    home = ((home + row) * v.home_step + v.home_shift) * v.rate + v.origin
-    away = (away + (start + v.away_shift)) * v.rate + v.origin
-    who = (batch, head, pick(launch.numbers, branch))
-    return kept_at(keep, rate, seed, who, (home, away), launch.transposed)
-
-
-def kept_at(
-    keep: Any,
-    rate: float,
-    seed: tuple[Any, Any],
-    who: tuple[Any, Any, Any],
-    positions: tuple[jax.Array, jax.Array],
-    transposed: bool,
-) -> jax.Array:
-    """Which pairs (home, away) of these positions dropout keeps, home ones of keys if transposed.
-
-    who: (batch, query head, number of the branch).
-    """
-    (batch, head, number), (home, away) = who, positions
-    if transposed:
-        first = keep.column_bits(seed, home, number)
-        second = keep.row_bits(seed, batch, head, away)
-    else:
-        first = keep.row_bits(seed, batch, head, home)
-        second = keep.column_bits(seed, away, number)
-    shape = (home.shape[0], away.shape[0])
-    # The bits of a pair depend on the sum of the two only, so the order does not matter.
-    return keep.keep(_Spread(first, shape, 0), _Spread(second, shape, 1), rate)

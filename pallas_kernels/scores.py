@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import schedule
+from pallas_kernels import schedule, visits
 from pallas_kernels.compat import ROW, TILE, plgpu
 from pallas_kernels.config import ROWS
 
@@ -36,17 +36,17 @@ class Rows:
     ids: Any
 
 
-def rows_of(plan: schedule.Launch, v: schedule.Visit, row: Any, ids: Any) -> Rows:
+def rows_of(plan: schedule.Launch, v: visits.Visit, row: Any, ids: Any) -> Rows:
     """The warpgroup's rows from home row `row` on; ids: their segment ids, or None."""
     iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
     first = row * v.home_step + v.home_shift
-    _, high = schedule.row_bounds(plan, v.length, first)
-    low, _ = schedule.row_bounds(plan, v.length, first + (ROWS - 1) * v.home_step)
+    _, high = visits.row_bounds(plan, v.length, first)
+    low, _ = visits.row_bounds(plan, v.length, first + (ROWS - 1) * v.home_step)
     return Rows(row, (iota + row) * v.home_step + v.home_shift, low, high, ids)
 
 
 def mask_scores(
-    plan: schedule.Launch, v: schedule.Visit, rows: Rows, start: Any, s: Any, ids: Any
+    plan: schedule.Launch, v: visits.Visit, rows: Rows, start: Any, s: Any, ids: Any
 ) -> Any:
     """Scores with -inf where a query does not see a key; `start` is the first away row."""
     width = s.shape[1]
@@ -54,7 +54,7 @@ def mask_scores(
     def masked() -> jax.Array:
         columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
         columns = columns + (start + v.away_shift)
-        seen = schedule.visible(plan, v.length, rows.dilated, columns, v.limit + v.away_shift)
+        seen = visits.visible(plan, v.length, rows.dilated, columns, v.limit + v.away_shift)
         return jnp.where(seen, s, -jnp.inf)
 
     first = start + v.away_shift

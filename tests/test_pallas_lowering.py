@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dilax import dropout
-from pallas_kernels import config, flash, launches, schedule, work_lists
+from pallas_kernels import config, flash, launches, schedule, visits, work_lists
 
 pytestmark = pytest.mark.kernel
 
@@ -171,7 +171,7 @@ def test_visits_see_what_the_definition_says(w, r, T, S, starts, causal, transpo
             dilated = row * (plan.stride // rate) + home_shift
             low, high = (
                 np.asarray(x)[:, None]
-                for x in schedule.row_bounds(plan, length, dilated.astype(np.int32))
+                for x in visits.row_bounds(plan, length, dilated.astype(np.int32))
             )
             found = (away + away_shift >= low) & (away + away_shift < high) & (away < limit)
             home = row * plan.stride + local
