@@ -45,11 +45,12 @@ CASES = [
         deterministic=True,
     ),
     KernelCase(
-        # All keys are in one segment, which ends inside a tile of queries.
+        # The segment of the first tile of keys ends inside a tile of queries.
         "dropout",
-        (288,),
+        (256,),
         (1,),
         T=128,
+        S=256,
         H=16,
         N=1,
         rate=0.3,
