@@ -70,8 +70,9 @@ def local_reasons(
     here = [b for b in plan.branches if b.in_place]
     used = [(tuple(primitive_branch(b) for b in here), ids)] if here else []
     for moving in (b for b in plan.branches if not b.in_place):
-        mask = jax.ShapeDtypeStruct(query.shape[:2], jnp.int32) if moving.masked else None
-        used.append((((UNBOUNDED, 1, 0, (0,) * N),), (mask, mask)))
+        masks = [jax.ShapeDtypeStruct(x.shape[:2], jnp.int32) for x in (query, key)]
+        masks = masks if moving.masked else (None, None)
+        used.append((((UNBOUNDED, 1, 0, (0,) * N),), masks))
     for branches, (q_ids, kv_ids) in used:
         masks = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
         reasons += unsupported(name, query, key, value, branches=branches, **masks, **options)

@@ -1,5 +1,6 @@
 """What the kernels cannot take, decided from shapes, dtypes and options alone."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,9 @@ def unsupported(
         >>> unsupported(x, x, x, branches=((8, 1, 0, (0,)),), device_kind="NVIDIA H100 80GB HBM3")
         ('dtype float32: wanted bfloat16 or float16', 'head size 20: wanted 16 to 256 by 8')
     """
+    ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    if wrong := _shape_reasons(query, key, value, ids, carry):
+        return wrong
     reasons = []
     if not config.is_hopper(device_kind):
         reasons.append(f"device {device_kind!r}: wanted an NVIDIA Hopper GPU")
@@ -58,26 +62,56 @@ def unsupported(
         )
     if min(*query.shape, *key.shape) == 0:
         reasons.append("an empty array")
-    if scale is not None and not (_is_number(scale) and scale > 0):
+    if scale is not None and not (_is_number(scale) and 0 < scale < math.inf):
         reasons.append(f"scale {scale}: wanted a positive number known when tracing")
-    if dropout_rate and dropout_seed is None:
+    if not (_is_number(dropout_rate) and 0 <= dropout_rate < 1):
+        reasons.append(f"dropout_rate {dropout_rate}: wanted a number in [0, 1)")
+    elif dropout_rate and dropout_seed is None:
         reasons.append("dropout_rate without dropout_seed")
     if (q_segment_ids is None) and (kv_segment_ids is not None):
         reasons.append("kv_segment_ids without q_segment_ids")
     if (q_segment_ids is not None) and kv_segment_ids is None and key.shape[1] != query.shape[1]:
         reasons.append("q_segment_ids without kv_segment_ids for keys of another length")
     reasons += _branch_reasons(query, key, branches, q_start, k_start)
-    out, ids = result_dtype(query, carry, out_dtype), q_segment_ids is not None
+    out, marked = result_dtype(query, carry, out_dtype), q_segment_ids is not None
+    if not reasons and out.name not in ("bfloat16", "float16", "float32"):
+        reasons.append(f"out_dtype {out.name}: wanted bfloat16, float16 or float32")
     head = padded_head(head_dim)
     blocks = (
-        config.forward_blocks(head, out.itemsize, 1, causal=is_causal, ids=ids),
-        config.queries_blocks(head, ids),
-        config.keys_blocks(head, ids),
+        config.forward_blocks(head, out.itemsize, 1, causal=is_causal, ids=marked),
+        config.queries_blocks(head, marked),
+        config.keys_blocks(head, marked),
     )
     if not reasons and None in blocks:
-        what = f"{out.name} output{' and segment ids' if ids else ''}"
+        what = f"{out.name} output{' and segment ids' if marked else ''}"
         reasons.append(f"head size {head_dim} with {what}: tiles exceed shared memory")
     return tuple(reasons)
+
+
+def _shape_reasons(
+    query: Any, key: Any, value: Any, ids: dict[str, Any], carry: Any
+) -> tuple[str, ...]:
+    """Arrays that do not fit each other: a kernel would read past their ends, where it finds 0."""
+    if len(query.shape) != 4 or len(key.shape) != 4:
+        return (f"query {query.shape}, key {key.shape}: wanted [B, T, N, H] and [B, S, K, H]",)
+    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
+    out, lse = (None, None) if carry is None else (carry[0], carry[1])
+    wanted = {
+        "key": (key, (B, S, K, H)),
+        "value": (value, (B, S, K, H)),
+        "q_segment_ids": (ids["q_segment_ids"], (B, T)),
+        "kv_segment_ids": (ids["kv_segment_ids"], (B, S)),
+        "carry[0]": (out, (B, T, N, H)),
+        "carry[1]": (lse, (B, T, N)),
+    }
+    found = [
+        f"{name} {tuple(x.shape)}: wanted {shape}"
+        for name, (x, shape) in wanted.items()
+        if x is not None and tuple(x.shape) != shape
+    ]
+    if K and N % K:
+        found.append(f"{N} query heads: wanted a multiple of the {K} key heads")
+    return tuple(found)
 
 
 def _branch_reasons(query: Any, key: Any, branches: Any, q_start: Any, k_start: Any) -> list[str]:
@@ -87,6 +121,15 @@ def _branch_reasons(query: Any, key: Any, branches: Any, q_start: Any, k_start: 
         end = max(int(q_start) + query.shape[1], int(k_start) + key.shape[1])
         if end >= schedule.UNBOUNDED:
             reasons.append(f"positions up to {end}: wanted less than {schedule.UNBOUNDED}")
+        if min(q_start, k_start) < 0:
+            reasons.append(f"starts {q_start} and {k_start}: wanted 0 or more")
+    for w, r, first, offsets in branches:
+        if min(w, r) < 1 or first < 0 or first + len(offsets) > query.shape[2]:
+            reasons.append(
+                f"branch ({w}, {r}) of heads {first} to {first + len(offsets) - 1}: wanted positive"
+                f" lengths and rates, and heads of {query.shape[2]}"
+            )
+            return reasons
     count = sum(len(schedule.phases(w, r, end)) for w, r, _, _ in branches)
     if not 1 <= count <= 30:
         reasons.append(

@@ -171,6 +171,30 @@ def test_supported_call_has_no_reason():
     assert flash.unsupported(x, x, x, branches=((64, 2, 0, (0, 1)),), device_kind=H100) == ()
 
 
+@pytest.mark.parametrize(
+    ("shapes", "options", "said"),
+    [
+        ({"key": (1, 64, 3, 16), "value": (1, 64, 3, 16)}, {}, "multiple of the 3 key heads"),
+        ({"value": (1, 60, 2, 16)}, {}, "value (1, 60, 2, 16)"),
+        ({"key": (2, 64, 2, 16)}, {}, "key (2, 64, 2, 16)"),
+        ({"query": (1, 64, 16)}, {}, "wanted [B, T, N, H]"),
+        ({}, {"q_segment_ids": np.zeros((1, 60), np.int32)}, "q_segment_ids (1, 60)"),
+        ({}, {"carry": (np.zeros((1, 64, 4, 8)), np.zeros((1, 64, 4)))}, "carry[0] (1, 64, 4, 8)"),
+        ({}, {"branches": ((64, 1, 1, (0,) * 4),)}, "heads 1 to 4"),
+        ({}, {"q_start": -5}, "starts -5 and 0"),
+        ({}, {"scale": float("inf")}, "scale inf"),
+        ({}, {"dropout_rate": 1.0}, "dropout_rate 1.0"),
+        ({}, {"out_dtype": "float64"}, "out_dtype float64"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_a_kernel_would_read_wrong_is_refused(shapes, options, said):
+    shapes = {"query": (1, 64, 4, 16), "key": (1, 64, 2, 16), "value": (1, 64, 2, 16)} | shapes
+    arrays = {name: jax.ShapeDtypeStruct(x, jnp.bfloat16) for name, x in shapes.items()}
+    options = {"branches": ((64, 1, 0, (0,) * 4),), "device_kind": H100} | options
+    assert any(said in reason for reason in flash.unsupported(**arrays, **options))
+
+
 def test_attend_raises_the_reasons():
     x = jnp.ones((1, 16, 1, 16), jnp.float32)
     with pytest.raises(ValueError, match="float32"):
