@@ -50,8 +50,9 @@ def checks(smoke: bool) -> list[Check]:
             Check(
                 "split", small, 230, 250, 16, 1, 1, ids=True, positions=True, traced=True, split=1
             ),
-            Check("positions", random(2, 0.7), 230, 250, 16, 2, 1, positions=True, rate=0.2),
-            Check("logits below", random(2, 0.7), 256, 200, 16, 1, 1, apart=5.0),
+            Check(
+                "positions", random(2, 0.7), 230, 250, 16, 2, 1, positions=True, rate=0.2, apart=5.0
+            ),
         ]
     window, far = peers.window, peers.global_local(64, 1, 1)
     halves, coarse = window(1100, 300, 64), random(4, 0.5, True, block_size=256)

@@ -32,8 +32,8 @@ CASES = [
     KernelCase("ids", (1 << 20,), (1,), T=72, H=232, N=1, ids=True),
     KernelCase(
         "carry traced",
-        (64, 128),
-        (1, 2),
+        (64,),
+        (1,),
         T=72,
         S=130,
         H=24,
