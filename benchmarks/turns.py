@@ -5,12 +5,11 @@ A card gets warm and its clock falls, so what is timed first would look faster t
 
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from typing import Any
 
 
-def in_turns[Name: Hashable](
-    runs: dict[Name, tuple[Callable, Callable]], least: float = 0.02
-) -> dict[Name, float]:
+def in_turns(runs: dict[Any, tuple[Callable, Callable]], least: float = 0.02) -> dict[Any, float]:
     """Median seconds of each of (run, wait), batches of one after those of another."""
     counts, samples = {}, {name: [] for name in runs}
     for name, (run, wait) in runs.items():

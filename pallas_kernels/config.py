@@ -173,8 +173,8 @@ def fused_blocks(head_dim: int, out_bytes: int, marks: int = 1) -> Blocks | None
     """Away (query) tile of the fused backward kernel, or None if it does not take this head size.
 
     out_bytes: size of one element of the gradients of keys and values. marks: int32 vectors that
-    travel with the queries. Larger tiles do not fit the
-    registers; heads between 64 and 128 do not split in two where tiles of shared memory do.
+    travel with the queries. Larger tiles do not fit the registers; heads between 64 and 128 do not
+    split in two where tiles of shared memory do.
 
     Example:
         >>> fused_blocks(128, 2)
