@@ -30,6 +30,7 @@ from pallas_kernels.compat import (
 )
 from pallas_kernels.config import ROWS
 from pallas_kernels.forward import LOG2E, view
+from pallas_kernels.scores import same_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +155,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                     lambda: s,
                 )
                 if opt.ids:
-                    a = lax.broadcast_in_dim(id_rows, shape, [0])
-                    c = lax.broadcast_in_dim(ids, shape, [1])
-                    s = jnp.where((a == c) & (c != 0), s, -jnp.inf)
+                    s = same_ids(s, id_rows, ids)
                 p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [0]))
                 if opt.rate:
                     seed, at = (seed_ref[0], seed_ref[1]), (b, n, branch, row, start)

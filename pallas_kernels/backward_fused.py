@@ -30,6 +30,7 @@ from pallas_kernels.compat import (
 from pallas_kernels.config import CONSUMERS, ROWS
 from pallas_kernels.forward import LOG2E
 from pallas_kernels.instructions import store_tile
+from pallas_kernels.scores import same_ids
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -82,12 +83,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 v, end = visited(place, residue, tile), home_end(plan, local)
                 return seen_pairs(plan, v, row, place.start, shape, end)
 
-            def same_ids(s: jax.Array, me: Any, slot: Any) -> jax.Array:
+            def marked(s: jax.Array, me: Any, slot: Any) -> jax.Array:
                 b, _, _, row, local = home(me)
                 ids = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW)
-                ids = lax.broadcast_in_dim(ids, s.shape, [0])
-                away = lax.broadcast_in_dim(load(memory.mark(slot, 0), COLUMN), s.shape, [1])
-                return jnp.where((ids == away) & (ids != 0), s, -jnp.inf)
+                return same_ids(s, ids, load(memory.mark(slot, 0), COLUMN))
 
             def kept(me: Any, slot: Any) -> jax.Array:
                 place = memory.place(slot)
@@ -98,7 +97,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
             hides = schedule.hides(plan)
             return gradient_loop.Sight(
-                seen if hides else None, same_ids if opt.ids else None, kept if opt.rate else None
+                seen if hides else None, marked if opt.ids else None, kept if opt.rate else None
             )
 
         def one_item(t: Any, base: Any) -> Any:

@@ -25,6 +25,7 @@ from pallas_kernels.compat import (
 )
 from pallas_kernels.config import ROWS
 from pallas_kernels.forward import LOG2E, view
+from pallas_kernels.scores import same_ids
 
 
 def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -85,9 +86,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
                     lambda: s,
                 )
                 if opt.ids:
-                    a = lax.broadcast_in_dim(id_rows, shape, [0])
-                    c = lax.broadcast_in_dim(ids, shape, [1])
-                    s = jnp.where((a == c) & (a != 0), s, -jnp.inf)
+                    s = same_ids(s, id_rows, ids)
                 p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [1]))
                 staging = None if p_smem is None else p_smem.at[wg]
                 weight = p

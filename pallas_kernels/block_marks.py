@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import load, plgpu
+from pallas_kernels.scores import same_ids
 
 
 class Marks(NamedTuple):
@@ -68,13 +69,6 @@ class Kinds:
         if self.causal:
             s = not_later(s, home.positions, away.positions, transposed)
         return s
-
-
-def same_ids(s: jax.Array, home: jax.Array, away: jax.Array) -> jax.Array:
-    """Scores with -inf where ids `[home]` and `[away]` differ or are 0."""
-    a = lax.broadcast_in_dim(home, s.shape, [0])
-    c = lax.broadcast_in_dim(away, s.shape, [1])
-    return jnp.where((a == c) & (a != 0), s, -jnp.inf)
 
 
 def not_later(s: jax.Array, home: jax.Array, away: jax.Array, transposed: bool) -> jax.Array:

@@ -12,6 +12,13 @@ from pallas_kernels.compat import ROW, TILE, plgpu
 from pallas_kernels.config import ROWS
 
 
+def same_ids(s: jax.Array, home: jax.Array, away: jax.Array) -> jax.Array:
+    """Scores with -inf where ids `[home]` and `[away]` differ or are 0."""
+    a = lax.broadcast_in_dim(home, s.shape, [0])
+    c = lax.broadcast_in_dim(away, s.shape, [1])
+    return jnp.where((a == c) & (a != 0), s, -jnp.inf)
+
+
 def softmax(s: jax.Array, m: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One online softmax step in base 2: (p, new row maximum, factor for what was summed)."""
     top = jnp.maximum(m, s.max(axis=1) * scale)
@@ -62,7 +69,5 @@ def mask_scores(
     if schedule.hides(plan):
         s = lax.cond(edge, masked, lambda: s)
     if ids is not None:
-        a = lax.broadcast_in_dim(rows.ids, s.shape, [0])
-        c = lax.broadcast_in_dim(ids, s.shape, [1])
-        s = jnp.where((a == c) & (c != 0), s, -jnp.inf)
+        s = same_ids(s, rows.ids, ids)
     return s
