@@ -21,7 +21,6 @@ from pallas_kernels.compat import (
     load,
     pl,
     plgpu,
-    product,
     shared_tile,
     value_while,
 )
@@ -32,6 +31,7 @@ from pallas_kernels.instructions import (
     recomputed,
     see_stores,
     store_tile,
+    store_transposed,
     store_words,
 )
 
@@ -225,13 +225,8 @@ class Warpgroup:
         total = base + memory.item(t, 0)
 
         def body(dk_acc: Any, dv_acc: Any) -> Any:
-            pl.when(base < total)(lambda: plgpu.barrier_wait(memory.q_ready.at[memory.slot(base)]))
-            queries = memory.q.at[memory.slot(base)].transpose((1, 0))
-            shape = (ROWS, memory.away)
-            s = product(memory.k.at[self.number], queries, shape, lambda: None)
-            step = functools.partial(self._step, total, sight, dk_acc, dv_acc)
-            edge = jnp.int32(0) if sight.seen is None else self._edge(base)
-            lax.fori_loop(base, total, step, (edge, s))
+            step = functools.partial(self._step, sight, dk_acc, dv_acc)
+            lax.fori_loop(base, total, step, None)
             return dk_acc[...], dv_acc[...]
 
         acc = plgpu.ACC((ROWS, memory.head_dim), jnp.float32)
@@ -239,63 +234,64 @@ class Warpgroup:
         plgpu.barrier_arrive(memory.k_free)
         return dk, dv, total
 
-    def _step(self, total: Any, sight: Sight, dk_acc: Any, dv_acc: Any, n: Any, state: Any) -> Any:
-        """The state (whether the tile hides something, its scores) after the step of tile n."""
+    def _step(self, sight: Sight, dk_acc: Any, dv_acc: Any, n: Any, _: None) -> None:
+        """The step of tile n."""
+        memory, slot = self.memory, self.memory.slot(n)
+        plgpu.barrier_wait(memory.q_ready.at[slot])
+        plgpu.barrier_wait(memory.do_ready.at[slot])
+        add = functools.partial(self._add, sight, dk_acc, dv_acc, n, slot)
+        if sight.seen is None:
+            add(False)
+        else:
+            lax.cond(self._edge(n), lambda: add(True), lambda: add(False))
+
+    def _add(self, sight: Sight, dk_acc: Any, dv_acc: Any, n: Any, slot: Any, edge: bool) -> None:
+        """Adds what tile n gives to the gradients; edge: whether its place hides something."""
         memory, dtype = self.memory, self.memory.k.dtype
-        edge, s = state
-        slot, shape = memory.slot(n), (ROWS, memory.away)
+        shape = (ROWS, memory.away)
         me = recomputed(self.number, memory.interpret)
         share = 1.0 / (1.0 - self.rate)
         staging = None if memory.staging is None else memory.staging.at[me]
-        if sight.seen is not None:
-            # Here, where nothing runs: the assembler moves no arithmetic across a branch.
-            s = self._masked(edge, s, slot, me, sight.seen)
-        plgpu.barrier_wait(memory.do_ready.at[slot])
 
-        def products(dp_acc: Any, dq_acc: Any, next_acc: Any) -> jax.Array:
+        def products(s_acc: Any, dp_acc: Any, dq_acc: Any) -> None:
+            plgpu.wgmma(s_acc, memory.k.at[me], memory.q.at[slot].transpose((1, 0)))
+            if edge:
+                # Ahead of the next product, for which masks leave no registers.
+                s = value_while(s_acc, 0, memory.interpret)
+                s = jnp.where(sight.seen(me, memory.place(slot)), s, -jnp.inf)
             plgpu.wgmma(dp_acc, memory.v.at[me], memory.do.at[slot].transpose((1, 0)))
+            s = s if edge else value_while(s_acc, 1, memory.interpret)
             lse = load(memory.lse.at[slot], COLUMN)
-            scores = s if sight.marked is None else sight.marked(s, me, slot)
-            p = jnp.exp2(scores * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
+            s = s if sight.marked is None else sight.marked(s, me, slot)
+            p = jnp.exp2(s * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
             seen = None if sight.kept is None else sight.kept(me, slot)
             weight = p if seen is None else jnp.where(seen, p * share, 0.0)
-            add_product(dv_acc, weight.astype(dtype), memory.do.at[slot], staging)
-            dp = value_while(dp_acc, 1, memory.interpret)
+            weight = weight.astype(dtype)
             # Loaded only now: a column vector takes as many registers as half a tile.
             delta = load(memory.delta.at[slot], COLUMN)
+            dp = value_while(dp_acc, 0, memory.interpret)
             dp = dp if seen is None else jnp.where(seen, dp * share, 0.0)
             ds = (p * (dp - lax.broadcast_in_dim(delta, shape, [1]))).astype(dtype)
             self._store_scores(ds, n, me)
+            add_product(dv_acc, weight, memory.do.at[slot], staging)
+            meet(memory.met, CONSUMERS, memory.interpret)
             self._begin_queries(dq_acc, n, me)
             add_product(dk_acc, ds, memory.q.at[slot], staging)
             dq = value_while(dq_acc, 1, memory.interpret)
+            plgpu.barrier_arrive(memory.do_free.at[slot])
             store_tile(memory.dq.at[me], dq, memory.interpret)
             see_stores(memory.interpret)
-            plgpu.barrier_arrive(memory.do_free.at[slot])
-            following = memory.slot(n + 1)
-            pl.when(n + 1 < total)(lambda: plgpu.barrier_wait(memory.q_ready.at[following]))
-            # Past the last step these are scores of nothing, and not used.
-            plgpu.wgmma(next_acc, memory.k.at[me], memory.q.at[following].transpose((1, 0)))
-            # Only now, so that the tensor cores do not wait for it.
             self._send_queries(slot, me)
-            edge = jnp.int32(0) if sight.seen is None else self._edge(n + 1)
-            scores = value_while(next_acc, 0, memory.interpret)
+            plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(memory.q_free.at[slot])
-            return edge, scores
 
         scores, half = plgpu.ACC(shape, jnp.float32), self.memory.dq.shape[1:]
-        queries = plgpu.ACC(half, jnp.float32)
-        return pl.run_scoped(products, scores, queries, scores)
+        pl.run_scoped(products, scores, scores, plgpu.ACC(half, jnp.float32))
 
     def _edge(self, n: Any) -> Any:
-        """1 if some pair of tile n is hidden by its place; anything where there is no such tile."""
+        """Whether some pair of tile n is hidden by its place."""
         place = self.memory.place(self.memory.slot(n))
-        return ((place.start < place.low) | (place.start > place.high)).astype(jnp.int32)
-
-    def _masked(self, edge: Any, s: jax.Array, slot: Any, me: Any, seen: Any) -> jax.Array:
-        """Scores of a tile with -inf where its place hides a pair."""
-        place = self.memory.place(slot)
-        return lax.cond(edge > 0, lambda: jnp.where(seen(me, place), s, -jnp.inf), lambda: s)
+        return (place.start < place.low) | (place.start > place.high)
 
     @property
     def _by_rows(self) -> bool:
@@ -312,8 +308,7 @@ class Warpgroup:
         for i in range(memory.away // ROWS):
             square = ds[:, i * ROWS : (i + 1) * ROWS]
             smem = memory.ds.at[self._square(n, i), me]
-            store_tile(smem, square, memory.interpret, memory.head_dim)
-        meet(memory.met, CONSUMERS, memory.interpret)
+            store_transposed(smem, square, memory.interpret, memory.head_dim)
 
     def _begin_queries(self, acc: Any, n: Any, me: Any) -> None:
         memory = self.memory
@@ -323,7 +318,7 @@ class Warpgroup:
             else:
                 columns = pl.ds(pl.multiple_of(me * ROWS, ROWS), ROWS)
                 left, right = memory.ds.at[self._square(n, 0), w], memory.k.at[w, :, columns]
-            plgpu.wgmma(acc, left.transpose((1, 0)), right)
+            plgpu.wgmma(acc, left, right)
 
     def _send_queries(self, slot: Any, me: Any) -> None:
         memory, zero = self.memory, jnp.int32(0)

@@ -182,6 +182,54 @@ def store_tile(smem: Any, tile: jax.Array, interpret: bool, columns: int | None 
     emit(smem, tile)
 
 
+def store_transposed(smem: Any, tile: jax.Array, interpret: bool, columns: int) -> None:
+    """Stores registers `[64, 64]` of 16 bits, transposed, to a shared tile; otherwise `store_tile`.
+
+    columns: as in `shared_tile`.
+    """
+    if interpret:
+        smem[...] = tile.T
+        return
+    _, swizzle = tiling_of(columns, tile.dtype)
+
+    @plgpu.inline_mgpu(arg_types=(shared_kind(columns, tile.dtype), TILE))
+    def emit(_: Any, target: Any, x: Any) -> None:
+        arith, i32 = mgpu_utils.arith, mgpu_utils.ir.IntegerType.get_signless(32)
+
+        def const(value: int) -> Any:
+            return mgpu_utils.c(value, i32)
+
+        # Of a warp, 16 rows; of a store, two times two blocks of 8 x 8, of which a thread gives the
+        # place of one row of 16 bytes.
+        thread, chunks = mgpu_utils.thread_idx(), swizzle // 16
+        row = arith.andi(thread, const(7))
+        warp = arith.andi(arith.shrui(thread, const(5)), const(3))
+        block = arith.andi(arith.shrui(thread, const(3)), const(1))
+        block = arith.addi(arith.muli(warp, const(2)), block)
+        second = arith.andi(arith.shrui(thread, const(4)), const(1))
+        turned = arith.shrui(arith.muli(row, const(swizzle)), const(7))
+        chunk = arith.xori(arith.andi(block, const(chunks - 1)), turned)
+        tile_of = arith.divui(block, const(chunks))
+        parts = ((second, 1024), (tile_of, 8 * swizzle), (row, swizzle), (chunk, 16))
+        offset = functools.reduce(
+            arith.addi, [arith.muli(value, const(factor)) for value, factor in parts]
+        )
+        base = mgpu_utils.llvm.ptrtoint(i32, mgpu_utils.memref_ptr(target))
+        address = arith.addi(base, offset)
+        # Registers [1, columns / 8, 1, 1, 2 rows, ...].
+        halves = np.moveaxis(x.registers, 4, 0).reshape(2, -1)
+        for i in range(0, halves.shape[1], 2):
+            four = [mgpu_utils.bitcast(halves[h, i + j], i32) for j in range(2) for h in range(2)]
+            mgpu_utils.inline_ptx(
+                f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0+{1024 * i}],"
+                " {$1, $2, $3, $4};",
+                address,
+                *four,
+            )
+
+    emit(smem, tile)
+
+
 def store_words(ref: Any, words: Sequence[Any], interpret: bool) -> None:
     """Stores int32 scalars to shared memory, from its beginning, without waiting.
 
