@@ -2,8 +2,8 @@
 
 A step of two warpgroups, each with 64 rows of keys (FlashAttention-3, arXiv:2407.08608): scores
 and probabilities of a tile of queries, transposed; what they give to the gradients of values and
-keys, which stay in registers; then, across both warpgroups, the gradient of the queries. The scores
-of the next step are begun before this one ends.
+keys, which stay in registers; then, across both warpgroups, the gradient of the queries. No product
+runs from one step into the next, so a step with masks can be a branch of its own.
 """
 
 import dataclasses
