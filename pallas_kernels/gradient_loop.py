@@ -241,12 +241,12 @@ class Warpgroup:
         plgpu.barrier_wait(memory.do_ready.at[slot])
         add = functools.partial(self._add, sight, dk_acc, dv_acc, n, slot)
         if sight.seen is None:
-            add(False)
+            add(None)
         else:
-            lax.cond(self._edge(n), lambda: add(True), lambda: add(False))
+            lax.cond(self._edge(n), lambda: add(sight.seen), lambda: add(None))
 
-    def _add(self, sight: Sight, dk_acc: Any, dv_acc: Any, n: Any, slot: Any, edge: bool) -> None:
-        """Adds what tile n gives to the gradients; edge: whether its place hides something."""
+    def _add(self, sight: Sight, dk_acc: Any, dv_acc: Any, n: Any, slot: Any, masks: Any) -> None:
+        """Adds what tile n gives to the gradients; masks: `Sight.seen`, None if all is seen."""
         memory, dtype = self.memory, self.memory.k.dtype
         shape = (ROWS, memory.away)
         me = recomputed(self.number, memory.interpret)
@@ -255,12 +255,14 @@ class Warpgroup:
 
         def products(s_acc: Any, dp_acc: Any, dq_acc: Any) -> None:
             plgpu.wgmma(s_acc, memory.k.at[me], memory.q.at[slot].transpose((1, 0)))
-            if edge:
-                # Ahead of the next product, for which masks leave no registers.
+            if masks is None:
+                plgpu.wgmma(dp_acc, memory.v.at[me], memory.do.at[slot].transpose((1, 0)))
+                s = value_while(s_acc, 1, memory.interpret)
+            else:
+                # Ahead of the next product, which leaves no registers for masks.
                 s = value_while(s_acc, 0, memory.interpret)
-                s = jnp.where(sight.seen(me, memory.place(slot)), s, -jnp.inf)
-            plgpu.wgmma(dp_acc, memory.v.at[me], memory.do.at[slot].transpose((1, 0)))
-            s = s if edge else value_while(s_acc, 1, memory.interpret)
+                s = jnp.where(masks(me, memory.place(slot)), s, -jnp.inf)
+                plgpu.wgmma(dp_acc, memory.v.at[me], memory.do.at[slot].transpose((1, 0)))
             lse = load(memory.lse.at[slot], COLUMN)
             s = s if sight.marked is None else sight.marked(s, me, slot)
             p = jnp.exp2(s * self.scale - lax.broadcast_in_dim(lse, shape, [1]))
