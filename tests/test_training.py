@@ -152,9 +152,7 @@ def test_changed_text_is_not_resumed(config, tmp_path):
     folder.mkdir()
     for i in range(3):
         (folder / f"{i}.txt").write_text("some text\n" * 40)
-    config = dataclasses.replace(
-        config, text=(str(folder),), checkpoint_dir=str(tmp_path / "run"), steps=3
-    )
+    config = dataclasses.replace(config, text=(str(folder),), checkpoint_dir=str(tmp_path / "run"))
     train(config, on_step=_stop_at(1, _interrupt))
     (folder / "0.txt").write_text("same text\n" * 40)
     with pytest.raises(ValueError, match=r"text: .*unchanged"):
@@ -164,9 +162,7 @@ def test_changed_text_is_not_resumed(config, tmp_path):
 def test_signals_are_left_alone_outside_the_main_thread(config):
     results = []
     thread = threading.Thread(
-        target=lambda: results.append(
-            train(dataclasses.replace(config, steps=3), on_step=_stop_at(1, _interrupt))
-        )
+        target=lambda: results.append(train(config, on_step=_stop_at(1, _interrupt)))
     )
     thread.start()
     thread.join()
@@ -181,15 +177,16 @@ def test_the_loss_is_that_of_predicted_tokens_only():
     ids = np.array([[1] * 5 + [2] * 6 + [0] * 2], np.int32)
     positions = np.array([[*range(5), *range(6), 0, 0]], np.int32)
     batch = {"tokens": tokens, "segment_ids": ids, "positions": positions}
-    total, number = loss_sums(model, batch)
+    sums = nnx.jit(loss_sums)
+    total, number = sums(model, batch)
     assert int(number) == 4 + 5
-    logits = model(tokens[:, :-1], segment_ids=ids[:, :-1], positions=positions[:, :-1])
+    logits = nnx.jit(model)(tokens[:, :-1], segment_ids=ids[:, :-1], positions=positions[:, :-1])
     logp = np.asarray(jax.nn.log_softmax(logits))[0]
     exact = -sum(logp[i, tokens[0, i + 1]] for i in (0, 1, 2, 3, 5, 6, 7, 8, 9))
     assert float(total) == pytest.approx(exact, rel=1e-5)
     changed = {**batch, "tokens": tokens.copy()}
     changed["tokens"][0, 11:] = 7  # padding
-    assert float(loss_sums(model, changed)[0]) == pytest.approx(float(total), rel=1e-6)
+    assert float(sums(model, changed)[0]) == pytest.approx(float(total), rel=1e-6)
 
 
 def test_weight_decay_spares_norms_and_biases():

@@ -21,9 +21,8 @@ def qkv(x64, rng):
     return tuple(rng.normal(size=(3, 2, 14, 4, 8)))
 
 
-@pytest.mark.parametrize("name", ["gqa_causal_blocked", "all_masks"])
-def test_jit_equals_eager(name, x64):
-    case = BY_NAME[name]
+def test_jit_equals_eager(x64):
+    case = BY_NAME["all_masks"]
     run = functools.partial(dilax.dilated_attention, **case.keywords(), return_lse=True)
     assert_exact(jax.jit(run)(**case.arrays()), run(**case.arrays()))
 
@@ -60,16 +59,7 @@ def test_vmap_over_masks_and_keys(qkv):
     assert not (loop[0] == loop[1]).all()
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        None,
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("dilax_out", "dilax_lse"),
-    ],
-    ids=["default", "dots", "names"],
-)
-def test_remat_changes_no_gradient(qkv, policy):
+def test_remat_changes_no_gradient(qkv):
     options = {"dropout_rate": 0.3, "dropout_key": jax.random.key(0), "deterministic": False}
 
     def loss(q, k, v):
@@ -77,8 +67,13 @@ def test_remat_changes_no_gradient(qkv, policy):
         return (out**2).sum() + lse.sum()
 
     plain = jax.jit(jax.grad(loss, (0, 1, 2)))(*qkv)
-    again = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy), (0, 1, 2)))(*qkv)
-    assert_exact(again, plain)
+    for policy in (
+        None,
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("dilax_out", "dilax_lse"),
+    ):
+        again = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy), (0, 1, 2)))(*qkv)
+        assert_exact(again, plain)
 
 
 def test_remat_by_name_does_not_attend_again(qkv):
@@ -117,14 +112,11 @@ def test_scan_over_layers_is_a_loop(qkv, rng):
     assert_exact(*results)
 
 
-@pytest.mark.parametrize("serialized", [False, True], ids=["exported", "serialized"])
-def test_export_round_trip(qkv, serialized):
+def test_export_round_trip(qkv):
     def run(q, k, v):
         return attend(q, k, v, return_lse=True)
 
-    back = export.export(jax.jit(run))(*qkv)
-    if serialized:
-        back = export.deserialize(back.serialize(vjp_order=1))
+    back = export.deserialize(export.export(jax.jit(run))(*qkv).serialize(vjp_order=1))
     wanted, pull = jax.vjp(jax.jit(run), *qkv)
     found, pull_back = jax.vjp(back.call, *qkv)
     cotangents = jax.tree.map(jnp.cos, wanted)
