@@ -24,6 +24,7 @@ SMALL = LongNetConfig(
     vocab_size=50,
     param_dtype="float64",
 )
+ONE_BRANCH: dict[str, Any] = dict(segment_lengths=(16,), dilation_rates=(1,))
 TOKENS = np.random.default_rng(7).integers(0, 50, (2, 23)).astype(np.int32)
 
 
@@ -44,10 +45,11 @@ def test_nothing_depends_on_the_future(position, x64):
 
 
 def test_the_encoder_sees_both_sides_and_the_decoder_one(x64):
+    config = dataclasses.replace(SMALL, **ONE_BRANCH)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 20, 32)))
     for model, sees in ((LongNetEncoder, True), (LongNetDecoder, False)):
         gradient_of = nnx.jit(nnx.grad(lambda x, model: model(x)[0, 5].sum()))
-        gradient = gradient_of(x, model(SMALL, rngs=nnx.Rngs(0)))
+        gradient = gradient_of(x, model(config, rngs=nnx.Rngs(0)))
         assert bool(jnp.any(gradient[0, 6:] != 0)) == sees
 
 
@@ -116,7 +118,8 @@ def test_on_explicit_axes(x64):
     """Examples and tokens lie on them, and the logits where the tokens do."""
     kinds = (jax.sharding.AxisType.Explicit,) * 2
     mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=kinds)
-    config = dataclasses.replace(SMALL, num_layers=1, position="xpos", remat=None)
+    branch: dict[str, Any] = dict(segment_lengths=(16,), dilation_rates=(2,))
+    config = dataclasses.replace(SMALL, num_layers=1, position="xpos", remat=None, **branch)
     plain, placed = (
         LongNetLM(config, sharding=sharding, rngs=nnx.Rngs(0))
         for sharding in (None, AttentionSharding(batch="data", mesh=mesh))
@@ -143,7 +146,7 @@ def test_on_explicit_axes(x64):
 
 
 def test_dropout_needs_rngs_and_follows_them():
-    model = _lm(dropout=0.2, attention_dropout=0.2, param_dtype="float32")
+    model = _lm(dropout=0.2, attention_dropout=0.2, param_dtype="float32", **ONE_BRANCH)
     with pytest.raises(ValueError, match="rngs"):
         model(TOKENS, deterministic=False)
     run = nnx.jit(lambda model, rngs: model(TOKENS, deterministic=False, rngs=rngs))
@@ -154,7 +157,7 @@ def test_dropout_needs_rngs_and_follows_them():
 
 
 def test_tied_embeddings_have_no_head(x64):
-    model = _lm(tied_embeddings=True)
+    model = _lm(tied_embeddings=True, **ONE_BRANCH)
     assert model.head is None
     assert sum(x.size for x in jax.tree.leaves(nnx.state(_lm(), nnx.Param))) == 50 * 32 + sum(
         x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))
@@ -164,11 +167,11 @@ def test_tied_embeddings_have_no_head(x64):
 
 
 def test_dtypes():
-    model = _lm(param_dtype="float32", dtype="bfloat16")
+    model = _lm(param_dtype="float32", dtype="bfloat16", **ONE_BRANCH)
     found = nnx.jit(model)(TOKENS)
     assert found.dtype == jnp.bfloat16
     assert {x.dtype.name for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {"float32"}
-    exact = nnx.jit(_lm(param_dtype="float32"))(TOKENS)
+    exact = nnx.jit(_lm(param_dtype="float32", **ONE_BRANCH))(TOKENS)
     assert error(found.astype(jnp.float32), exact) < 0.1
 
 
