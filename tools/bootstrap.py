@@ -30,6 +30,7 @@ OLDEST_TESTS = [
     "tests/test_reference.py",
     "tests/test_dilated.py",
     "tests/test_partial.py",
+    "tests/test_modules.py",
     "tests/test_select.py",
 ]
 
