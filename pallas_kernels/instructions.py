@@ -164,15 +164,12 @@ class _Strided(mgpu_launch.MemRefTransform):
         return self
 
 
-def store_tile(smem: Any, tile: jax.Array, interpret: bool, columns: int | None = None) -> None:
-    """Stores registers to a shared tile without waiting; `meet` or `commit_smem` must follow.
-
-    columns: as in `shared_tile`.
-    """
+def store_tile(smem: Any, tile: jax.Array, interpret: bool) -> None:
+    """Stores registers to a shared tile; `see_stores` or `commit_smem` must follow."""
     if interpret:
         smem[...] = tile
         return
-    columns = tile.shape[-1] if columns is None else columns
+    columns = tile.shape[-1]
     _, swizzle = tiling_of(columns, tile.dtype)
 
     @plgpu.inline_mgpu(arg_types=(shared_kind(columns, tile.dtype), TILE))
@@ -183,7 +180,7 @@ def store_tile(smem: Any, tile: jax.Array, interpret: bool, columns: int | None 
 
 
 def store_transposed(smem: Any, tile: jax.Array, interpret: bool, columns: int) -> None:
-    """Stores registers `[64, 64]` of 16 bits, transposed, to a shared tile; otherwise `store_tile`.
+    """Stores registers `[64, 64]` of 16 bits, transposed, to a shared tile; `meet` must follow.
 
     columns: as in `shared_tile`.
     """
