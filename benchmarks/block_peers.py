@@ -35,6 +35,8 @@ class Pattern:
     band_index: Any = None
     block_size: int = 128
     is_causal: bool = False
+    starts: Any = None
+    longest: int | None = None
 
     def visible(self, heads: int, T: int, S: int, starts: tuple[int, int] = (0, 0)) -> np.ndarray:
         """bool [b, heads, T, S]: which pairs see each other."""

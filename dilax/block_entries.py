@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dilax.block_lists import BlockLists, admissible
+from dilax.block_lists import BlockLists, admissible, packed
 
 UNLIMITED = 2**40
 
@@ -204,28 +204,15 @@ def as_lists(grid: Grid, heads: Sequence[Entries]) -> BlockLists:
     """The BlockLists of the entries of each list of heads.
 
     Example:
-        >>> as_lists(Grid(128, 128, 64), [whole([0, 1], [0, 1])]).columns.tolist()
+        >>> as_lists(Grid(128, 128, 64), [whole([0, 1], [0, 1])]).rows()
         [[[[0], [1]]]]
     """
     heads = [without_whole_bands(grid, entries) for entries in heads]
     counts = np.stack([np.bincount(x.row, minlength=grid.rows) for x in heads])
-    capacity = max(1, int(counts.max()))
     limits = np.concatenate([np.stack([x.left, x.right], 1) for x in heads])
     free = np.full((1, 2), UNLIMITED)
     bands, numbers = np.unique(np.concatenate([-free, -limits]), axis=0, return_inverse=True)
-    numbers = np.split(numbers.reshape(-1)[1:], np.cumsum([len(x.row) for x in heads])[:-1])
-    columns, band = (np.zeros((len(heads), grid.rows, capacity), np.int32) for _ in range(2))
-    for i, (entries, number) in enumerate(zip(heads, numbers, strict=True)):
-        slot = np.arange(len(entries.row)) - (np.cumsum(counts[i]) - counts[i])[entries.row]
-        columns[i, entries.row, slot] = entries.column
-        band[i, entries.row, slot] = number
-    # Columns ascend, so this repeats the last valid one in what follows.
-    columns = np.maximum.accumulate(columns, axis=-1)
-    limited: Any = [tuple(None if -x == UNLIMITED else int(-x) for x in row) for row in bands]
-    return BlockLists(
-        columns[None],
-        counts[None].astype(np.int32),
-        tuple(limited),
-        band[None] if len(limited) > 1 else None,
-        grid.block_size,
-    )
+    numbers = numbers.reshape(-1)[1:] if len(bands) > 1 else None
+    limited: Any = tuple(tuple(None if -x == UNLIMITED else int(-x) for x in row) for row in bands)
+    columns = np.concatenate([x.column for x in heads])
+    return packed(columns, counts[None], limited, numbers, grid.block_size)

@@ -1,11 +1,12 @@
 """Block lists: which key blocks each block of queries visits, as arrays.
 
-Static lists are NumPy arrays, known at trace time; lists that depend on data are JAX arrays with a
-capacity fixed at trace time. Causality, segment ids, the ragged end and dropout are masks of a call
-on top of its lists.
+Static lists are NumPy arrays, known at trace time, of the size of what they keep; lists that depend
+on data are JAX arrays with a capacity fixed at trace time. Causality, segment ids, the ragged end
+and dropout are masks of a call on top of its lists.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,17 +29,20 @@ class BlockLists:
 
     Args:
         columns: int32 [b, n, rows, capacity], key blocks in ascending order, b in {1, B} and n in
-            {1, K, N}; rows = ceil(T / block_size). Entries from counts on may be any column.
+            {1, K, N}; rows = ceil(T / block_size). Entries from counts on may be any column. With
+            starts: int32 [size], where no row takes more room than it needs.
         counts: int32 [b, n, rows], how many entries of a row are valid.
         bands: (left, right) per band, in tokens, None for no limit: a query at position p sees a
             key at s only if -right <= p - s <= left. The first is (None, None), the whole block.
-        band_index: int32 [b, n, rows, capacity], the band of each entry; None: the first.
+        band_index: int32 like columns, the band of each entry; None: the first.
         block_size: tokens of a block.
+        starts: int32 [b, n, rows], where the entries of a row begin; one row after the other.
+        longest: with starts, a limit of the counts that is known when tracing; None: there is none.
 
     Example:
-        >>> lists = from_mask(np.tri(4, dtype=bool), 64)
-        >>> lists.columns[0, 0].tolist(), lists.counts[0, 0].tolist()
-        ([[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 2], [0, 1, 2, 3]], [1, 2, 3, 4])
+        >>> lists = from_mask(np.tri(3, dtype=bool), 64)
+        >>> lists.columns.tolist(), lists.starts.tolist(), lists.counts.tolist()
+        ([0, 0, 1, 0, 1, 2], [[[0, 1, 3]]], [[[1, 2, 3]]])
     """
 
     columns: Any
@@ -48,10 +52,14 @@ class BlockLists:
     )
     band_index: Any = None
     block_size: int = dataclasses.field(default=128, metadata={"static": True})
+    starts: Any = None
+    longest: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
         """The most entries that a row can have."""
+        if self.starts is not None and self.longest is not None:
+            return self.longest
         return self.columns.shape[-1]
 
     @property
@@ -61,13 +69,87 @@ class BlockLists:
 
     @property
     def valid(self) -> Any:
-        """bool [b, n, rows, capacity]: which entries count."""
-        return _along_last(self.capacity, 4) < self.counts[..., None]
+        """bool like columns: which entries count."""
+        if self.starts is None:
+            slot = np.arange(self.capacity, dtype=np.int32).reshape(1, 1, 1, -1)
+            return slot < self.counts[..., None]
+        return _owners(self)[1]
+
+    @property
+    def flat(self) -> "BlockLists":
+        """The same lists with starts."""
+        if self.starts is not None:
+            return self
+        shape, capacity = self.columns.shape[:3], self.capacity
+        starts = np.arange(math.prod(shape), dtype=np.int32).reshape(shape) * np.int32(capacity)
+        band = self.band_index
+        return dataclasses.replace(
+            self,
+            columns=self.columns.reshape(-1),
+            band_index=None if band is None else band.reshape(-1),
+            starts=starts,
+            longest=capacity,
+        )
+
+    def kept(self) -> "Kept":
+        """The valid entries of static lists."""
+        lists = jax.tree.map(np.asarray, self.flat)
+        line, valid = _owners(lists)
+        place = np.flatnonzero(valid)
+        band = None if lists.band_index is None else lists.band_index[place]
+        where = np.unravel_index(line[place], lists.counts.shape)
+        return Kept(*where, lists.columns[place], band)
+
+    def rows(self) -> list[list[list[list[int]]]]:
+        """The columns of each row of static lists, [b][n][rows]."""
+        found, counts = self.kept().column, np.asarray(self.counts)
+        rows = iter(np.split(found, np.cumsum(counts.reshape(-1))[:-1]))
+        return [[[next(rows).tolist() for _ in row] for row in head] for head in counts]
 
     def blocks(self, length: int) -> int:
         """How many blocks as many tokens fill."""
         _check_block_size(self.block_size)
         return -(-length // self.block_size)
+
+
+class Kept(NamedTuple):
+    """The valid entries of static lists, list after list and row after row: [size] each."""
+
+    batch: np.ndarray
+    head: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    band: np.ndarray | None
+
+
+def _owners(lists: BlockLists) -> tuple[Any, Any]:
+    """The row, of those of all lists, that each entry of flat lists lies in, and does it count?"""
+    xp: Any = np if isinstance(lists.starts, np.ndarray) else jnp
+    place, starts = xp.arange(lists.columns.size, dtype=np.int32), lists.starts.reshape(-1)
+    line = xp.maximum(xp.searchsorted(starts, place, side="right") - 1, 0)
+    within = place - starts[line]
+    return line, (within >= 0) & (within < lists.counts.reshape(-1)[line])
+
+
+def packed(
+    columns: np.ndarray,
+    counts: np.ndarray,
+    bands: tuple[tuple[int | None, int | None], ...] = (WHOLE,),
+    band_index: np.ndarray | None = None,
+    block_size: int = 128,
+) -> BlockLists:
+    """Static lists of rows one after the other: columns [size], counts [b, n, rows].
+
+    Example:
+        >>> packed(np.array([4, 2, 5]), np.array([[[1, 2]]])).rows()
+        [[[[4], [2, 5]]]]
+    """
+    starts = (np.cumsum(counts).reshape(counts.shape) - counts).astype(np.int32)
+    if not columns.size:  # nothing can be taken from an empty array
+        columns, band_index = np.zeros((2, 1), np.int32)
+    band_index = None if band_index is None else band_index.astype(np.int32)
+    columns, counts = columns.astype(np.int32), counts.astype(np.int32)
+    return BlockLists(columns, counts, tuple(bands), band_index, block_size, starts)
 
 
 def from_mask(
@@ -92,21 +174,13 @@ def from_mask(
     if mask.dtype != bool or not 2 <= mask.ndim <= 4:
         raise refuse("mask", "a boolean array [b, n, rows, columns], b and n optional", mask)
     shape = mask.shape
-    mask = mask.reshape(*[1] * (4 - mask.ndim), *shape)
-    counts = mask.sum(-1, dtype=np.int32)
-    capacity = max(1, int(counts.max(initial=0)))
-    # A stable sort of "not kept" puts the kept columns first, in ascending order.
-    columns = np.argsort(~mask, axis=-1, kind="stable")[..., :capacity]
-    last = np.take_along_axis(columns, np.maximum(counts, 1)[..., None] - 1, -1)
-    valid = np.arange(capacity) < counts[..., None]
-    columns = np.where(valid, columns, np.where(counts[..., None] > 0, last, 0))
     if band_index is not None:
         band_index = _known_array("band_index", band_index)
         if band_index.shape != shape or band_index.dtype.kind not in "iu":
             raise refuse("band_index", f"ints of the mask's shape {shape}", band_index)
-        band_index = band_index.reshape(mask.shape)
-        band_index = np.take_along_axis(band_index, columns, -1).astype(np.int32)
-    lists = BlockLists(columns.astype(np.int32), counts, tuple(bands), band_index, block_size)
+        band_index = band_index[mask]
+    counts = mask.reshape(*[1] * (4 - mask.ndim), *shape).sum(-1)
+    lists = packed(np.nonzero(mask)[-1], counts, bands, band_index, block_size)
     check_lists(lists, shape[-2], shape[-1])
     return lists
 
@@ -148,9 +222,9 @@ def density(
         1.0
     """
     limit = admissible(T, S, lists.block_size, is_causal, q_start, k_start)
-    columns, valid = np.asarray(lists.columns), np.asarray(lists.valid)
-    kept = (valid & (columns < limit[:, None])).sum()
-    return float(kept / max(1, limit.sum() * columns.shape[0] * columns.shape[1]))
+    kept = lists.kept()
+    number = (kept.column < limit[kept.row]).sum()
+    return float(number / max(1, limit.sum() * math.prod(lists.counts.shape[:2])))
 
 
 def partial_blocks(
@@ -161,7 +235,7 @@ def partial_blocks(
     q_start: int = 0,
     k_start: int = 0,
 ) -> np.ndarray:
-    """bool [b, n, rows, capacity]: the valid entries of static lists that a call masks in part.
+    """bool [size]: which of the entries that static lists keep a call masks in part.
 
     A block is masked in part if its band or causality hides a pair of tokens in it.
 
@@ -170,8 +244,8 @@ def partial_blocks(
         >>> int(partial_blocks(lists, 256, 256, is_causal=True).sum())
         4
     """
-    size, column = lists.block_size, np.asarray(lists.columns)
-    row = np.arange(column.shape[2])[:, None]
+    size, kept = lists.block_size, lists.kept()
+    row, column = kept.row, kept.column
     first, last = q_start + row * size, q_start + np.minimum((row + 1) * size, T) - 1
     nearest = first - (k_start + np.minimum((column + 1) * size, S) - 1)
     furthest = last - (k_start + column * size)
@@ -180,8 +254,8 @@ def partial_blocks(
     )
     if is_causal:
         right = np.minimum(right, 0)
-    band = 0 if lists.band_index is None else np.asarray(lists.band_index)
-    return np.asarray(lists.valid) & ((furthest > left[band]) | (-nearest > right[band]))
+    band = 0 if kept.band is None else kept.band
+    return (furthest > left[band]) | (-nearest > right[band])
 
 
 def check_lists(
@@ -202,28 +276,37 @@ def check_lists(
         >>> check_lists(from_mask(np.eye(3, dtype=bool), 64), 3, 3)
     """
     _check_bands(lists)
-    shape = np.shape(lists.columns)
-    x: Any
-    for name, x, wanted in (
-        ("blocks.columns", lists.columns, (*shape[:2], rows, *shape[3:])),
-        ("blocks.counts", lists.counts, shape[:3]),
-        ("blocks.band_index", lists.band_index, shape),
-    ):
-        if x is None and name == "blocks.band_index":
-            continue
-        if (
-            len(shape) != 4
-            or getattr(x, "shape", None) != wanted
-            or getattr(x, "dtype", None) != jnp.int32
-        ):
-            form = "[b, n, rows]" if name == "blocks.counts" else "[b, n, rows, capacity]"
-            raise refuse(name, f"int32 {form} with {rows} rows, all of one shape", x)
+    _check_shapes(lists, rows)
     for axis, sizes in ((0, batch), (1, heads)):
-        if sizes is not None and shape[axis] not in sizes:
+        if sizes is not None and lists.counts.shape[axis] not in sizes:
             wanted = f"axis {axis} of size {' or '.join(map(str, sorted(set(sizes))))}"
-            raise refuse("blocks.columns", wanted, lists.columns)
+            raise refuse("blocks.counts", wanted, lists.counts)
     if all(map(_is_known, jax.tree.leaves(lists))):
         _check_contents(jax.tree.map(np.asarray, lists), columns)
+
+
+def _check_shapes(lists: BlockLists, rows: int) -> None:
+    flat = lists.starts is not None
+    if lists.longest is not None and not (flat and isinstance(lists.longest, int)):
+        raise refuse("blocks.longest", "an int, with starts, or None", lists.longest)
+    shape = np.shape(lists.columns)
+    outer = (*(np.shape(lists.counts) if flat else shape)[:2], rows)
+    of_rows = "[b, n, rows]", outer
+    of_entries = ("[size]", shape[:1])
+    if not flat:
+        of_entries = ("[b, n, rows, capacity]", (*outer, *shape[3:4]))
+    for name, form, wanted in (
+        ("columns", *of_entries),
+        ("counts", *of_rows),
+        ("starts", *of_rows),
+        ("band_index", *of_entries),
+    ):
+        x = getattr(lists, name)
+        if x is None and name in ("starts", "band_index"):
+            continue
+        good = len(wanted) == form.count(",") + 1 and getattr(x, "shape", None) == wanted
+        if not good or getattr(x, "dtype", None) != jnp.int32:
+            raise refuse(f"blocks.{name}", f"int32 {form} with {rows} rows, all of one shape", x)
 
 
 def _is_known(x: Any) -> bool:
@@ -249,18 +332,24 @@ def _check_bands(lists: BlockLists) -> None:
 
 
 def _check_contents(lists: BlockLists, columns: int) -> None:
-    counts, valid = np.asarray(lists.counts), np.asarray(lists.valid)
-    if counts.min(initial=0) < 0 or counts.max(initial=0) > lists.capacity:
-        raise refuse("blocks.counts", f"counts from 0 to the capacity {lists.capacity}", counts)
-    entries = np.where(valid, lists.columns, 0)
-    if entries.min(initial=0) < 0 or entries.max(initial=0) >= columns:
+    counts, most = lists.counts, lists.capacity
+    if counts.min(initial=0) < 0 or counts.max(initial=0) > most:
+        raise refuse("blocks.counts", f"counts from 0 to the capacity {most}", counts)
+    if lists.starts is not None:
+        begin, end = lists.starts.reshape(-1), (lists.starts + counts).reshape(-1)
+        size = lists.columns.size
+        if (np.concatenate([begin, [size]]) < np.concatenate([[0], end])).any():
+            wanted = f"rows one after the other, of counts entries each, in {size}"
+            raise refuse("blocks.starts", wanted, lists.starts)
+    kept = lists.kept()
+    if kept.column.min(initial=0) < 0 or kept.column.max(initial=0) >= columns:
         wanted = f"columns from 0 to {columns - 1}"
-        raise refuse("blocks.columns", wanted, int(entries.flat[np.abs(entries).argmax()]))
-    if not ((np.diff(entries, axis=-1) > 0) | ~valid[..., 1:]).all():
-        raise refuse("blocks.columns", "each row in ascending order, no column twice", entries)
-    if lists.band_index is not None:
-        index = np.where(valid, np.asarray(lists.band_index), 0)
-        if index.min(initial=0) < 0 or index.max(initial=0) >= len(lists.bands):
+        raise refuse("blocks.columns", wanted, int(kept.column[np.abs(kept.column).argmax()]))
+    same = np.all([np.diff(x) == 0 for x in (kept.batch, kept.head, kept.row)], axis=0)
+    if (same & (np.diff(kept.column) <= 0)).any():
+        raise refuse("blocks.columns", "each row in ascending order, no column twice", kept.column)
+    if kept.band is not None:
+        if kept.band.min(initial=0) < 0 or kept.band.max(initial=0) >= len(lists.bands):
             wanted = f"band numbers from 0 to {len(lists.bands) - 1}"
             raise refuse("blocks.band_index", wanted, lists.band_index)
 
@@ -272,65 +361,22 @@ def window(lists: BlockLists, row: int, rows: int, column: int, columns: int) ->
         >>> window(from_mask(np.tri(4, dtype=bool), 64), 1, 3, 1, 2).counts[0, 0].tolist()
         [1, 2, 2]
     """
+    lists = lists.flat
     xp: Any = np if lists.is_static else jnp
-    lists = jax.tree.map(lambda x: x[:, :, row : row + rows], lists)
-    inside = lists.valid & (lists.columns >= column) & (lists.columns < column + columns)
-    if lists.is_static and bool((inside == lists.valid).all()):
-        moved = np.maximum(lists.columns - np.int32(column), 0)
-        return dataclasses.replace(lists, columns=moved)
-    # Columns ascend, so those inside follow each other: move them to the front.
-    before = (lists.valid & (lists.columns < column)).sum(-1, keepdims=True)
-    slot = xp.minimum(_along_last(lists.capacity, 4) + before, lists.capacity - 1)
-    moved = xp.clip(xp.take_along_axis(lists.columns, slot, -1) - column, 0, columns - 1)
-    band = lists.band_index
+    starts, counts = (x[:, :, row : row + rows] for x in (lists.starts, lists.counts))
+
+    def number(what: Any) -> Any:
+        """Of how many entries of each row it is true."""
+        before = xp.pad(xp.cumsum(what, dtype=np.int32), (1, 0))
+        return before[starts + counts] - before[starts]
+
+    # Columns ascend, so those inside follow each other.
     return dataclasses.replace(
         lists,
-        columns=moved.astype(np.int32),
-        counts=inside.sum(-1).astype(np.int32),
-        band_index=None if band is None else xp.take_along_axis(band, slot, -1),
+        columns=xp.clip(lists.columns - np.int32(column), 0, columns - 1),
+        counts=number((lists.columns >= column) & (lists.columns < column + columns)),
+        starts=starts + number(lists.columns < column),
     )
-
-
-class Transposed(NamedTuple):
-    """Lists of query blocks for each key block, one after the other.
-
-    Key block j is visited by rows[..., starts[..., j] : starts[..., j + 1]], in ascending order.
-    """
-
-    rows: Any  # int32 [b, n, size]; anything in range from starts[..., -1] on
-    starts: Any  # int32 [b, n, columns + 1]
-    band_index: Any  # int32 [b, n, size] or None
-
-
-def transpose(lists: BlockLists, columns: int) -> Transposed:
-    """The query blocks that visit each of `columns` key blocks, in O(kept blocks).
-
-    Static lists give NumPy arrays of the size that they need, traced ones arrays of size
-    rows * capacity. Work and memory never depend on rows * columns.
-
-    Example:
-        >>> flat = transpose(from_mask(np.tri(3, dtype=bool), 64), 3)
-        >>> flat.rows[0, 0].tolist(), flat.starts[0, 0].tolist()
-        ([0, 1, 2, 1, 2, 2], [0, 3, 5, 6])
-    """
-    xp: Any = np if lists.is_static else jnp
-    b, n, _, capacity = lists.columns.shape
-    valid = xp.broadcast_to(lists.valid, lists.columns.shape)
-    # Entries that do not count go behind the last column.
-    column = xp.where(valid, lists.columns, columns).reshape(b, n, -1)
-    order = xp.argsort(column, axis=-1, stable=True)
-    column = xp.take_along_axis(column, order, -1)
-    row = (order // capacity).astype(np.int32)
-    find = np.vectorize if lists.is_static else jnp.vectorize
-    search = find(lambda x: xp.searchsorted(x, xp.arange(columns + 1)), signature="(m)->(k)")
-    starts = search(column).astype(np.int32)
-    band = lists.band_index
-    if band is not None:
-        band = xp.take_along_axis(band.reshape(b, n, -1), order, -1)
-    if lists.is_static:
-        size = max(1, int(starts[..., -1].max(initial=0)))
-        row, band = row[..., :size], None if band is None else band[..., :size]
-    return Transposed(row, starts, band)
 
 
 def token_mask(lists: BlockLists, T: int, S: int, q_start: int = 0, k_start: int = 0) -> Any:
@@ -340,12 +386,13 @@ def token_mask(lists: BlockLists, T: int, S: int, q_start: int = 0, k_start: int
         >>> token_mask(from_mask(np.eye(2, dtype=bool), 2), 3, 4)[0, 0].astype(int).tolist()
         [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]]
     """
-    size, columns = lists.block_size, -(-S // lists.block_size)
-    # Which band each block has, 0 for none: one-hot of the columns, without a scatter.
+    lists, size, columns = lists.flat, lists.block_size, -(-S // lists.block_size)
+    # Which band each block has, 0 for none.
     band = 0 if lists.band_index is None else lists.band_index
-    number = jnp.where(lists.valid, 1 + band, 0)
-    hot = jnp.asarray(lists.columns)[..., None] == _along_last(columns, 5)
-    number = jnp.where(hot, number[..., None], 0).max(-2)
+    line, valid = _owners(lists)
+    number = jnp.zeros((lists.counts.size, columns), jnp.int32)
+    number = number.at[line, lists.columns].max(jnp.where(valid, 1 + band, 0))
+    number = number.reshape(*lists.counts.shape, columns)
     number = jnp.repeat(jnp.repeat(number, size, -2), size, -1)[..., :T, :S]
     distance = (q_start + np.arange(T))[:, None] - (k_start + np.arange(S))
     mask = jnp.zeros(number.shape, bool)
@@ -355,8 +402,3 @@ def token_mask(lists: BlockLists, T: int, S: int, q_start: int = 0, k_start: int
         near &= True if right is None else distance >= -right
         mask |= (number == i + 1) & near[None, None]
     return mask
-
-
-def _along_last(size: int, ndim: int) -> np.ndarray:
-    """0, 1, ... along the last of `ndim` axes."""
-    return np.arange(size, dtype=np.int32).reshape(*[1] * (ndim - 1), size)

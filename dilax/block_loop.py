@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from dilax._types import stats_dtype
-from dilax.block_lists import BlockLists
+from dilax.block_lists import BlockLists, packed
 from dilax.tile import Settings, base_two, finish, gradient_scales, gradients, look, start, zeros
 from dilax.tile_loop import Groups, same_document
 
@@ -49,19 +49,13 @@ def visits(lists: BlockLists, list_row: np.ndarray, q_lead: int, k_lead: int) ->
         >>> visits(lists, np.array([0, 0]), 0, 0).columns.tolist()
         [0, 0, 1, 0, 1, 2]
     """
-    b, n, rows, capacity = lists.columns.shape
-    counts, band = lists.counts.reshape(b * n, rows), lists.band_index
-    if lists.is_static:
-        # Kept entries only: beside a few long rows the array [rows, capacity] would be quadratic.
-        valid: Any = lists.valid if counts.any() else np.ones(lists.columns.shape, bool)
-        columns, band = lists.columns[valid], None if band is None else band[valid]
-        first = np.cumsum(counts.reshape(-1)) - counts.reshape(-1)
-    else:
-        columns, band = (None if x is None else x.reshape(-1) for x in (lists.columns, band))
-        first = np.arange(b * n * rows) * capacity
-    first = first.astype(np.int32).reshape(b * n, rows)
+    if lists.is_static:  # without what no row keeps
+        kept = lists.kept()
+        lists = packed(kept.column, lists.counts, lists.bands, kept.band, lists.block_size)
+    lists = lists.flat
+    starts, counts = (x.reshape(-1, x.shape[-1])[list_row] for x in (lists.starts, lists.counts))
     size, limits = lists.block_size, lists.bands
-    return Visits(columns, band, first[list_row], counts[list_row], limits, size, q_lead, k_lead)
+    return Visits(lists.columns, lists.band_index, starts, counts, limits, size, q_lead, k_lead)
 
 
 class _Items(NamedTuple):

@@ -174,11 +174,11 @@ def branch_lists(
         w, r = spec.segment_lengths[i], spec.dilation_rates[i]
         natural = lists.blocks(-(-w // r))
         rows = lists.blocks(-(-branch.segment_length // branch.dilation_rate))
-        has = np.shape(lists.columns)[2:3]
+        has = np.shape(lists.counts)[2:3]
         if has not in ((rows,), (natural,)):
             cut = f", or {rows} within the sequence" if rows < natural else ""
             wanted = f"lists with {natural} rows, for segments of {w} every {r}{cut}"
-            raise refuse(f"pattern[{i}].columns", wanted, lists.columns)
+            raise refuse(f"pattern[{i}].counts", wanted, lists.counts)
         check_lists(lists, *has, *has, batch=(1, B), heads=(1, K, N))
         found.append(window(lists, 0, rows, 0, rows) if has != (rows,) else lists)
     return tuple(found)

@@ -22,8 +22,8 @@ class Pattern:
     Example:
         >>> from dilax.patterns import LocalWindow
         >>> pattern = LocalWindow(sparsity_ratio=0.5, block_size=64)
-        >>> pattern.lists(256, is_causal=True).columns[0, 0].tolist()
-        [[0, 0], [1, 1], [1, 2], [2, 3]]
+        >>> pattern.lists(256, is_causal=True).rows()[0][0]
+        [[0], [1], [1, 2], [2, 3]]
         >>> round(pattern.density(256, is_causal=True), 3)
         0.6
     """
@@ -174,8 +174,8 @@ class PerHead(_Composed):
     Example:
         >>> from dilax.patterns import DilatedSparse, LocalWindow
         >>> lists = PerHead((LocalWindow(0.25), DilatedSparse(0.25))).lists(1024, num_heads=4)
-        >>> lists.columns.shape
-        (1, 4, 8, 2)
+        >>> lists.counts.shape, [head[7] for head in lists.rows()[0]]
+        ((1, 4, 8), [[6, 7], [6, 7], [6, 7], [6, 7]])
     """
 
     def head_groups(self) -> int:

@@ -75,8 +75,8 @@ class LocalWindow(Pattern):
     Source: Longformer (arXiv:2004.05150), section 3.1.
 
     Example:
-        >>> LocalWindow(window_blocks=3, block_size=64).lists(256).columns[0, 0].tolist()
-        [[0, 1, 1], [0, 1, 2], [1, 2, 3], [2, 3, 3]]
+        >>> LocalWindow(window_blocks=3, block_size=64).lists(256).rows()[0][0]
+        [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]]
     """
 
     sparsity_ratio: float | None = None
@@ -142,7 +142,7 @@ class DilatedSparse(Pattern):
 
     Example:
         >>> pattern = DilatedSparse(0.5, dilation_rates=(1, 4), block_size=64)
-        >>> pattern.lists(512, is_causal=True).columns[0, 0, 7].tolist()
+        >>> pattern.lists(512, is_causal=True).rows()[0][0][7]
         [3, 5, 6, 7]
     """
 
@@ -205,8 +205,8 @@ class GlobalLocal(Pattern):
 
     Example:
         >>> pattern = GlobalLocal(global_tokens=1, window_blocks=1, block_size=64)
-        >>> pattern.lists(256).columns[0, 0].tolist()
-        [[0, 1, 2, 3], [0, 1, 1, 1], [0, 2, 2, 2], [0, 3, 3, 3]]
+        >>> pattern.lists(256).rows()[0][0]
+        [[0, 1, 2, 3], [0, 1], [0, 2], [0, 3]]
     """
 
     sparsity_ratio: float | None = None
@@ -317,7 +317,7 @@ class Hierarchical(Pattern):
 
     Example:
         >>> pattern = Hierarchical(near_blocks=2, block_size=64)
-        >>> pattern.lists(1024, is_causal=True).columns[0, 0, 15].tolist()
+        >>> pattern.lists(1024, is_causal=True).rows()[0][0][15]
         [0, 8, 12, 14, 15]
     """
 

@@ -287,10 +287,10 @@ def draw_blocks(
     _check_sizes(length, num_heads, LONGEST)
     made = as_pattern("pattern", pattern)
     lists = made.lists(length, num_heads=num_heads, is_causal=is_causal)
-    cut = partial_blocks(lists, length, length, is_causal)
+    kept, cut = lists.kept(), partial_blocks(lists, length, length, is_causal)
     limit = admissible(length, length, lists.block_size, is_causal)
     groups = made.head_groups()
-    shown = [i * lists.columns.shape[1] // groups for i in range(groups)][:MOST_HEADS]
+    shown = [i * lists.counts.shape[1] // groups for i in range(groups)][:MOST_HEADS]
     columns = min(len(shown), 4)
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(3 * columns + 1, 3 * rows + 1.2), dpi=150, layout="constrained")
@@ -298,11 +298,10 @@ def draw_blocks(
     colours = ["white", "#e6e6e6", COLOURS[0], COLOURS[4]]
     for panel, n in zip(panels, shown, strict=False):
         cells = (np.arange(len(limit)) >= limit[:, None]).astype(int)
-        valid = lists.valid[0, n]
-        place = np.nonzero(valid)[0], lists.columns[0, n][valid]
-        cells[place] = 2 + cut[0, n][valid]
+        mine = kept.head == n
+        cells[kept.row[mine], kept.column[mine]] = 2 + cut[mine]
         _image(panel, cells, ListedColormap(colours), len(colours) - 1, lists.block_size)
-        panel.set_title(f"{len(place[0])} of {limit.sum()} blocks", fontsize=9)
+        panel.set_title(f"{mine.sum()} of {limit.sum()} blocks", fontsize=9)
     for panel in panels[len(shown) :]:
         figure.delaxes(panel)
     panels[0].set_ylabel("query", fontsize=9)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dilax import dropout
 from dilax._types import UnsupportedError, refuse, shown, stats_dtype
@@ -181,7 +180,7 @@ def block_reasons(
         q, k, v = rows(query, count), rows(key, high - low), rows(value, high - low)
         shapes = (
             x if x is None else jax.ShapeDtypeStruct(x.shape[leading:], x.dtype)
-            for x in (call.columns, call.counts, call.bands)
+            for x in (call.columns, call.starts, call.counts, call.bands)
         )
         masks = (None, None) if ids is None else (rows(ids, count), rows(ids, high - low))
         reasons += unsupported(
@@ -189,7 +188,7 @@ def block_reasons(
             q,
             k,
             v,
-            blocks=make(*shapes),
+            blocks=make(*shapes, call.longest),
             is_causal=bool(plan.causal),
             scale=scale,
             q_segment_ids=masks[0],
@@ -235,8 +234,9 @@ def block_plan_of(
     lists = whole_lists(whole_q, whole_k, pattern, is_causal, 0, 0)
     if not lists.is_static:
         raise refuse("pattern", "a pattern that is known when tracing, on a mesh", pattern)
-    if one_for_all and lists.columns.shape[1] > 1:
+    if one_for_all and lists.counts.shape[1] > 1:
         raise refuse("pattern", "one pattern for all heads with a head_axis", pattern)
+    kept = lists.kept()
     itemsize, stats = (jnp.dtype(x).itemsize for x in (query.dtype, stats_dtype(query.dtype)))
     ids = 4 * packed
     cost = TokenCost(
@@ -246,9 +246,9 @@ def block_plan_of(
         ids=packed,
     )
     plan = make_block_plan(
-        np.asarray(lists.columns),
-        np.asarray(lists.counts),
-        None if lists.band_index is None else np.asarray(lists.band_index),
+        kept.column,
+        lists.counts,
+        kept.band,
         length=n * devices,
         devices=devices,
         block_size=lists.block_size,
@@ -258,7 +258,7 @@ def block_plan_of(
         **link,
     )
 
-    def make(columns, counts, bands) -> BlockLists:
-        return BlockLists(columns, counts, lists.bands, bands, lists.block_size)
+    def make(columns, starts, counts, bands, longest) -> BlockLists:
+        return BlockLists(columns, counts, lists.bands, bands, lists.block_size, starts, longest)
 
     return plan, make

@@ -339,7 +339,7 @@ def _visits(static: _Static, number: int, piece: Piece, B: int, traced: Any):
     if lists is None:
         return None
     one, (_, rate, first, offsets) = lists[number], static.branches[number]
-    batch, heads = one.columns.shape[:2]
+    batch, heads = one.counts.shape[:2]
     N = max(b.first_head + len(b.offsets) for b in static.branches)
     head = (first + np.arange(len(offsets))) * heads // N  # of 1, K or N lists
     row = np.arange(B).reshape(B, 1, 1) * (batch > 1) * heads + head

@@ -28,9 +28,11 @@ class Blocks:
 
     columns: Any = dataclasses.field(compare=False)
     counts: Any = dataclasses.field(compare=False)
+    starts: Any = dataclasses.field(compare=False)
     band_index: Any = dataclasses.field(compare=False)
     bands: tuple[tuple[int | None, int | None], ...]
     block_size: int
+    longest: int | None
     digest: bytes
 
 
@@ -58,8 +60,9 @@ class Call:
 def _lists(call: Call, traced: Any) -> Blocks:
     if traced is None:
         return call.blocks
-    columns, counts, band_index = (None if x is None else jnp.asarray(x) for x in traced)
-    return dataclasses.replace(call.blocks, columns=columns, counts=counts, band_index=band_index)
+    names = ("columns", "counts", "starts", "band_index")
+    arrays = (None if x is None else jnp.asarray(x) for x in traced)
+    return dataclasses.replace(call.blocks, **dict(zip(names, arrays, strict=True)))
 
 
 def _pad_inputs(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -76,7 +79,6 @@ def _plan(call: Call, blocks: Any, query: Any, key: Any, away: int, transposed: 
     T, S = query.shape[1], key.shape[1]
     heads, kv_heads = query.shape[2], key.shape[2]
     home_rows, away_rows = (S, T) if transposed else (T, S)
-    b, n = blocks.columns.shape[:2]
     return block_schedule.Plan(
         batch=query.shape[0],
         heads=kv_heads if transposed else heads,
@@ -88,8 +90,6 @@ def _plan(call: Call, blocks: Any, query: Any, key: Any, away: int, transposed: 
         bands=block_schedule.bands(blocks, call.causal),
         lanes=config.lanes(blocks.block_size),
         transposed=transposed,
-        list_batch=b,
-        list_heads=min(n, kv_heads) if transposed else n,
     )
 
 
@@ -103,7 +103,9 @@ def _work(call: Call, plan: Any, lists: Any, query: Any, key: Any) -> Any:
         group=1 if plan.transposed else query.shape[2] // key.shape[2],
         order=call.order,
     )
-    return dataclasses.replace(plan, parts=work.owners.shape[0]), work
+    b, n = lists.entries.shape[:2]
+    plan = dataclasses.replace(plan, parts=work.owners.shape[0], list_batch=b, list_heads=n)
+    return plan, work
 
 
 def _ctas(call: Call) -> int:

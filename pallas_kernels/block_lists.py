@@ -1,10 +1,9 @@
 """Block lists as the kernels read them: flat entries, and where each tile of 128 rows begins.
 
-Lists come as an object with `columns`, `counts`, `bands`, `band_index` and `block_size` (see
-`dilax.block_lists`). A tile of 128 rows is two warpgroups of 64, which follow one list; with blocks
-of 64 each has its own, side by side. Entries name blocks of the other side ("away"). Everything
-here works alike on NumPy arrays, when the lists are known at trace time, and on traced ones; sorts
-keep it at O(entries log entries) in time.
+Lists come as an object with the fields of `dilax.block_lists.BlockLists`. A tile of 128 rows is two
+warpgroups of 64, which follow one list; with blocks of 64 each has its own, side by side. Entries
+name blocks of the other side ("away"). Everything here works alike on NumPy arrays, when the lists
+are known at trace time, and on traced ones; sorts keep it at O(entries log entries) in time.
 """
 
 from typing import Any, NamedTuple
@@ -24,9 +23,10 @@ EMPTY = 1 << EMPTY_SHIFT
 
 
 class Lists(NamedTuple):
-    """entries int32 `[b, n, E]`; begin and counts int32 `[b, n, tiles]` say what a tile has.
+    """entries int32 `[x, y, E]`; begin and counts int32 `[b, n, tiles]` say what a tile has.
 
-    With blocks of 64 entries are pairs, `[b, n, 2 E]`. longest: no tile has more entries.
+    The lists lie side by side, x, y = b, n, or one after the other, x, y = 1, 1. With blocks of 64
+    entries are pairs, `[x, y, 2 E]`. longest: no tile has more entries.
     """
 
     entries: Any
@@ -58,57 +58,83 @@ def decode(entry: Any) -> Entry:
     )
 
 
+class _Flat(NamedTuple):
+    """entries int32 `[x, y, E]` with their bands; starts and counts int32 `[b, n, rows]`.
+
+    capacity: if all rows take as much room, how much; else None. longest as in `Lists`.
+    """
+
+    entries: Any
+    starts: Any
+    counts: Any
+    capacity: int | None
+    longest: int
+
+
 def is_static(blocks: Any) -> bool:
     """Whether lists are NumPy arrays, known at trace time."""
-    return all(isinstance(x, np.ndarray) for x in (blocks.columns, blocks.counts))
+    arrays = (blocks.columns, blocks.counts, blocks.starts, blocks.band_index)
+    return all(x is None or isinstance(x, np.ndarray) for x in arrays)
 
 
 def _module(x: Any) -> Any:
     return np if isinstance(x, np.ndarray) else jnp
 
 
-def _packed(blocks: Any) -> tuple[Any, Any]:
-    """Entries with their bands, and which of them are valid: `[b, n, rows, capacity]`."""
-    xp = _module(blocks.columns)
-    entries = xp.asarray(blocks.columns).astype(xp.int32)
+def _flat(blocks: Any) -> _Flat:
+    """Rows one after the other; static ones without what does not count."""
+    entries, starts, counts = blocks.columns, blocks.starts, blocks.counts
     if blocks.band_index is not None:
-        entries = entries | (xp.asarray(blocks.band_index).astype(xp.int32) << BAND_SHIFT)
-    valid = xp.arange(entries.shape[-1]) < xp.asarray(blocks.counts)[..., None]
-    return entries, valid
+        entries = entries | (blocks.band_index << BAND_SHIFT)
+    if starts is not None:
+        longest = entries.size if blocks.longest is None else blocks.longest
+        longest = int(counts.max()) if is_static(blocks) else longest
+        return _Flat(entries[None, None], starts, counts, None, longest)
+    b, n, rows, capacity = entries.shape
+    if is_static(blocks):
+        entries = entries[np.arange(capacity) < counts[..., None]]
+        starts = (np.cumsum(counts).reshape(counts.shape) - counts).astype(np.int32)
+        entries = entries if entries.size else np.zeros(1, np.int32)
+        return _Flat(entries[None, None], starts, counts, None, int(counts.max()))
+    starts = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32) * capacity, counts.shape)
+    return _Flat(entries.reshape(b, n, rows * capacity), starts, counts, capacity, capacity)
+
+
+def _owners(flat: _Flat) -> tuple[Any, Any]:
+    """The row that each entry lies in, among those of `entries[x, y]`, and whether it counts."""
+    xp = _module(flat.entries)
+    place = xp.arange(flat.entries.shape[-1], dtype=xp.int32)
+    counts = flat.counts.reshape(*flat.entries.shape[:2], -1)
+    if flat.capacity is not None:
+        line, within = place // flat.capacity, place % flat.capacity
+    else:
+        starts = flat.starts.reshape(-1)
+        line = xp.maximum(xp.searchsorted(starts, place, side="right") - 1, 0).astype(xp.int32)
+        within = place - starts[line]
+    return line, (within >= 0) & (within < counts[..., line])
 
 
 def _gather(x: Any, order: Any) -> Any:
     return _module(x).take_along_axis(x, order, -1)
 
 
-def _front(entries: Any, valid: Any) -> Any:
-    """Valid entries first, in their order (last axis)."""
-    return _gather(entries, _module(entries).argsort(~valid, axis=-1, stable=True))
-
-
 def for_queries(blocks: Any, tiles: int) -> Lists:
     """Lists whose home tiles are 128 queries and whose entries are key blocks."""
-    entries, valid = _packed(blocks)
-    xp = _module(entries)
-    b, n, rows, capacity = entries.shape
-    counts = valid.sum(-1).astype(xp.int32)
-    if xp is np:
-        flat, begin = _flatten(entries, valid, counts)
-    else:
-        flat = _front(entries, valid).reshape(b, n, rows * capacity)
-        begin = xp.broadcast_to(xp.arange(rows, dtype=xp.int32) * capacity, counts.shape)
+    entries, starts, counts, _, longest = _flat(blocks)
     if blocks.block_size < TILE_ROWS:
-        return _side_by_side(flat, begin, counts, capacity)
+        return _side_by_side(entries, starts, counts, longest)
+    rows = counts.shape[-1]
     row = np.minimum(np.arange(tiles) // (blocks.block_size // TILE_ROWS), rows - 1)
-    longest = int(counts.max()) if xp is np else capacity
-    return Lists(flat, begin[..., row], counts[..., row], longest)
+    return Lists(entries, starts[..., row], counts[..., row], longest)
 
 
-def _side_by_side(flat: Any, begin: Any, counts: Any, capacity: int) -> Lists:
+def _side_by_side(flat: Any, begin: Any, counts: Any, longest: int) -> Lists:
     """The lists of rows 2i and 2i + 1 as pairs of entries, the shorter one filled up."""
     xp = _module(flat)
     if counts.shape[-1] % 2:
         begin, counts = (xp.pad(x, ((0, 0), (0, 0), (0, 1))) for x in (begin, counts))
+    shape = (*counts.shape[:2], counts.shape[-1] // 2)
+    begin, counts = (x.reshape(*flat.shape[:2], -1) for x in (begin, counts))
     longer = xp.maximum(counts[..., ::2], counts[..., 1::2])
     ends = xp.cumsum(longer, -1, dtype=xp.int32)
     first = ends - longer
@@ -122,17 +148,7 @@ def _side_by_side(flat: Any, begin: Any, counts: Any, capacity: int) -> Lists:
         found = _gather(flat, xp.minimum(source, flat.shape[-1] - 1))
         lanes.append(xp.where(rank < _gather(counts[..., lane::2], tile), found, EMPTY))
     entries = xp.stack(lanes, -1).reshape(*flat.shape[:2], 2 * size).astype(xp.int32)
-    return Lists(entries, first, longer, int(longer.max()) if xp is np else capacity)
-
-
-def _flatten(entries: np.ndarray, valid: np.ndarray, counts: np.ndarray) -> tuple[Any, Any]:
-    """Rows of static lists one after the other, without what is not valid."""
-    begin = np.cumsum(counts, -1, dtype=np.int32) - counts
-    flat = np.zeros((*counts.shape[:2], max(1, int(counts.sum(-1).max()))), np.int32)
-    for place in np.ndindex(*counts.shape[:2]):
-        kept = entries[place][valid[place]]
-        flat[place][: len(kept)] = kept
-    return flat, begin.astype(np.int32)
+    return Lists(entries, first.reshape(shape), longer.reshape(shape), longest)
 
 
 def for_keys(blocks: Any, tiles: int, heads: int, kv_heads: int) -> Lists:
@@ -141,34 +157,36 @@ def for_keys(blocks: Any, tiles: int, heads: int, kv_heads: int) -> Lists:
     A member is a query head within the group of its key head; lists that the heads of a group
     share are repeated for each.
     """
-    entries, valid = _packed(blocks)
-    xp = _module(entries)
-    group = heads // kv_heads
-    b, n, rows, capacity = entries.shape
-    own = n == heads and group > 1
-    shape = (b, n // group if own else n, group, rows, capacity)
-    if own:
-        entries, valid = entries.reshape(shape), valid.reshape(shape)
-    else:
-        entries, valid = (xp.broadcast_to(x[:, :, None], shape) for x in (entries, valid))
-    column = entries & ((1 << BLOCK_BITS) - 1)
-    fields = (entries - column) | xp.arange(rows, dtype=xp.int32)[:, None]
-    fields = fields | (xp.arange(group, dtype=xp.int32) << MEMBER_SHIFT)[:, None, None]
+    flat = _flat(blocks)
+    xp, group = _module(flat.entries), heads // kv_heads
+    b, n, rows = flat.counts.shape
+    share = group if n == heads else 1  # lists of one key head
+    if flat.capacity is not None:  # those of a key head one after the other
+        flat = flat._replace(entries=flat.entries.reshape(b, n // share, -1))
+    x, y, _ = flat.entries.shape
+    line, valid = _owners(flat)
+    column = flat.entries & ((1 << BLOCK_BITS) - 1)
+    fields = (flat.entries - column) | (line % rows)
+    fields = fields | (line // rows % share << MEMBER_SHIFT)
     ratio = max(1, blocks.block_size // TILE_ROWS)
     homes = tiles * 2 if blocks.block_size < TILE_ROWS else -(-tiles // ratio)
-    flat = (*shape[:2], group * rows * capacity)
-    home, fields = xp.where(valid, column, homes).reshape(flat), fields.reshape(flat)
+    lists = b * n // share // (x * y)  # for which entries[x, y] are
+    home = xp.where(valid, line // (share * rows) * homes + column, lists * homes)
+    if share < group:
+        home = xp.concatenate([home] * group, -1)
+        fields = xp.concatenate([fields | (i << MEMBER_SHIFT) for i in range(group)], -1)
     # Entries are in the order of heads and rows, which a stable sort by home keeps.
     order = xp.argsort(home, axis=-1, stable=True)
     home, fields = _gather(home, order), _gather(fields, order)
-    edges = _search(home, homes + 1)
+    edges = _search(home, lists * homes + 1)
     begin, counts = edges[..., :-1], edges[..., 1:] - edges[..., :-1]
+    begin, counts = (x.reshape(b, n // share, homes) for x in (begin, counts))
     if xp is np:
         fields = fields[..., : max(1, int(edges[..., -1].max()))]
+    longest = int(counts.max()) if xp is np else min(group * rows, fields.shape[-1])
     if blocks.block_size < TILE_ROWS:
-        return _side_by_side(fields, begin, counts, group * rows)
+        return _side_by_side(fields, begin, counts, longest)
     row = np.arange(tiles) // ratio
-    longest = int(counts.max()) if xp is np else fields.shape[-1]
     return Lists(fields, begin[..., row], counts[..., row], longest)
 
 

@@ -32,7 +32,8 @@ class Plan:
     tiles, heads: home tiles of 128 rows, and heads of the home side. away: rows of a step.
     steps_per_entry: steps that one entry takes. home_rows, away_rows: true lengths. bands: (left,
     right) in tokens, causality included. lanes: lists that a tile follows, 1 or one for each
-    warpgroup. transposed: home rows are keys. numbers: of the branch (for dropout).
+    warpgroup. transposed: home rows are keys. list_batch, list_heads: how many arrays of entries
+    there are. parts: of split rows. numbers: of the branch (for dropout).
     """
 
     batch: int
@@ -45,8 +46,8 @@ class Plan:
     bands: tuple[tuple[int, int], ...]
     lanes: int
     transposed: bool
-    list_batch: int
-    list_heads: int
+    list_batch: int = 1
+    list_heads: int = 1
     parts: int = 0
     numbers: tuple[int, ...] = (0,)
 

@@ -45,7 +45,7 @@ def unsupported(
         >>> one = np.zeros((1, 1, 8, 1), np.int32)
         >>> lists = types.SimpleNamespace(
         ...     columns=one, counts=one[..., 0], bands=((None, None),), band_index=None,
-        ...     block_size=32)
+        ...     block_size=32, starts=None, longest=None)
         >>> unsupported(x, x, x, blocks=lists, device_kind="NVIDIA H100 80GB HBM3")
         ('block_size 32: wanted 64 or a multiple of 128',)
     """
@@ -106,10 +106,10 @@ def _list_reasons(query: Any, key: Any, blocks: Any) -> list[str]:
         return [f"block_size {size}: wanted 64 or a multiple of 128"]
     B, T, N, _ = query.shape
     S, K = key.shape[1:3]
-    b, n, rows, _ = blocks.columns.shape
+    b, n, rows = blocks.counts.shape
     if b not in (1, B) or n not in (1, K, N) or rows != -(-T // size):
         reasons.append(
-            f"lists {blocks.columns.shape}: wanted [1 or {B}, 1, {K} or {N}, {-(-T // size)}, any]"
+            f"lists {blocks.counts.shape}: wanted [1 or {B}, 1, {K} or {N}, {-(-T // size)}]"
         )
     for name, count, bits in (
         ("blocks", -(-max(T, S) // size), block_lists.BLOCK_BITS),

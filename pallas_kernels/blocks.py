@@ -206,16 +206,18 @@ def _marks(
 
 def _describe(blocks: Any) -> tuple[Blocks, Any]:
     """Lists as a hashable constant, or its description and the arrays to trace."""
-    arrays = (blocks.columns, blocks.counts, blocks.band_index)
+    arrays = (blocks.columns, blocks.counts, blocks.starts, blocks.band_index)
     bands = tuple(tuple(band) for band in blocks.bands)
     if not block_lists.is_static(blocks):
-        return Blocks(None, None, None, bands, int(blocks.block_size), b""), arrays
+        nothing = (None,) * len(arrays)
+        return Blocks(*nothing, bands, int(blocks.block_size), blocks.longest, b""), arrays
     digest = hashlib.blake2b()
     for x in arrays:
+        digest.update(b";")
         if x is not None:
             digest.update(repr(x.shape).encode())
             digest.update(np.ascontiguousarray(x))
-    return Blocks(*arrays, bands, int(blocks.block_size), digest.digest()), None
+    return Blocks(*arrays, bands, int(blocks.block_size), None, digest.digest()), None
 
 
 def _continue(

@@ -26,7 +26,7 @@ from sharding.ring import Ring
 class Setup:
     """Everything static about one call; an axis is None where nothing is sharded over one.
 
-    make_lists: with a BlockPlan, (columns, counts, bands) -> lists for the local attention.
+    make_lists: with a BlockPlan, what makes the lists for the local attention; see BlockRing.
     """
 
     plan: Plan | BlockPlan

@@ -21,15 +21,22 @@ GAP_BYTES = 4 << 20
 class BlockCall:
     """One use of the local attention: a query chunk against the rows of a key chunk that are here.
 
-    columns [P, b, n, rows, capacity], counts [P, b, n, rows], bands like columns or None: the lists
-    of every device, columns counted from the first block that is here.
+    columns [P, size], starts and counts [P, b, n, rows], bands like columns or None: the lists of
+    every device, row i in columns[starts[i] : starts[i] + counts[i]], counted from the first block
+    that is here.
     """
 
     query: int
     key: int
     columns: np.ndarray
+    starts: np.ndarray
     counts: np.ndarray
     bands: np.ndarray | None
+
+    @property
+    def longest(self) -> int:
+        """The most entries of a row, on any device."""
+        return int(self.counts.max())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +60,7 @@ class QueryMoves:
     blocks, starts [P, m]: the place among the device's blocks, and first position, of each one that
     leaves a device; any others where it has fewer. pairs: of each shift. used [P, shifts, m]:
     whether one of a device sees anything there. calls: one per key chunk, its lists
-    [P, shifts m, b, n, 1, capacity] at the device that computes.
+    [P, shifts m, ...], each of one row, at the device that computes.
     """
 
     blocks: np.ndarray
@@ -119,13 +126,13 @@ def make_block_plan(
     layout: str = "contiguous",
     link: Link = NVLINK,
 ) -> BlockPlan:
-    """A plan for lists columns [b, n, rows, capacity], counts [b, n, rows] and their band numbers.
+    """A plan for lists: columns [size], row after row, counts [b, n, rows], and band numbers.
 
     Raises:
         ValueError: the devices' parts are not whole blocks; the message says what would be.
 
     Example:
-        >>> columns, counts = np.zeros((1, 1, 8, 1), np.int32), np.ones((1, 1, 8), np.int32)
+        >>> columns, counts = np.zeros(8, np.int32), np.ones((1, 1, 8), np.int32)
         >>> plan = make_block_plan(columns, counts, None, length=64, devices=4, block_size=8,
         ...                        is_causal=False, cost=TokenCost(2, 4, 8))
         >>> [(hop.shift, hop.pairs, hop.rows) for hop in plan.hops][1]
@@ -139,11 +146,13 @@ def make_block_plan(
             f" blocks of {block_size} and layout {layout!r}; pad it to {-(-length // step) * step}"
             " and mask the padding with segment ids 0"
         )
-    valid = np.arange(columns.shape[-1]) < counts[..., None]
     if is_causal:  # blocks after the query's see nothing
-        valid &= columns <= np.arange(columns.shape[2])[:, None]
+        line = np.repeat(np.arange(counts.size), counts.reshape(-1))
+        past = columns <= line % counts.shape[2]
+        columns, bands = columns[past], None if bands is None else bands[past]
+        counts = np.bincount(line[past], minlength=counts.size).reshape(counts.shape)
     starts = chunk_starts(length, devices, layout)
-    lists = _Lists(columns, valid, bands, starts // block_size, length // step)
+    lists = _Lists(columns, counts, bands, starts // block_size, length // step)
     costs = _Costs(cost, block_size)
     kept = min(_choices(lists), key=lambda moved: costs.of(lists, moved))
     hops = [_hop(lists, np.zeros_like(kept), 0, _whole(lists), block_size)]
@@ -154,7 +163,7 @@ def make_block_plan(
     messages = (len(hops) - 1) * (2 + cost.ids)
     messages += len(moves.shifts) * (3 + cost.ids) if moves else 0
     work = np.bincount(np.where(kept[lists.row], lists.source, lists.device), minlength=devices)
-    share = lists.columns.shape[0] * lists.columns.shape[1]
+    share = lists.counts.shape[0] * lists.counts.shape[1]
     compute = float(work.max()) / share * block_size**2 * cost.pair / link.flops
     received = costs.of(lists, kept)[0]
     late = costs.seconds(hops, moves, link) + len(hops) * link.latency
@@ -179,21 +188,21 @@ def make_block_plan(
 
 
 class _Lists:
-    """Lists, and for every visible entry its row, device, source device, chunk and place there."""
+    """Lists, and for every entry its row, device, source device, chunk and place there."""
 
-    def __init__(self, columns, valid, bands, starts, size):
-        self.columns, self.valid, self.bands = columns, valid, bands
+    def __init__(self, columns, counts, bands, starts, size):
+        self.columns, self.counts, self.bands = columns, counts, bands
         self.starts, self.size = starts, size
         P, C = starts.shape
-        blocks = columns.shape[2]
+        blocks = counts.shape[2]
         owner, chunk = np.zeros(blocks, int), np.zeros(blocks, int)
         place = (starts[:, :, None] + np.arange(size)).reshape(-1)
         owner[place] = np.repeat(np.arange(P), C * size)
         chunk[place] = np.tile(np.repeat(np.arange(C), size), P)
-        self.row, column = np.nonzero(valid)[2], columns[valid]
-        self.device, self.source = owner[self.row], owner[column]
-        self.chunk = chunk[column]
-        self.local = column - starts[self.source, self.chunk]
+        self.row = np.repeat(np.arange(counts.size) % blocks, counts.reshape(-1))
+        self.device, self.source = owner[self.row], owner[columns]
+        self.chunk = chunk[columns]
+        self.local = columns - starts[self.source, self.chunk]
         self.owner, self.of_chunk = owner, chunk
         self.shift = (self.device - self.source) % P
 
@@ -203,7 +212,7 @@ class _Lists:
 
     @property
     def blocks(self) -> int:
-        return self.columns.shape[2]
+        return self.counts.shape[2]
 
 
 def _choices(lists: _Lists) -> list[np.ndarray]:
@@ -272,28 +281,36 @@ def _moved_shifts(lists: _Lists, moved: np.ndarray) -> np.ndarray:
     return found[found > 0]
 
 
-def _rows_of(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """x [b, n, rows, capacity] at rows [P, count], as [P, b, n, count, capacity]."""
-    return np.moveaxis(x[:, :, rows], 2, 0)
-
-
 def _call(lists: _Lists, rows: np.ndarray, base, size: int, mask, query: int, key: int):
-    """The lists of rows [P, count] over `size` blocks from base [P]; mask [P, count]: which."""
-    local = _rows_of(lists.columns, rows) - base[:, None, None, None, None]
-    here = _rows_of(lists.valid, rows) & (local >= 0) & (local < size)
-    here &= mask[:, None, None, :, None]
-    counts = here.sum(-1).astype(np.int32)
-    most = int(counts.max())
-    if not most:
+    """The lists of rows [P, count] over `size` blocks from base [P]; mask [P, count]: which.
+
+    They are [P, most entries of a device], so that a device takes its own.
+    """
+    begin = (np.cumsum(lists.counts).reshape(lists.counts.shape) - lists.counts)[:, :, rows]
+    counts = np.moveaxis(lists.counts[:, :, rows] * mask, 2, 0)  # [P, b, n, count]
+    line = np.repeat(np.arange(counts.size), counts.reshape(-1))
+    first = np.moveaxis(begin, 2, 0).reshape(-1) - (np.cumsum(counts) - counts.reshape(-1))
+    place = first[line] + np.arange(len(line))
+    local = lists.columns[place] - base[line * len(rows) // counts.size]
+    here = (local >= 0) & (local < size)
+    if not here.any():
         return None
-    order = np.argsort(~here, axis=-1, kind="stable")[..., :most]
-    kept = np.arange(most) < counts[..., None]
+    line, place, local = line[here], place[here], local[here]
+    counts = np.bincount(line, minlength=counts.size).reshape(counts.shape)
+    each = counts.reshape(len(rows), -1)
+    starts = (np.cumsum(each, 1) - each).reshape(counts.shape)
+    device = line * len(rows) // counts.size
+    total = each.sum(1)
+    slot = np.arange(len(line)) - (np.cumsum(total) - total)[device]
 
-    def pick(x: np.ndarray) -> np.ndarray:
-        return np.where(kept, np.take_along_axis(x, order, -1), 0).astype(np.int32)
+    def spread(x: np.ndarray) -> np.ndarray:
+        result = np.zeros((len(rows), total.max()), np.int32)
+        result[device, slot] = x
+        return result
 
-    bands = None if lists.bands is None else pick(_rows_of(lists.bands, rows))
-    return BlockCall(query, key, pick(local), counts, bands)
+    bands = None if lists.bands is None else spread(lists.bands[place])
+    starts, counts = (x.astype(np.int32) for x in (starts, counts))
+    return BlockCall(query, key, spread(local), starts, counts, bands)
 
 
 def _hop(lists: _Lists, moved: np.ndarray, shift: int, blocks: tuple, block_size: int) -> BlockHop:
@@ -328,12 +345,11 @@ def _moves(lists: _Lists, moved: np.ndarray, block_size: int) -> QueryMoves:
         rows[d, : len(found)], there[d, : len(found)] = found, True
         rows[d, len(found) :] = found[0] if len(found) else lists.starts[d, 0]
     owner = (np.arange(P)[:, None] - shifts) % P
-    visiting, mask = rows[owner].reshape(P, -1), there[owner].reshape(P, -1)
-    found = (
-        _call(lists, visiting, lists.starts[:, key], lists.size, mask, 0, key) for key in range(C)
-    )
+    visiting, mask = rows[owner].reshape(-1, 1), there[owner].reshape(-1, 1)
+    here = np.repeat(lists.starts, len(visiting) // P, axis=0)
+    found = (_call(lists, visiting, here[:, key], lists.size, mask, 0, key) for key in range(C))
     calls = [call for call in found if call is not None]
-    seen = np.any([call.counts.any((1, 2)) for call in calls], 0).reshape(P, len(shifts), most)
+    seen = np.any([call.counts.any((1, 2, 3)) for call in calls], 0).reshape(P, len(shifts), most)
     # At home: the device `shift` places behind one says what its queries saw there.
     used = np.stack([seen[(np.arange(P) + s) % P, i] for i, s in enumerate(shifts)], 1)
     pairs = tuple(
@@ -341,17 +357,14 @@ def _moves(lists: _Lists, moved: np.ndarray, block_size: int) -> QueryMoves:
         for i, s in enumerate(shifts)
     )
 
-    def alone(x: np.ndarray | None) -> np.ndarray | None:
-        """[P, b, n, items, ...] as [P, items, b, n, 1, ...]."""
-        return None if x is None else np.expand_dims(np.moveaxis(x, 3, 1), 4)
+    def split(call: BlockCall) -> BlockCall:
+        """Of [P items, ...] arrays [P, items, ...]."""
+        names = ("columns", "starts", "counts", "bands")
+        arrays = {name: getattr(call, name) for name in names}
+        cut = {n: x.reshape(P, -1, *x.shape[1:]) for n, x in arrays.items() if x is not None}
+        return dataclasses.replace(call, **cut)
 
-    split = [
-        dataclasses.replace(
-            c, columns=alone(c.columns), counts=alone(c.counts), bands=alone(c.bands)
-        )
-        for c in calls
-    ]
     place = lists.of_chunk[rows] * lists.size + rows
     place -= lists.starts[np.arange(P)[:, None], lists.of_chunk[rows]]
     shifts = tuple(map(int, shifts))
-    return QueryMoves(place, rows * block_size, shifts, pairs, used, tuple(split))
+    return QueryMoves(place, rows * block_size, shifts, pairs, used, tuple(map(split, calls)))

@@ -19,7 +19,7 @@ from sharding.ring import Keys
 class BlockRing:
     """A plan of block lists on this device; used as a `sharding.ring.Ring`.
 
-    make: (columns, counts, bands) -> the lists as the local attention takes them.
+    make: (columns, starts, counts, bands, longest row) -> the lists for the local attention.
     """
 
     local: Local
@@ -123,7 +123,7 @@ class BlockRing:
         assert rows is not None  # somebody visits them
         first = starts[(me - hop.shift) % self.plan.devices, call.key] + rows[0]
         q_ids = None if ids is None else ids[0]
-        lists = at_device(call, me)
+        lists = (*at_device(call, me), call.longest)
         options = self.options(lists, (starts[me, call.query], first), q[0], q_ids, keys)
         return (q[0], keys.key, keys.value), options
 
@@ -162,7 +162,7 @@ class BlockRing:
 
 def at_device(call: BlockCall, device: Any) -> tuple:
     """The lists of a call on one device."""
-    lists = call.columns, call.counts, call.bands
+    lists = call.columns, call.starts, call.counts, call.bands
     return tuple(None if x is None else jnp.asarray(x)[device] for x in lists)
 
 
@@ -216,6 +216,7 @@ class Travellers:
         first = jnp.asarray(self.ring.plan.token_starts, jnp.int32)[self.ring.here.device]
         for call, one in zip(self.moves.calls, lists, strict=True):
             keys = jax.tree.map(lambda x: x[0], own[call.key])
+            one = (*one, call.longest)
             options = self.ring.options(one, (start, first[call.key]), q, ids, keys)
             yield (q, keys.key, keys.value), options, call.key
 

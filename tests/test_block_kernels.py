@@ -125,7 +125,7 @@ def test_lowers_for_cuda(name):
 def test_refusals_name_what_is_wrong():
     x = jax.ShapeDtypeStruct((1, 256, 2, 20), jnp.float32)
     found = blocks.unsupported(x, x, x, blocks=lists(3, 2, 128), device_kind="TPU v4")
-    for part in ("TPU v4", "float32", "20", "(1, 1, 3, 1)"):
+    for part in ("TPU v4", "float32", "20", "(1, 1, 3)"):
         assert part in " | ".join(found)
     x = jax.ShapeDtypeStruct((1, 256, 2, 256), jnp.bfloat16)
     (reason,) = blocks.unsupported(x, x, x, blocks=lists(2, 2, 128), device_kind=H100)

@@ -20,17 +20,24 @@ def _broadcast():
         yield
 
 
-def pattern(mask, block_size, static=True):
-    """Lists of a mask `[b, n, rows, columns]`."""
-    counts = mask.sum(-1).astype(np.int32)
+def pattern(mask, block_size, static=True, flat=False):
+    """Lists of a mask `[b, n, rows, columns]`; flat: in no more room than they need."""
+    counts, starts = mask.sum(-1).astype(np.int32), None
     columns = np.argsort(~mask, axis=-1, kind="stable")[..., : counts.max()].astype(np.int32)
-    arrays = (columns, counts) if static else (jnp.asarray(columns), jnp.asarray(counts))
+    if flat:
+        columns = np.nonzero(mask)[-1].astype(np.int32)
+        starts = (np.cumsum(counts).reshape(counts.shape) - counts).astype(np.int32)
+    arrays = columns, counts, starts
+    if not static:
+        arrays = jax.tree.map(jnp.asarray, arrays)
     return types.SimpleNamespace(
         columns=arrays[0],
         counts=arrays[1],
+        starts=arrays[2],
         bands=((None, None),),
         band_index=None,
         block_size=block_size,
+        longest=None,
     )
 
 
@@ -41,7 +48,8 @@ def visits(lists, group, rows, columns, unit, transposed):
     found = np.zeros((b, n, group, rows * unit + 2, columns * unit + 2), int)
     for place in np.ndindex(b, n, tiles):
         begin, count = int(lists.begin[place]), int(lists.counts[place])
-        entries = np.asarray(lists.entries)[place[:2]].reshape(-1, lanes)
+        entries = np.asarray(lists.entries)
+        entries = entries[place[:2] if entries.shape[:2] == (b, n) else (0, 0)].reshape(-1, lanes)
         for pair in entries[begin : begin + count]:
             for half in range(2):
                 entry = jax.tree.map(int, block_lists.decode(jnp.int32(pair[half % lanes])))
@@ -53,12 +61,14 @@ def visits(lists, group, rows, columns, unit, transposed):
     return found[..., : rows * unit, : columns * unit]
 
 
+@pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize(("block_size", "n"), [(64, 4), (128, 1), (256, 2)])
-def test_every_listed_pair_is_visited_once_from_both_sides(block_size, n, static):
+def test_every_listed_pair_is_visited_once_from_both_sides(block_size, n, static, flat):
     rows, columns, unit = 5, 7, block_size // 64
-    mask = np.random.default_rng(n).random((1, n, rows, columns)) < 0.4
-    lists = pattern(mask, block_size, static)
+    mask = np.random.default_rng(n).random((2, n, rows, columns)) < 0.4
+    mask[0, 0, 1:3] = False
+    lists = pattern(mask, block_size, static, flat)
     wanted = np.repeat(np.repeat(mask, unit, 2), unit, 3).astype(int)
     tiles = [-(-x * block_size // 128) for x in (rows, columns)]
     queries = block_lists.for_queries(lists, tiles[0])
@@ -66,7 +76,7 @@ def test_every_listed_pair_is_visited_once_from_both_sides(block_size, n, static
     np.testing.assert_array_equal(found[:, :, 0], wanted)
     keys = block_lists.for_keys(lists, tiles[1], 4, 2)
     found = visits(keys, 2, rows, columns, unit, True)
-    members = wanted.reshape(1, 2, 2, *wanted.shape[2:]) if n == 4 else wanted[:, :, None]
+    members = wanted.reshape(2, 2, 2, *wanted.shape[2:]) if n == 4 else wanted[:, :, None]
     np.testing.assert_array_equal(found, np.broadcast_to(members, found.shape))
 
 

@@ -126,16 +126,17 @@ def test_blocks_are_those_of_the_lists():
     made = PerHead((LocalWindow(window_size=150, block_size=64), Hierarchical(0.3, block_size=64)))
     figure = plotting.draw_blocks(made, length=1000, num_heads=4, is_causal=True)
     lists = made.lists(1000, num_heads=4, is_causal=True)
-    cut = partial_blocks(lists, 1000, 1000, is_causal=True)
+    cut = np.zeros((4, 16, 16), bool)
+    kept = lists.kept()
+    cut[kept.head, kept.row, kept.column] = partial_blocks(lists, 1000, 1000, is_causal=True)
     assert len(figure.axes) == 2
     for panel, n in zip(figure.axes, (0, 2), strict=True):
         cells = np.asarray(panel.images[0].get_array())
         assert (cells[np.triu_indices(16, 1)] == 1).all()
         for i in range(16):
-            kept = np.flatnonzero(cells[i] >= 2)
-            count = lists.counts[0, n, i]
-            assert kept.tolist() == lists.columns[0, n, i, :count].tolist()
-            assert (cells[i, kept] == 2 + cut[0, n, i, :count]).all()
+            shown = np.flatnonzero(cells[i] >= 2)
+            assert shown.tolist() == lists.rows()[0][n][i]
+            assert (cells[i, shown] == 2 + cut[n, i, shown]).all()
     assert f"{made.density(1000, is_causal=True):.1%} kept" in figure.get_suptitle()
     with pytest.raises(ValueError, match="pattern: wanted 2 patterns to divide"):
         plotting.draw_blocks(made, length=1000, num_heads=3)
