@@ -97,8 +97,8 @@ class BlockLists:
         line, valid = _owners(lists)
         place = np.flatnonzero(valid)
         band = None if lists.band_index is None else lists.band_index[place]
-        where = np.unravel_index(line[place], lists.counts.shape)
-        return Kept(*where, lists.columns[place], band)
+        batch, head, row = np.unravel_index(line[place], lists.counts.shape)
+        return Kept(batch, head, row, lists.columns[place], band)
 
     def rows(self) -> list[list[list[list[int]]]]:
         """The columns of each row of static lists, [b][n][rows]."""

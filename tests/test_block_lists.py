@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dilax import block_loop
 from dilax.block_lists import (
     BlockLists,
     admissible,
@@ -151,11 +152,13 @@ def test_memory_follows_the_kept_blocks(block_size):
     tiles = rows * block_size // 128
     queries = block_lists.for_queries(lists, tiles)
     keys = block_lists.for_keys(lists, tiles, 4, 4)
+    operands = block_loop.visits(lists, np.arange(4), 0, 0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     kept = int(lists.counts.sum())
     assert kept < 10 * math.prod(lists.counts.shape)
-    assert sum(x.nbytes for x in jax.tree.leaves(lists)) < 16 * kept
+    for arrays in (lists, operands[:4]):
+        assert sum(x.nbytes for x in jax.tree.leaves(arrays)) < 16 * kept
     lanes = 128 // block_size  # each of which has room for the longer list of the two
     for found in (queries, keys):
         assert found.entries.nbytes < 4 * kept * 1.3 * lanes
