@@ -58,11 +58,13 @@ def test_window_cuts_rows_and_columns():
     bands = ((None, None), (3, 0))
     lists = from_mask(mask, 4, bands, index)
     for row, rows, column, columns in ((0, 5, 3, 4), (1, 3, 4, 2), (0, 5, 0, 7)):
+        cut = window(lists, row, rows, column, columns)
+        assert cut.columns[cut.valid].tolist() == cut.kept().column.tolist()
         wanted = mask[..., row : row + rows, column : column + columns]
         tokens = [
             np.asarray(token_mask(x, 4 * rows, 4 * columns, 4 * row, 4 * column))
             for x in (
-                window(lists, row, rows, column, columns),
+                cut,
                 jax.jit(lambda x, at=(row, rows, column, columns): window(x, *at))(padded(lists)),
                 from_mask(wanted, 4, bands, index[..., row : row + rows, column:][..., :columns]),
             )
