@@ -1,5 +1,7 @@
 """dilated_attention against the oracle: every case, every dtype, and what must never happen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,8 @@ def dense(case):
     return attend
 
 
-IN_ALL_DTYPES = ("plain", "gqa_causal_blocked", "packed_causal", "starts_causal", "scale_negative")
+# Starts only move integers, and scales are those of test_tile_loop.
+IN_ALL_DTYPES = ("plain", "gqa_causal_blocked", "packed_causal")
 
 
 @pytest.mark.parametrize("name", IN_ALL_DTYPES)
@@ -114,7 +117,7 @@ def test_extras_keep_the_dtype(dtype, options, rng):
     x = jnp.asarray(rng.normal(size=(1, 10, 2, 8)), dtype)
     if "bias" in options:
         options = {"bias_k": x[0, 0], "bias_v": x[0, 1]}
-    options = {"segment_lengths": [4, 8], "dilation_rates": [1, 3]} | options
+    options = {"segment_lengths": [4], "dilation_rates": [1]} | options
     arrays = {"query": x, "key": x, "value": x}
     out, lse = compiled(with_lse, arrays, options)
     assert (out.dtype, lse.dtype) == (x.dtype, np.float32)
@@ -122,7 +125,7 @@ def test_extras_keep_the_dtype(dtype, options, rng):
 
 
 CAUSAL = (
-    "causal", "prime", "gqa_causal_blocked", "packed_causal", "heads_blocked_causal", "no_rate_one",
+    "causal", "prime", "gqa_causal_blocked", "packed_causal", "heads_blocked_causal",
 )  # fmt: skip
 
 
@@ -170,7 +173,7 @@ def test_the_past_changes_what_follows():
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("name", ["packed_causal", "bias_gqa_causal", "cross_ids"])
+@pytest.mark.parametrize("name", ["zeros_extras", "cross_ids"])
 def test_examples_do_not_see_each_other(name, x64):
     case = BY_NAME[name]
     arrays, keywords = case.arrays(), case.keywords()
@@ -204,7 +207,10 @@ def test_packed_documents_do_not_see_each_other():
 
 UNSEEN = {
     "padding": {"key_padding_mask": jnp.zeros((2, 12), bool)},
-    "half padding": {"key_padding_mask": jnp.arange(24).reshape(2, 12) < 12},
+    "half padding": {
+        "key_padding_mask": jnp.arange(24).reshape(2, 12) < 12,
+        "segment_lengths": [6, 12], "dilation_rates": [1, 2],
+    },
     "ids": {"q_segment_ids": jnp.asarray([[0] * 12, [1] * 5 + [0] * 7], jnp.int32)},
     "unlike ids": {
         "q_segment_ids": jnp.ones((2, 12), jnp.int32),
@@ -213,7 +219,7 @@ UNSEEN = {
     "future keys": {"is_causal": True, "k_start": 6},
     "all keys in the future": {"is_causal": True, "k_start": 12},
     "another segment": {"q_start": 48},
-    "no rate one": {"dilation_rates": [2, 4]},
+    "no rate one": {"segment_lengths": [6, 12], "dilation_rates": [2, 4]},
     "dropout": {
         "key_padding_mask": jnp.zeros((2, 12), bool),
         "dropout_rate": 0.5, "dropout_key": jax.random.PRNGKey(0), "deterministic": False,
@@ -228,9 +234,8 @@ UNSEEN = {
 )
 def test_rows_that_see_nothing(name, dtype):
     """out 0, lse -inf, gradients 0; and no NaN arises on the way, not even a masked one."""
-    case = Case("unseen", (6, 12), (1, 2), T=12)
-    arrays = {n: jnp.asarray(x, dtype) for n, x in case.arrays().items()}
-    options = {"segment_lengths": [6, 12], "dilation_rates": [1, 2]} | UNSEEN[name]
+    arrays = {n: jnp.asarray(x, dtype) for n, x in Case("unseen", (), (), T=12).arrays().items()}
+    options = {"segment_lengths": [12], "dilation_rates": [1]} | UNSEEN[name]
     masks = {n: x for n, x in options.items() if isinstance(x, jax.Array)}
     static = {n: x for n, x in options.items() if n not in masks}
 
@@ -252,23 +257,24 @@ def test_rows_that_see_nothing(name, dtype):
         assert all((np.asarray(x) == 0).all() for x in gradients.values())
 
 
-@pytest.mark.parametrize("size", [1e2, 1e4, 1e9])
-def test_large_logits_keep_the_weights_of_the_branches(size):
+def test_large_logits_keep_the_weights_of_the_branches():
     """Weights add up to 1 although a large lse has no bits left for the log of their number."""
     case = BY_NAME["causal"]
-    arrays = case.arrays(np.float32)
-    arrays["query"] = arrays["query"] * np.float32(size)
-    found = compiled(with_lse, arrays, case.keywords())
-    baseline = compiled(dense(case), arrays, case.keywords())
-    with jax.enable_x64(True):
-        double = {name: x.astype(np.float64) for name, x in arrays.items()}
-        exact = compiled(reference.dilated_attention, double, case.keywords())
-    assert_within(found, baseline, exact)
+    ours, baseline, oracle = (
+        jax.jit(functools.partial(attend, **case.keywords()))
+        for attend in (with_lse, dense(case), reference.dilated_attention)
+    )
+    for size in (1e2, 1e4, 1e9):
+        arrays = case.arrays(np.float32)
+        arrays["query"] = arrays["query"] * np.float32(size)
+        with jax.enable_x64(True):
+            exact = oracle(**{name: x.astype(np.float64) for name, x in arrays.items()})
+        assert_within(ours(**arrays), baseline(**arrays), exact)
 
 
 def test_numpy_arrays_are_arrays():
-    arrays = BY_NAME["packed_causal"].arrays(np.float32)
-    case = BY_NAME["packed_causal"]
+    case = Case("numpy", (24,), (2,), segment_ids="packed")
+    arrays = case.arrays(np.float32)
     keywords = case.keywords() | case.masks()
     jaxed = {n: jnp.asarray(x) for n, x in arrays.items()}
     found = with_lse(**arrays, **keywords)
@@ -279,7 +285,7 @@ def test_numpy_arrays_are_arrays():
 
 @pytest.mark.newest
 def test_return_lse_changes_nothing_else():
-    case = BY_NAME["gqa"]
+    case = BY_NAME["rate_three_of_eight"]
     arrays = case.arrays(np.float32)
     out, _ = compiled(with_lse, arrays, case.keywords())
     assert (compiled(dilax.dilated_attention, arrays, case.keywords()) == out).all()
@@ -288,7 +294,7 @@ def test_return_lse_changes_nothing_else():
 @pytest.mark.newest
 def test_q_start_continues_a_sequence(x64):
     """Chunks of queries at their positions are the rows of the whole: how decoding works."""
-    case = BY_NAME["prime"]
+    case = BY_NAME["rate_three_of_eight"]
     arrays, keywords = case.arrays(), case.keywords()
     out, lse = compiled(with_lse, arrays, keywords)
     for start, end in ((0, 5), (20, 21), (21, 29)):
@@ -302,7 +308,7 @@ def test_q_start_continues_a_sequence(x64):
 @pytest.mark.newest
 def test_key_chunks_merge_to_the_whole(x64):
     """Ring hops: keys in parts at their positions, merged, are all keys."""
-    case = BY_NAME["prime"]
+    case = BY_NAME["rate_three_of_eight"]
     arrays, keywords = case.arrays(), case.keywords()
     parts = []
     for start, end in ((0, 9), (9, 10), (10, 29)):

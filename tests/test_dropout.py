@@ -27,12 +27,11 @@ def counts(attend, key=KEY, **options):
         "deterministic": False,
         "average_branches": False,
     } | options
-    run = jax.jit(functools.partial(attend, **options))
-    out, lse = run(query, jnp.zeros((2, T, K, T)), value)
-    found = out * jnp.exp(lse)[..., None] * (1 - options["dropout_rate"])
-    found = jnp.where(jnp.isfinite(found), found, 0)
+    out, lse = jax.jit(functools.partial(attend, **options))(query, jnp.zeros((2, T, K, T)), value)
+    found = np.asarray(out) * np.exp(lse)[..., None] * (1 - options["dropout_rate"])
+    found = np.where(np.isfinite(found), found, 0)
     assert np.abs(found - np.round(found)).max() < 1e-3
-    return np.round(np.asarray(found)).astype(int)
+    return np.round(found).astype(int)
 
 
 def library(*arrays, **options):
@@ -54,7 +53,6 @@ def test_drops_the_pairs_that_the_oracle_drops(options, monkeypatch):
     wanted = counts(reference.dilated_attention, **options)
     without = counts(reference.dilated_attention, deterministic=True, dropout_rate=0.0, **options)
     assert 0 < wanted.sum() < without.sum()
-    assert (counts(library, **options) == wanted).all()
     monkeypatch.setattr(dilax.tile_loop, "_QUERY_TILE", 5)
     monkeypatch.setattr(dilax.tile_loop, "_KEY_TILE", 3)
     assert (counts(library, **options) == wanted).all()

@@ -27,12 +27,12 @@ def model(x64):
     return LongNetLM(CONFIG, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 23, 24, 25, 47, 49, 255, 256, 257])
-def test_logits_after_a_prompt_of_any_length_are_those_of_the_full_pass(length, model, rng):
+def test_logits_after_a_prompt_of_any_length_are_those_of_the_full_pass(model, rng):
     """torchscale decodes wrongly beyond the first segment; here padding must change nothing."""
-    tokens = rng.integers(0, 256, length)
+    tokens = rng.integers(0, 256, 257)
     full = nnx.jit(model)(jnp.asarray(tokens[None], jnp.int32))
-    assert error(next_logits(model, tokens), full[0, -1]) <= EXACT
+    for length in (1, 7, 8, 9, 23, 24, 25, 47, 49, 255, 256, 257):
+        assert error(next_logits(model, tokens[:length]), full[0, length - 1]) <= EXACT, length
 
 
 def test_greedy_tokens_are_the_argmax_of_one_full_pass(model, rng):

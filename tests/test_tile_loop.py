@@ -41,7 +41,7 @@ def compiled(attend):
     return run
 
 
-@pytest.mark.parametrize("scale", [None, 1e3, 40.0, 1e-3, 0.0, -0.3])
+@pytest.mark.parametrize("scale", [1e3, 1e-3, 0.0, -0.3])
 def test_any_scale_errs_as_xla_does(scale, rng):
     arrays64 = rng.normal(size=(4, 1, 24, 2, 8))
 
@@ -53,13 +53,13 @@ def test_any_scale_errs_as_xla_does(scale, rng):
 
     def plain(q, k, v):
         logits = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(logits * (8**-0.5 if scale is None else scale)).astype(q.dtype)
+        p = jax.nn.softmax(logits * scale).astype(q.dtype)
         out = jnp.einsum("BNTS,BSNH->BTNH", p, v, preferred_element_type=jnp.float32)
         return out.astype(q.dtype)
 
     ours, plain, exactly = (compiled(f) for f in (ours, plain, exactly))
     # The backward pass knows probabilities only as well as a float32 lse of large logits does.
-    names = ("out",) if scale in (40.0, 1e3) else ("out", "q", "k", "v")
+    names = ("out",) if scale == 1e3 else ("out", "q", "k", "v")
     for dtype in ("bfloat16", "float16", "float32"):
         arrays = jnp.asarray(arrays64, dtype)
         found, baseline = ours(*arrays), plain(*arrays)
