@@ -81,7 +81,8 @@ class AdaptiveAttention(nnx.Module):
         >>> import jax, dilax
         >>> attention = dilax.AdaptiveAttention(4, 16, sparsity_ratio=0.25, block_size=64)
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 500, 4, 16))
-        >>> out, loss = attention(q, k, v, is_causal=True, return_loss=True)
+        >>> attend = jax.jit(lambda *x: attention(*x, is_causal=True, return_loss=True))
+        >>> out, loss = attend(q, k, v)
         >>> out.shape, loss.shape
         ((1, 500, 4, 16), ())
     """

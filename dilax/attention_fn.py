@@ -134,7 +134,7 @@ class DilatedAttention:
         >>> attention
         DilatedAttention(segment_lengths=(16, 32), dilation_rates=(1, 2))
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 40, 4, 8))
-        >>> attention(q, k, v, is_causal=True).shape
+        >>> jax.jit(attention, static_argnames="is_causal")(q, k, v, is_causal=True).shape
         (1, 40, 4, 8)
     """
 
@@ -334,7 +334,8 @@ class DilatedAttentionFn:
         ...     num_heads=4, in_features=32, decode=False, rngs=nnx.Rngs(0),
         ...     attention_fn=DilatedAttentionFn(DilatedAttention([16, 32], [1, 2])),
         ... )
-        >>> layer(jax.numpy.ones((2, 50, 32)), is_causal=True).shape
+        >>> nnx.jit(layer, static_argnames="is_causal")(
+        ...     jax.numpy.ones((2, 50, 32)), is_causal=True).shape
         (2, 50, 32)
     """
 

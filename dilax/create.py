@@ -207,7 +207,7 @@ def create_multihead_dilated_attention(
     Example:
         >>> import jax
         >>> layer = create_multihead_dilated_attention("improved", 64, 4, [16, 32], [1, 2])
-        >>> layer(jax.numpy.ones((1, 40, 64))).shape
+        >>> jax.jit(layer)(jax.numpy.ones((1, 40, 64))).shape
         (1, 40, 64)
     """
     arguments = dict(locals())
@@ -289,7 +289,7 @@ def create_block_sparse_attention(
         >>> import jax
         >>> attention = create_block_sparse_attention(sparsity_ratio=0.25, block_size=64)
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 300, 4, 16))
-        >>> attention(q, k, v, is_causal=True).shape
+        >>> jax.jit(attention, static_argnames="is_causal")(q, k, v, is_causal=True).shape
         (1, 300, 4, 16)
     """
     row = find_kind(kind)

@@ -91,10 +91,10 @@ def dilated_attention(
 
     Example:
         >>> import jax, dilax
-        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 4096, 8, 64))
-        >>> out = dilax.dilated_attention(q, k, v, [1024, 4096], [1, 4], is_causal=True)
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 1024, 4, 64))
+        >>> out = dilax.dilated_attention(q, k, v, [256, 1024], [1, 4], is_causal=True)
         >>> out.shape
-        (1, 4096, 8, 64)
+        (1, 1024, 4, 64)
     """
     with jax.named_scope("dilax.dilated_attention"):
         return union_attention(

@@ -183,9 +183,9 @@ class LongNetLayer(nnx.Module):
     """One layer of MAGNETO (arXiv:2210.06423): x + attention(LayerNorm(x)), then x + ffn(LN(x)).
 
     Example:
-        >>> layer = LongNetLayer(
-        ...     LongNetConfig(64, 4, 2, 96, (8, 16), (1, 2)), is_causal=True, rngs=nnx.Rngs(0))
-        >>> layer(jnp.ones((1, 20, 64))).shape
+        >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,))
+        >>> layer = LongNetLayer(config, is_causal=True, rngs=nnx.Rngs(0))
+        >>> nnx.jit(layer)(jnp.ones((1, 20, 64))).shape
         (1, 20, 64)
     """
 
@@ -324,8 +324,8 @@ class LongNetEncoder(nnx.Module):
     Source: LongNet (arXiv:2307.02486).
 
     Example:
-        >>> config = LongNetConfig(64, 4, 2, 96, (8, 16), (1, 2))
-        >>> LongNetEncoder(config, rngs=nnx.Rngs(0))(jnp.ones((1, 20, 64))).shape
+        >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,))
+        >>> nnx.jit(LongNetEncoder(config, rngs=nnx.Rngs(0)))(jnp.ones((1, 20, 64))).shape
         (1, 20, 64)
     """
 
@@ -354,8 +354,8 @@ class LongNetDecoder(nnx.Module):
     Position t depends on positions 0 to t only. Source: LongNet (arXiv:2307.02486).
 
     Example:
-        >>> config = LongNetConfig(64, 4, 2, 96, (8, 16), (1, 2))
-        >>> LongNetDecoder(config, rngs=nnx.Rngs(0))(jnp.ones((1, 20, 64))).shape
+        >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,))
+        >>> nnx.jit(LongNetDecoder(config, rngs=nnx.Rngs(0)))(jnp.ones((1, 20, 64))).shape
         (1, 20, 64)
     """
 
@@ -397,8 +397,8 @@ class LongNetLM(nnx.Module):
     Source: LongNet (arXiv:2307.02486), section 4.
 
     Example:
-        >>> config = LongNetConfig(64, 4, 2, 96, (8, 16), (1, 2), vocab_size=258)
-        >>> LongNetLM(config, rngs=nnx.Rngs(0))(jnp.zeros((1, 20), jnp.int32)).shape
+        >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
+        >>> nnx.jit(LongNetLM(config, rngs=nnx.Rngs(0)))(jnp.zeros((1, 20), jnp.int32)).shape
         (1, 20, 258)
     """
 

@@ -83,7 +83,7 @@ class MultiheadDilatedAttention(nnx.Module):
         >>> from flax import nnx
         >>> layer = dilax.MultiheadDilatedAttention(64, 4, [16, 32], [1, 2], rngs=nnx.Rngs(0))
         >>> x = jax.random.normal(jax.random.key(0), (2, 50, 64))
-        >>> layer(x, is_causal=True).shape
+        >>> nnx.jit(layer, static_argnames="is_causal")(x, is_causal=True).shape
         (2, 50, 64)
     """
 

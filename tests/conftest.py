@@ -1,5 +1,6 @@
 """Settings of every test: eight CPU devices, short compilations, strict jax, fixed seeds."""
 
+import gc
 import os
 
 # Compile time dominates these tests; the optimiser of LLVM does not change what they check.
@@ -18,6 +19,8 @@ import pytest  # noqa: E402
 if "--xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+gc.set_threshold(50_000)  # traces are many small objects: look for cycles less often
 
 hypothesis.settings.register_profile("dilax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("dilax")

@@ -32,6 +32,12 @@ def packed(rng):
     return jnp.asarray(ids)
 
 
+@functools.partial(jax.jit, static_argnames="zero_attn")
+def dense(q, k, v, zero_attn=False):
+    """Causal attention of all pairs."""
+    return reference.dilated_attention(q, k, v, [T], [1], is_causal=True, zero_attn=zero_attn)
+
+
 def made(rng, **options):
     """A router whose projections are no identities."""
     options = {"sparsity_ratio": 0.5, "block_size": SIZE, "num_kv_heads": K} | options
@@ -198,23 +204,27 @@ def test_causality_goes_by_the_original_positions_in_an_order(kind, rng, x64):
     reached = (low <= high[:, None]).sum(1)
     counts = np.clip(np.floor(0.6 * reached + 0.5), 1, reached)
     assert (np.asarray(found.lists.counts) == counts).all()
-    mask = (
-        jnp.repeat(token_mask(found.lists, T, T), N // K, 1) & (place <= place[:, None])[None, None]
-    )
-    mask &= ((ids[:, :, None] == ids[:, None]) & (ids != 0)[:, None])[:, None]
-    q, k, v = moved[0], *(jnp.repeat(x, N // K, axis=2) for x in moved[1:])
-    p = jnp.exp(jnp.where(mask, jnp.einsum("BTNH,BSNH->BNTS", q, k) * H**-0.5, -jnp.inf))
-    p = p / jnp.where(mask.any(-1, keepdims=True), p.sum(-1, keepdims=True), 1)
-    assert_exact(again[0], jnp.einsum("BNTS,BSNH->BTNH", p, v))
-    p = jnp.pad(p, [(0, 0), (0, 0), *[(0, ROWS * SIZE - T)] * 2])
-    mass = p.reshape(B, K, N // K, ROWS, SIZE, ROWS, SIZE).sum(-1).max((2, 4))
-    mass = jnp.take_along_axis(mass, found.lists.columns, -1) * found.lists.valid
-    seen = mass.sum(-1, keepdims=True) > 0
-    mass = mass / jnp.where(seen, mass.sum(-1, keepdims=True), 1)
-    share = jax.nn.softmax(found.scores, axis=-1, where=found.lists.valid)
-    terms = jnp.where(mass > 0, mass * jnp.log(jnp.where(mass > 0, mass / share, 1)), 0)
-    assert_exact(loss, terms.sum() / seen.sum())
-    whole, _ = reference.dilated_attention(*arrays, [T], [1], is_causal=True)
+
+    @jax.jit
+    def exactly(found, ids, q, k, v):
+        mask = jnp.repeat(token_mask(found.lists, T, T), N // K, 1)
+        mask &= (place <= place[:, None])[None, None]
+        mask &= ((ids[:, :, None] == ids[:, None]) & (ids != 0)[:, None])[:, None]
+        k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+        p = jnp.exp(jnp.where(mask, jnp.einsum("BTNH,BSNH->BNTS", q, k) * H**-0.5, -jnp.inf))
+        p = p / jnp.where(mask.any(-1, keepdims=True), p.sum(-1, keepdims=True), 1)
+        out = jnp.einsum("BNTS,BSNH->BTNH", p, v)
+        p = jnp.pad(p, [(0, 0), (0, 0), *[(0, ROWS * SIZE - T)] * 2])
+        mass = p.reshape(B, K, N // K, ROWS, SIZE, ROWS, SIZE).sum(-1).max((2, 4))
+        mass = jnp.take_along_axis(mass, found.lists.columns, -1) * found.lists.valid
+        seen = mass.sum(-1, keepdims=True) > 0
+        mass = mass / jnp.where(seen, mass.sum(-1, keepdims=True), 1)
+        share = jax.nn.softmax(found.scores, axis=-1, where=found.lists.valid)
+        terms = jnp.where(mass > 0, mass * jnp.log(jnp.where(mass > 0, mass / share, 1)), 0)
+        return out, terms.sum() / seen.sum()
+
+    assert_exact((again[0], loss), exactly(found, ids, *moved))
+    whole, _ = dense(*arrays)
     router.sparsity_ratio = 1.0
     assert_exact(jax.jit(lambda *x: router(*x, is_causal=True))(*arrays), whole)
 
@@ -279,7 +289,8 @@ def test_inside_branches_each_segment_is_routed_for_itself(rng, x64):
     # Short last segments, heads that take no part and residues without a row.
     router.sparsity_ratio, router.combine, router.dilation_rates = 1.0, "heads", (1, 30)
     arrays = [x[:, :21] for x in arrays]
-    whole, _ = reference.dilated_attention(*arrays, (8, 48), (1, 30), combine="heads")
+    by_heads = {"segment_lengths": (8, 48), "dilation_rates": (1, 30), "combine": "heads"}
+    whole, _ = jax.jit(functools.partial(reference.dilated_attention, **by_heads))(*arrays)
     assert_exact(jax.jit(lambda *x: router(*x))(*arrays), whole)
 
 
@@ -373,7 +384,7 @@ def test_examples_may_lie_on_several_devices(rng, x64):
 def test_all_blocks_kept_is_dense(rng, x64):
     more = {"add_zero_attn": True, "use_gradient_checkpointing": True}
     router, (q, k, v) = made(rng, sparsity_ratio=1.0, **more), heads(rng)
-    exact, _ = reference.dilated_attention(q, k, v, [T], [1], is_causal=True, zero_attn=True)
+    exact, _ = dense(q, k, v, zero_attn=True)
     attend = nnx.jit(lambda router: router(q, k, v, is_causal=True))
     assert_exact(attend(router), exact)
     less = attend(made(rng, sparsity_ratio=0.2))

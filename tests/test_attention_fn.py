@@ -15,7 +15,8 @@ from dilax import reference
 from tests.compare import assert_exact
 
 B, T, E, N = 2, 12, 32, 4
-SPEC = ((6, 12), (1, 2))
+SPEC = ((6,), (2,))
+TWO = ((6, 12), (1, 2))
 IDS = np.sort(np.random.default_rng(0).integers(0, 3, (B, T)), axis=1).astype(np.int32)
 
 
@@ -28,6 +29,11 @@ def heads(K=N):
     rng = np.random.default_rng(K)
     q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, 8))) for n in (N, K, K))
     return q, k, v
+
+
+def oracle(q, k, v, **options):
+    """The definition, with the branches of `SPEC`."""
+    return reference.dilated_attention(q, k, v, *SPEC, **options)[0]
 
 
 # The plain callable.
@@ -51,28 +57,28 @@ def test_callable_is_the_function(options, named, x64):
     if "pad_mode" not in options:
         call |= {"is_causal": True, "q_start": 3, "k_start": 2}
     starts = {name: call.pop(name) for name in tuple(call) if not isinstance(call[name], jax.Array)}
+    spec = TWO if "combine" in options else SPEC
     oracle = functools.partial(reference.dilated_attention, **named, **starts)
-    exact = jax.jit(lambda q, k, v, call: oracle(q, k, v, *SPEC, **call))(q, k, v, call)
-    attention = functools.partial(dilax.DilatedAttention(*SPEC, **options), return_lse=True)
+    exact = jax.jit(lambda q, k, v, call: oracle(q, k, v, *spec, **call))(q, k, v, call)
+    attention = functools.partial(dilax.DilatedAttention(*spec, **options), return_lse=True)
     found = jax.jit(lambda q, k, v, call: attention(q, k, v, **starts, **call))(q, k, v, call)
     assert_exact(found, exact)
 
 
 def test_callable_returns_out_alone(x64):
     attention = dilax.DilatedAttention(*SPEC)
-    assert_exact(attention(*heads()), attention(*heads(), return_lse=True)[0])
+    both = functools.partial(attention, return_lse=True)
+    assert_exact(jax.jit(attention)(*heads()), jax.jit(both)(*heads())[0])
 
 
 def test_callable_drops_with_a_key_and_only_then(x64):
     attention = dilax.DilatedAttention(*SPEC, dropout=0.3)
     key = jax.random.key(1)
-    exact, _ = reference.dilated_attention(
-        *heads(), *SPEC, dropout_rate=0.3, dropout_key=key, deterministic=False
-    )
-    assert_exact(attention(*heads(), dropout_key=key), exact)
-    assert_exact(
-        attention(*heads(), deterministic=True), reference.dilated_attention(*heads(), *SPEC)[0]
-    )
+    exactly = functools.partial(oracle, dropout_rate=0.3, deterministic=False)
+    exact = jax.jit(exactly)(*heads(), dropout_key=key)
+    assert_exact(jax.jit(attention)(*heads(), dropout_key=key), exact)
+    plain = jax.jit(functools.partial(attention, deterministic=True))(*heads())
+    assert_exact(plain, jax.jit(oracle)(*heads()))
     with pytest.raises(ValueError, match=r"^dropout_key: wanted a jax.random key"):
         attention(*heads())
 
@@ -107,7 +113,7 @@ def test_callable_is_a_value():
 )
 def test_callable_refuses_bad_options(name, options):
     with pytest.raises(ValueError, match=rf"^{name}: wanted "):
-        dilax.DilatedAttention(**{"segment_lengths": SPEC[0], "dilation_rates": SPEC[1], **options})
+        dilax.DilatedAttention(**{"segment_lengths": TWO[0], "dilation_rates": TWO[1], **options})
 
 
 @pytest.mark.parametrize("options", [{"embed_dim": 64}, {"num_heads": 8}])
@@ -158,7 +164,7 @@ def flax_nnx(attention=None, dropout=0.0, **options: Any) -> Any:
 def around(layer, attend, query, key=None):
     """Flax's projections around `attend`."""
     key = query if key is None else key
-    return layer.out(attend(layer.query(query), layer.key(key), layer.value(key)))
+    return layer.out(jax.jit(attend)(layer.query(query), layer.key(key), layer.value(key)))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +175,7 @@ def test_drops_into_nnx(lengths, is_causal, kv_heads, x64):
     layer, arrays = flax_nnx(num_kv_heads=kv_heads), inputs(*lengths)
     exact = around(
         layer,
-        lambda q, k, v: reference.dilated_attention(q, k, v, *SPEC, is_causal=is_causal)[0],
+        functools.partial(oracle, is_causal=is_causal),
         *arrays,
     )
     assert_exact(layer(*arrays, is_causal=is_causal), exact)
@@ -191,12 +197,8 @@ def test_drops_into_linen(lengths, is_causal, x64):
         return jnp.einsum("BTE,ENH->BTNH", x, params[name]["kernel"])
 
     query, key = arrays[0], arrays[-1]
-    out, _ = reference.dilated_attention(
-        project("query", query),
-        project("key", key),
-        project("value", key),
-        *SPEC,
-        is_causal=is_causal,
+    out = jax.jit(functools.partial(oracle, is_causal=is_causal))(
+        project("query", query), project("key", key), project("value", key)
     )
     exact = jnp.einsum("BTNH,NHE->BTE", out, params["out"]["kernel"])
     assert_exact(layer.apply(variables, *arrays), exact)
@@ -208,13 +210,10 @@ def test_drop_in_honours_masks_of_keys(shape, x64):
     layer, (x,) = flax_nnx(), inputs(T)
     mask = np.random.default_rng(0).random(shape) < 0.6
     keys = np.broadcast_to(mask, (B, 1, 1, T)).reshape(B, T)
-    exact = around(
-        layer,
-        lambda q, k, v: reference.dilated_attention(q, k, v, *SPEC, key_padding_mask=keys)[0],
-        x,
-    )
+    exact = around(layer, functools.partial(oracle, key_padding_mask=keys), x)
+    run = nnx.jit(lambda layer, x, mask: layer(x, mask=mask))
     for given in (mask, mask.astype(np.float32)):
-        assert_exact(layer(x, mask=jnp.asarray(given)), exact)
+        assert_exact(run(layer, x, jnp.asarray(given)), exact)
 
 
 def test_drop_in_equals_flax_where_flax_can(x64):
@@ -239,13 +238,8 @@ def test_drop_in_takes_any_batch_dimensions(x64):
 def test_drop_in_honours_dropout(x64):
     layer, (x,) = flax_nnx(dropout=0.4), inputs(T)
     key = nnx.Rngs(dropout=2).dropout()
-    exact = around(
-        layer,
-        lambda q, k, v: reference.dilated_attention(
-            q, k, v, *SPEC, dropout_rate=0.4, dropout_key=key, deterministic=False
-        )[0],
-        x,
-    )
+    drops = {"dropout_rate": 0.4, "dropout_key": key, "deterministic": False}
+    exact = around(layer, lambda q, k, v: oracle(q, k, v, **drops), x)
     assert_exact(layer(x, rngs=nnx.Rngs(dropout=2), deterministic=False), exact)
     assert_exact(layer(x, deterministic=True), flax_nnx()(x))
     linen = flax.linen.MultiHeadDotProductAttention(

@@ -66,7 +66,7 @@ def config(tmp_path_factory):
         steps=STEPS,
         warmup_steps=2,
         validation_rows=2,
-        checkpoint_every=3,
+        checkpoint_every=10,
     )
 
 
@@ -112,6 +112,7 @@ def processes(cache, *lines, command=joined):
     environ = {name: x for name, x in os.environ.items() if "proxy" not in name.lower()}
     environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_ENABLE_X64": "1"}
     environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     started = []
     try:
         for i, line in enumerate(lines):

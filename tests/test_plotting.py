@@ -31,16 +31,15 @@ def defined(segment_lengths, dilation_rates, length, num_heads, combine, head_of
 
 
 @pytest.mark.parametrize(
-    ("branches", "options"),
+    ("branches", "options", "length", "num_heads"),
     [
-        (((4, 8, 16), (1, 2, 4)), {}),
-        (((4, 8), (1, 3)), {"is_causal": True}),
-        (((5, 7), (2, 4)), {"head_offset": "blocked"}),
-        (((4, 8), (1, 2)), {"combine": "heads", "is_causal": True}),
-        (((4, 8), (2, 2)), {"combine": "heads"}),
+        (((4, 8, 16), (1, 2, 4)), {}, 19, 3),
+        (((4, 8), (1, 3)), {"is_causal": True}, 8, 4),
+        (((5, 7), (2, 4)), {"head_offset": "blocked"}, 19, 3),
+        (((4, 8), (1, 2)), {"combine": "heads", "is_causal": True}, 19, 3),
+        (((4, 8), (2, 2)), {"combine": "heads"}, 8, 4),
     ],
 )
-@pytest.mark.parametrize(("length", "num_heads"), [(19, 3), (8, 4)])
 def test_pattern_is_the_definition(branches, options, length, num_heads):
     everything = {"combine": "lse", "head_offset": "interleaved", "is_causal": False} | options
     seen = plotting.pattern(*branches, length=length, num_heads=num_heads, **options)
