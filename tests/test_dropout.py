@@ -53,6 +53,7 @@ def test_drops_the_pairs_that_the_oracle_drops(options, monkeypatch):
     wanted = counts(reference.dilated_attention, **options)
     without = counts(reference.dilated_attention, deterministic=True, dropout_rate=0.0, **options)
     assert 0 < wanted.sum() < without.sum()
+    assert (counts(library, **options) == wanted).all()
     monkeypatch.setattr(dilax.tile_loop, "_QUERY_TILE", 5)
     monkeypatch.setattr(dilax.tile_loop, "_KEY_TILE", 3)
     assert (counts(library, **options) == wanted).all()
