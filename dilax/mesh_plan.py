@@ -116,6 +116,7 @@ def placed_call(
         "layout": layout,
         "is_causal": options["is_causal"] and not ordered,
         "packed": packed,
+        "ordered": ordered,
         "link": link_of(sharding.sizes("sequence"), gigabytes_per_second),
     }
     scale, rate = H**-0.5, options["dropout_rate"]
@@ -126,7 +127,6 @@ def placed_call(
             query.dtype,
             head_parts=parts["heads"],
             method=sharding.method,
-            ordered=ordered,
             **where,
         )
         table = plan_table(plan)
@@ -141,8 +141,9 @@ def placed_call(
             return ()
         if pattern is None:
             return local_reasons(name, q, k, v, plan, scale, ids, rate, device_kind)
+        marks = ids[0], jax.ShapeDtypeStruct((B, part), jnp.int32) if ordered else None
         drops = rate, sharding.heads is not None
-        return block_reasons(name, q, k, v, plan, make, ids[0], scale, drops, device_kind)
+        return block_reasons(name, q, k, v, plan, make, marks, scale, drops, device_kind)
 
     return PlacedCall(
         placement(plan, parts["batch"], parts["heads"]), table, _unused(sharding), reasons_of

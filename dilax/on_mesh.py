@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from dilax._types import refuse
-from dilax.checks import check_array, check_choice, check_dropout, check_qkv
+from dilax.checks import check_array, check_choice, check_qkv
 from dilax.sharded import (
     LAYOUTS,
     check_ring_size,
@@ -250,16 +250,8 @@ def dilated_attention_on_mesh(
     for name, x in (("q_start", q_start), ("k_start", k_start)):
         if x != 0:
             raise refuse(name, "0 on a mesh", x)
-    drops = check_dropout(
-        options.get("dropout_rate", 0.0),
-        options.get("dropout_key"),
-        options.get("deterministic", True),
-    )
     places = positions_of(query, key, q_positions, kv_positions)
-    if places is not None and pattern is not None and (is_causal or drops):
-        wanted = "None with a pattern on a mesh and causality or dropout, which go by the place"
-        raise refuse("q_positions", wanted, q_positions)
-    if places is not None and pattern is None:
+    if places is not None:
         options |= {"q_positions": places[0], "kv_positions": places[1]}
     options |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
     options |= {"layout": sharding.layout, "method": sharding.method}

@@ -27,6 +27,7 @@ from dilax.sharded import (
     link_of,
 )
 from dilax.sharded_local import HEADS_FROM_0, XLA, kernel_options
+from dilax.union import positions_of
 from sharding.attention import Setup, attend
 from sharding.block_plan import BlockPlan, TokenCost, make_block_plan
 from sharding.local import Local
@@ -48,6 +49,8 @@ def sharded_block_sparse_attention(
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     key_padding_mask: jax.Array | None = None,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     deterministic: bool = True,
@@ -65,7 +68,10 @@ def sharded_block_sparse_attention(
         pattern: as in `dilax.block_sparse_attention`, over the whole sequence and known when
             tracing; one for all heads if there is a head_axis.
         axis_name, layout, ring_size, head_axis, batch_axis and the masks: as in
-            `dilax.sharded_dilated_attention`; pattern and blocks count positions in any layout.
+            `dilax.sharded_dilated_attention`; pattern and blocks count places in any layout.
+        q_positions, kv_positions: int32 [T] or [B, T]: this device's; as in
+            `dilax.block_sparse_attention`, causality and dropout go by them, and every key block of
+            the pattern moves.
         is_causal, scale, dropout_rate, dropout_key, deterministic: as in `dilax.dilated_attention`.
         implementation: of the attention on one device, as in `dilax.sharded_dilated_attention`.
         return_lse: return (out, lse), lse [B, T, N].
@@ -108,6 +114,9 @@ def sharded_block_sparse_attention(
     for name, axis in (("head_axis", head_axis), ("batch_axis", batch_axis)):
         if axis is not None:
             axis_sizes_of(name, axis)
+    places = positions_of(query, key, q_positions, kv_positions)
+    if not (is_causal or dropping):
+        places = None  # they change nothing
     ids = segment_ids_of(query, key, q_segment_ids, kv_segment_ids, key_padding_mask)
     rate, seed = 0.0, None
     if dropping and dropout_key is not None:
@@ -118,16 +127,18 @@ def sharded_block_sparse_attention(
         key,
         devices=devices,
         layout=layout,
-        is_causal=is_causal,
+        is_causal=is_causal and places is None,
         packed=ids[0] is not None,
+        ordered=places is not None,
         one_for_all=head_axis is not None,
         link=link_of(sizes),
     )
     drops = rate, head_axis is not None
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    marks = ids[0], None if places is None else places[0]
     setup = Setup(
         plan,
-        choose_block_local(implementation, query, key, value, plan, make, ids, factor, drops),
+        choose_block_local(implementation, query, key, value, plan, make, marks, factor, drops),
         axis_name,
         head_axis,
         batch_axis,
@@ -136,30 +147,31 @@ def sharded_block_sparse_attention(
         rate,
         make_lists=make,
     )
-    out, lse = attend(setup, query, key, value, *ids, seed)
+    out, lse = attend(setup, query, key, value, *ids, seed, *(places or ()))
     out = out.astype(query.dtype)
     return (out, lse) if return_lse else out
 
 
 def choose_block_local(
-    implementation, query, key, value, plan: BlockPlan, make, ids, scale, drops
+    implementation, query, key, value, plan: BlockPlan, make, marks, scale, drops
 ) -> Local:
     """The attention that runs on each device: the named one, or the first that takes the calls."""
     reasons = {}
     for name in IMPLEMENTATIONS if implementation is None else (implementation,):
         if name == "xla":
             return XLA
-        reasons[name] = block_reasons(name, query, key, value, plan, make, ids[0], scale, drops)
+        reasons[name] = block_reasons(name, query, key, value, plan, make, marks, scale, drops)
         if not reasons[name]:
             return _pallas()
     raise UnsupportedError(f"query {shown(query)}, key {shown(key)} on a mesh", reasons)
 
 
 def block_reasons(
-    name, query, key, value, plan: BlockPlan, make, ids, scale, drops, device_kind=None
+    name, query, key, value, plan: BlockPlan, make, marks, scale, drops, device_kind=None
 ) -> tuple[str, ...]:
     """Why an implementation cannot take the calls of a plan; empty if it can.
 
+    marks: segment ids and positions of the queries, or None; with positions causality goes by them.
     drops: the rate of dropout, and whether heads are over several devices.
     """
     rate, one_for_all = drops
@@ -182,17 +194,21 @@ def block_reasons(
             x if x is None else jax.ShapeDtypeStruct(x.shape[leading:], x.dtype)
             for x in (call.columns, call.starts, call.counts, call.bands)
         )
-        masks = (None, None) if ids is None else (rows(ids, count), rows(ids, high - low))
+        (q_ids, kv_ids), (q_places, kv_places) = (
+            (None, None) if x is None else (rows(x, count), rows(x, high - low)) for x in marks
+        )
         reasons += unsupported(
             name,
             q,
             k,
             v,
             blocks=make(*shapes, call.longest),
-            is_causal=bool(plan.causal),
+            is_causal=plan.causal or q_places is not None,
             scale=scale,
-            q_segment_ids=masks[0],
-            kv_segment_ids=masks[1],
+            q_segment_ids=q_ids,
+            kv_segment_ids=kv_ids,
+            q_positions=q_places,
+            kv_positions=kv_places,
             q_start=plan.length - count,
             k_start=plan.length - (high - low),
             out_dtype=jnp.float32,
@@ -225,10 +241,14 @@ def block_plan_of(
     layout: str = "contiguous",
     is_causal: bool = False,
     packed: bool = False,
+    ordered: bool = False,
     one_for_all: bool = False,
     **link: Any,
 ) -> tuple[BlockPlan, Any]:
-    """The plan of a pattern over `devices` parts like query and key, and what makes its lists."""
+    """The plan of a pattern over `devices` parts like query and key, and what makes its lists.
+
+    packed, ordered: whether the tokens have segment ids, and positions of their own.
+    """
     (B, n, N, H), K = query.shape, key.shape[2]
     whole_q, whole_k = (jax.ShapeDtypeStruct((1, n * devices, x, H), query.dtype) for x in (N, K))
     lists = whole_lists(whole_q, whole_k, pattern, is_causal, 0, 0)
@@ -238,12 +258,12 @@ def block_plan_of(
         raise refuse("pattern", "one pattern for all heads with a head_axis", pattern)
     kept = lists.kept()
     itemsize, stats = (jnp.dtype(x).itemsize for x in (query.dtype, stats_dtype(query.dtype)))
-    ids = 4 * packed
+    marks = packed + ordered
     cost = TokenCost(
-        keys=B * (2 * K * H * itemsize + ids),
-        queries=B * (N * (H * itemsize + (H + 1) * stats) + ids),
+        keys=B * (2 * K * H * itemsize + 4 * marks),
+        queries=B * (N * (H * itemsize + (H + 1) * stats) + 4 * marks),
         pair=4 * B * N * H,
-        ids=packed,
+        marks=marks,
     )
     plan = make_block_plan(
         kept.column,

@@ -158,19 +158,19 @@ def ring_forward(ring: Any, query, own, arrived, running: list) -> list:
     """The running (out, lse) per chunk with one branch added."""
     chunks = range(len(running))
     queries = [ring.queries(query, i) for i in chunks]
-    ids = [ring.query_marks(i) for i in chunks]
+    marks = [ring.query_marks(i) for i in chunks]
     state: list[Any] = [None] * len(running)
     if ring.direct:
         state = [old and tuple(x[None] for x in old) for old in running]
     hops = ring.branch.hops
-    state = ring.attend(hops[0], queries, ids, own, state)
+    state = ring.attend(hops[0], queries, marks, own, state)
     for hop, after in _with_next(hops[1:]):
         following = None
         if after is not None:
             # Not before the hop before is done, so that at most two hops' keys are here at once.
             own, state = lax.optimization_barrier((own, state))
             following, state = ring.local.after(ring.send(after, own), state)
-        state = ring.attend(hop, queries, ids, arrived, state)
+        state = ring.attend(hop, queries, marks, arrived, state)
         arrived = following
     if ring.direct:
         return [new and tuple(x[0] for x in new) for new in state]
@@ -235,8 +235,8 @@ def _backward(ring: Any, arrays, own, arrived, totals: list) -> list:
     """Gradients [dq, dk, dv], each per chunk, with those of one branch added."""
     chunks = range(len(totals[0]))
     query, d_out, lse, delta = ([ring.queries(x, i) for i in chunks] for x in arrays)
-    ids = [ring.query_marks(i) for i in chunks]
-    rows = list(zip(query, ids, d_out, lse, delta, strict=True))
+    marks = [ring.query_marks(i) for i in chunks]
+    rows = list(zip(query, marks, d_out, lse, delta, strict=True))
     hops = ring.branch.hops
     dq: list[Any] = [None for _ in chunks]
     mine: list[Any] = [None for _ in chunks]

@@ -102,15 +102,16 @@ class BlockPlan:
 
 @dataclasses.dataclass(frozen=True)
 class TokenCost:
-    """Bytes of one token: its keys, values and ids; its queries and ids, and their results.
+    """Bytes of one token: its keys, values and marks; its queries and marks, and their results.
 
     pair: products and sums of one token's queries with one token's keys and values.
+    marks: arrays of one number per token that go along: segment ids, positions.
     """
 
     keys: int
     queries: int
     pair: int
-    ids: bool = False
+    marks: int = 0
 
 
 def make_block_plan(
@@ -160,8 +161,8 @@ def make_block_plan(
         rows = tuple(run if i == key else None for i in range(chunks_of(layout)))
         hops.append(_hop(lists, kept, shift, rows, block_size))
     moves = _moves(lists, kept, block_size) if kept.any() else None
-    messages = (len(hops) - 1) * (2 + cost.ids)
-    messages += len(moves.shifts) * (3 + cost.ids) if moves else 0
+    messages = (len(hops) - 1) * (2 + cost.marks)
+    messages += len(moves.shifts) * (3 + cost.marks) if moves else 0
     work = np.bincount(np.where(kept[lists.row], lists.source, lists.device), minlength=devices)
     share = lists.counts.shape[0] * lists.counts.shape[1]
     compute = float(work.max()) / share * block_size**2 * cost.pair / link.flops
@@ -178,7 +179,7 @@ def make_block_plan(
         moves,
         received,
         messages,
-        2 + cost.ids,
+        2 + cost.marks,
         float(work.max() / max(work.mean(), 1e-9)),
         compute,
         # What travels hides behind the calls before its own.

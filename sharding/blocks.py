@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from sharding.block_plan import BlockCall, BlockHop, BlockPlan, QueryMoves
-from sharding.local import Here, Local
+from sharding.local import Here, Local, positions
 from sharding.mesh import AxisName
 from sharding.messages import Messages
 from sharding.ring import Keys
+
+Marks = tuple[Any, Any]  # segment ids and positions of queries, or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +57,18 @@ class BlockRing:
         """[B, n, ...] as [1, B, c, ...], of one chunk."""
         return self._chunk(x, chunk)[None]
 
-    def query_marks(self, chunk: int) -> jax.Array | None:
-        """Segment ids [1, B, c]."""
-        return None if self.here.q_ids is None else self.queries(self.here.q_ids, chunk)
+    @property
+    def own_marks(self) -> Marks:
+        """Of this device's queries [B, n]."""
+        return self.here.q_ids, self.here.q_positions
+
+    def query_marks(self, chunk: int) -> Marks:
+        """Theirs [1, B, c]."""
+        return jax.tree.map(lambda x: self.queries(x, chunk), self.own_marks)
 
     def keys(self, key: jax.Array, value: jax.Array) -> tuple[Keys, ...]:
-        """This device's keys, values and ids, per chunk."""
-        arrays = Keys(key, value, self.here.kv_ids)
+        """This device's keys, values and their marks, per chunk."""
+        arrays = Keys(key, value, self.here.kv_ids, self.here.kv_positions)
         return tuple(
             jax.tree.map(lambda x, i=i: self.queries(x, i), arrays)
             for i in range(self.plan.token_starts.shape[1])
@@ -86,9 +93,11 @@ class BlockRing:
         pairs = [(destination, source) for source, destination in hop.pairs]
         return jax.tree.map(lambda x: self.messages.permute(x, self.axis_name, pairs), gradients)
 
-    def options(self, lists: tuple, starts: tuple, q: jax.Array, q_ids: Any, keys: Keys) -> dict:
+    def options(self, lists: tuple, starts: tuple, q: jax.Array, marks: Marks, keys: Keys) -> dict:
         """The local attention's, for arrays without the leading axis and their first positions."""
+        q_ids, places = marks
         options = {
+            **positions(places, keys.positions),
             "blocks": self.make(*lists),
             "is_causal": self.is_causal,
             "scale": self.scale,
@@ -99,40 +108,45 @@ class BlockRing:
         if self.local.hashes(self.here):
             options |= self.local.drops(self.here, q.shape[0], (0,))
         else:
-            options["dropout_bits"] = self._bits(starts, q, keys)
+            options["dropout_bits"] = self._bits(starts, q, places, keys)
         if q_ids is not None and keys.ids is not None:
             options |= {"q_segment_ids": q_ids, "kv_segment_ids": keys.ids}
         return options
 
-    def _bits(self, starts: tuple, q: jax.Array, keys: Keys) -> Any:
+    def _bits(self, starts: tuple, q: jax.Array, places: Any, keys: Keys) -> Any:
         if self.here.seed is None:
             return None
         q_start, k_start = starts
         B, n, N, _ = q.shape
         batch = (self.here.batch_index * B + jnp.arange(B)).reshape(B, 1, 1)
         head = (self.here.head_index * N + jnp.arange(N)).reshape(1, 1, N)
-        row = (q_start + jnp.arange(n, dtype=jnp.int32)).reshape(1, n, 1)
-        column = k_start + jnp.arange(keys.key.shape[1], dtype=jnp.int32)
-        columns = self.local.column_bits(self.here.seed, column.reshape(1, 1, -1, 1), 0)
-        return self.local.row_bits(self.here.seed, batch, head, row), columns
+        row, column = (
+            start + jnp.arange(count, dtype=jnp.int32)[None] if place is None else place
+            for start, count, place in (
+                (q_start, n, places),
+                (k_start, keys.key.shape[1], keys.positions),
+            )
+        )
+        rows = self.local.row_bits(self.here.seed, batch, head, row[..., None])
+        return rows, self.local.column_bits(self.here.seed, column[None, ..., None], 0)
 
-    def _arguments(self, hop: BlockHop, call: BlockCall, q, ids, arrived) -> tuple[tuple, dict]:
+    def _arguments(self, hop: BlockHop, call: BlockCall, q, marks, arrived) -> tuple[tuple, dict]:
         me, starts = self.here.device, jnp.asarray(self.plan.token_starts, jnp.int32)
         keys = jax.tree.map(lambda x: x[0], arrived[call.key])
         rows = hop.rows[call.key]
         assert rows is not None  # somebody visits them
         first = starts[(me - hop.shift) % self.plan.devices, call.key] + rows[0]
-        q_ids = None if ids is None else ids[0]
+        marks = jax.tree.map(lambda x: x[0], marks)
         lists = (*at_device(call, me), call.longest)
-        options = self.options(lists, (starts[me, call.query], first), q[0], q_ids, keys)
+        options = self.options(lists, (starts[me, call.query], first), q[0], marks, keys)
         return (q[0], keys.key, keys.value), options
 
-    def attend(self, hop: BlockHop, queries, ids, arrived, state: list) -> list:
+    def attend(self, hop: BlockHop, queries, marks, arrived, state: list) -> list:
         """`state` (per chunk None or (out, lse)), continued over the keys that a hop brought."""
         state = list(state)
         for call in hop.calls:
-            arguments = self._arguments(hop, call, queries[call.query], ids[call.query], arrived)
-            arrays, options = arguments
+            asking = queries[call.query], marks[call.query]
+            arrays, options = self._arguments(hop, call, *asking, arrived)
             old = state[call.query]
             carry = None if old is None else tuple(x[0] for x in old)
             new = self.local.forward(*arrays, carry=carry, **options)
@@ -143,8 +157,8 @@ class BlockRing:
         """dq, continued, and per chunk the gradients (dk, dv) of what a hop brought."""
         dq, back = list(dq), {}
         for call in hop.calls:
-            q, ids, *others = rows[call.query]
-            arrays, options = self._arguments(hop, call, q, ids, arrived)
+            q, marks, *others = rows[call.query]
+            arrays, options = self._arguments(hop, call, q, marks, arrived)
             gq, *new = self.local.backward(*arrays, *(x[0] for x in others), **options)
             dq[call.query] = _sum(dq[call.query], gq[None])
             before = back.get(call.key, (None, None))
@@ -211,27 +225,27 @@ class Travellers:
         starts = jnp.asarray(self.moves.starts, jnp.int32)[owners].reshape(-1)
         return starts, tuple(at_device(call, me) for call in self.moves.calls)
 
-    def _calls(self, start: Any, lists: tuple, q: jax.Array, ids: Any, own: tuple[Keys, ...]):
+    def _calls(self, start: Any, lists: tuple, q: jax.Array, marks: Marks, own: tuple[Keys, ...]):
         """(arrays, options, key chunk) of the calls of one item."""
         first = jnp.asarray(self.ring.plan.token_starts, jnp.int32)[self.ring.here.device]
         for call, one in zip(self.moves.calls, lists, strict=True):
             keys = jax.tree.map(lambda x: x[0], own[call.key])
             one = (*one, call.longest)
-            options = self.ring.options(one, (start, first[call.key]), q, ids, keys)
+            options = self.ring.options(one, (start, first[call.key]), q, marks, keys)
             yield (q, keys.key, keys.value), options, call.key
 
     def attend(self, query: jax.Array, own: tuple[Keys, ...]) -> list[tuple]:
         """Per shift (out, lse) [m, B, block, ...] of this device's blocks that move."""
-        ids = None if self.ring.here.q_ids is None else self.send(self.ring.here.q_ids)
+        marks = jax.tree.map(self.send, self.ring.own_marks)
 
         def one(item: Any) -> Any:
-            start, lists, q, ids = item
+            start, lists, q, marks = item
             state = None
-            for arrays, options, _ in self._calls(start, lists, q, ids, own):
+            for arrays, options, _ in self._calls(start, lists, q, marks, own):
                 state = self.ring.local.forward(*arrays, carry=state, **options)
             return tuple(state or ())
 
-        out, lse = lax.map(one, (*self._items(), self.send(query), ids))
+        out, lse = lax.map(one, (*self._items(), self.send(query), marks))
         return list(zip(self._home(out, 0.0), self._home(lse, -jnp.inf), strict=True))
 
     def merge(self, running: list, parts: list[tuple]) -> list:
@@ -252,19 +266,19 @@ class Travellers:
         rows: (query, d_out, lse, delta) of this device.
         """
         totals, rows = self.ring.local.after(totals, rows)
-        ids = None if self.ring.here.q_ids is None else self.send(self.ring.here.q_ids)
+        marks = jax.tree.map(self.send, self.ring.own_marks)
 
         def one(sums: Any, item: Any) -> Any:
-            start, lists, ids, q, *others = item
+            start, lists, marks, q, *others = item
             dq, sums = None, [list(x) for x in sums]
-            for arrays, options, chunk in self._calls(start, lists, q, ids, own):
+            for arrays, options, chunk in self._calls(start, lists, q, marks, own):
                 gq, *new = self.ring.local.backward(*arrays, *others, **options)
                 dq = _sum(dq, gq)
                 for i, g in enumerate(new):
                     sums[i][chunk] = sums[i][chunk] + g
             return sums, dq
 
-        items = (*self._items(), ids, *map(self.send, rows))
+        items = (*self._items(), marks, *map(self.send, rows))
         (dk, dv), dq = lax.scan(one, [list(x) for x in totals[1:]], items)
         parts = self._home(dq, 0.0)
 

@@ -117,15 +117,16 @@ ON_MESH = [row for row in KINDS if row.mesh and not row.pattern]
 
 
 def test_block_sparse_on_a_mesh():
+    """Along a Hilbert curve, and sees no token after its own in the grid."""
     mesh = mesh_of((2, 2), names=("data", "sequence"))
-    options = {"window_size": 100, "block_size": 64}
     x = jax.random.normal(jax.random.key(1), (2, 256, 32))
+    pattern = dilax.SparsePatternConfig(window_size=100, block_size=64)
+    options = {"pattern": pattern, "order": dilax.TokenOrder((16, 16))}
     create = dilax.create_multihead_dilated_attention
-    pattern = dilax.SparsePatternConfig(**options)
-    layer = create("block_sparse_distributed", 32, 4, pattern=pattern, mesh=mesh)
+    layer = create("block_sparse_distributed", 32, 4, mesh=mesh, **options)
     name = "BlockSparseRingDistributedDilatedAttention"
-    assert create(name, 32, 4, pattern=pattern, mesh=mesh).attention == layer.attention
-    same = create("block_sparse", 32, 4, pattern=pattern)
+    assert create(name, 32, 4, mesh=mesh, **options).attention == layer.attention
+    same = create("block_sparse", 32, 4, **options)
     run = nnx.jit(lambda layer, x: layer(x, is_causal=True))
     placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data", "sequence")))
     assert error(run(layer, placed), run(same, x)) < 1e-5

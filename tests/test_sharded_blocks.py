@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import dilax
-from dilax import sharded_blocks
+from dilax import reference, sharded_blocks
 from dilax.block_lists import from_mask
 from sharding import block_plan
 from sharding.mesh import from_layout, to_layout
-from tests.compare import error
+from tests.compare import assert_exact, error
 
 T, BLOCK = 64, 4
+MARKS = ("q_segment_ids", "q_positions")
 
 
 @pytest.fixture(autouse=True)
@@ -25,18 +26,18 @@ def every_gap(monkeypatch):
 
 
 def pattern_of(name):
-    """Lists of blocks: exact windows by a band, block 0 for all and seeing all, random ones."""
+    """Lists of blocks: exact windows by a band, block 0 that sees all, or is also seen; random."""
     n = 32 if name == "global" else T // BLOCK
     rng = np.random.default_rng(0)
     if name == "heads":  # one for each kv head
         return from_mask(rng.random((1, 2, 16, 16)) < 0.3, BLOCK)
-    tokens, reach = {"window": (9, 3)}.get(name, (7, 2))
+    tokens, reach = {"window": (9, 3), "block": (3, 0)}.get(name, (7, 2))
     distance = np.arange(n)[:, None] - np.arange(n)
     band, mask = (abs(distance) <= reach).astype(int), abs(distance) <= reach
     if name != "window":
-        mask[0], mask[:, 0], band[0], band[:, 0] = True, True, 0, 0
-    if name == "random":
-        mask |= rng.random((16, 16)) < 0.1
+        mask[0], band[0] = True, 0
+    if name == "global":
+        mask[:, 0], band[:, 0] = True, 0
     return from_mask(mask, BLOCK, ((None, None), (tokens, tokens)), band)
 
 
@@ -46,14 +47,14 @@ def placed(name, devices, mesh=None, **options):
     mesh = mesh or jax.make_mesh((devices,), ("sequence",), axis_types=(auto,))
     part = jax.P(None, "sequence")
 
-    def run(q, k, v, *ids):
+    def run(q, k, v, *marks):
         return dilax.sharded_block_sparse_attention(
             q,
             k,
             v,
             pattern_of(name),
             axis_name="sequence",
-            q_segment_ids=ids[0] if ids else None,
+            **dict(zip(MARKS, marks, strict=False)),
             **options,
         )
 
@@ -69,43 +70,83 @@ def placed(name, devices, mesh=None, **options):
 def with_gradients(f):
     """out, lse, dq, dk, dv of f with cotangents."""
 
-    def run(q, k, v, do, dl, *ids):
-        result, vjp = jax.vjp(lambda *x: f(*x, *ids), q, k, v)
+    def run(q, k, v, do, dl, *marks):
+        result, vjp = jax.vjp(lambda *x: f(*x, *marks), q, k, v)
         return *result, *vjp((do, dl))
 
     return jax.jit(run)
 
 
-@pytest.mark.parametrize(
-    ("name", "devices", "causal", "layout", "ids", "rate"),
-    [
-        ("window", 8, True, "contiguous", False, 0.0),
-        ("global", 2, False, "zigzag", True, 0.3),  # the queries of block 0 move
-        ("heads", 4, True, "contiguous", False, 0.0),
-        ("random", 4, True, "contiguous", False, 0.0),
-    ],
-)
-def test_equals_one_device(name, devices, causal, layout, ids, rate, x64):
+def options_of(causal, drops):
+    options = {"is_causal": causal, "return_lse": True}
+    if drops:
+        options |= {"dropout_rate": 0.3, "dropout_key": jax.random.key(5), "deterministic": False}
+    return options
+
+
+def arrays_of():
+    """q, k, v, cotangents of out and lse, segment ids."""
     rng = np.random.default_rng(1)
-    T = 128 if name == "global" else 64
     q, do = rng.normal(size=(2, 2, T, 4, 8))
     k, v = rng.normal(size=(2, 2, T, 2, 8))
-    arrays = (q, k, v, do, rng.normal(size=(2, T, 4)))
-    if ids:
-        arrays += (np.sort(rng.integers(0, 3, (2, T)), 1).astype(np.int32),)
-    options = {"is_causal": causal, "return_lse": True}
-    if rate:
-        options |= {"dropout_rate": rate, "dropout_key": jax.random.key(5), "deterministic": False}
+    ids = np.sort(rng.integers(0, 3, (2, T)), 1).astype(np.int32)
+    return q, k, v, do, rng.normal(size=(2, T, 4)), ids
+
+
+def moves(name, devices, **options):
+    """Whether queries of `arrays_of` travel."""
+    q, k = (jax.ShapeDtypeStruct((2, T // devices, n, 8), jnp.float64) for n in (4, 2))
+    plan, _ = sharded_blocks.block_plan_of(pattern_of(name), q, k, devices=devices, **options)
+    return plan.moves is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "causal", "layout", "ids", "drops"),
+    [
+        ("window", 8, True, "contiguous", False, False),
+        ("block", 2, False, "zigzag", True, True),  # the queries of block 0 move
+        ("heads", 4, True, "contiguous", False, False),
+    ],
+)
+def test_equals_one_device(name, devices, causal, layout, ids, drops, x64):
+    arrays = arrays_of()[: 6 if ids else 5]
+    options = options_of(causal, drops)
 
     def one(q, k, v, *ids):
         masks = {"q_segment_ids": ids[0]} if ids else {}
         return dilax.block_sparse_attention(q, k, v, pattern_of(name), **masks, **options)
 
+    assert moves(name, devices, is_causal=causal, layout=layout, packed=ids) == (name == "block")
     wanted = with_gradients(one)(*arrays)
     there = [to_layout(x, devices, layout) for x in arrays]
     found = with_gradients(placed(name, devices, layout=layout, **options))(*there)
     found = [from_layout(x, devices, layout) for x in found]
     assert max(error(a, b) for a, b in zip(found, wanted, strict=True)) <= 1e-12
+
+
+def test_causality_goes_by_the_positions_of_a_token_order(x64):
+    """As in the oracle; they travel with keys, and with the queries of block 0, which move."""
+    q, k, v, *others, ids = arrays_of()
+    order = np.random.default_rng(2).permutation(T).astype(np.int32)
+    positions = np.stack([order, order[::-1]])  # of the two examples
+    options = options_of(True, True)
+    attend = with_gradients(placed("queries", 4, **options))
+    dense = options | {"q_segment_ids": ids, "q_positions": positions}
+    del dense["return_lse"]
+
+    def exact(*arrays):
+        return reference.block_sparse_attention(*arrays, pattern_of("queries"), **dense)
+
+    def found(*arrays):
+        return list(attend(*arrays, *others, ids, positions))
+
+    assert_exact(found(q, k, v), list(with_gradients(exact)(q, k, v, *others)))
+    assert moves("queries", 4, packed=True, ordered=True)
+    late = (positions > T // 2)[..., None, None]
+    out, changed = found(q, k, v)[0], found(q, k + late, v - late)[0]
+    early = np.broadcast_to(~late, out.shape)
+    assert (np.asarray(out)[early] == np.asarray(changed)[early]).all()
+    assert (out != changed).any()
 
 
 @pytest.mark.parametrize(
