@@ -1,7 +1,5 @@
 """Attention on a mesh of all Hopper GPUs through the kernels: run by `-m gpu` only."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,15 +25,26 @@ def lists():
 def with_gradients(attend, *arrays):
     """out, dq, dk, dv as float64."""
 
-    def run(q, k, v, do):
-        out, vjp = jax.vjp(attend, q, k, v)
+    def run(q, k, v, do, *places):
+        out, vjp = jax.vjp(lambda *x: attend(*x, *places), q, k, v)
         return out, *vjp(do.astype(out.dtype))
 
     return [np.asarray(x, np.float64) for x in jax.jit(run)(*arrays)]
 
 
+def with_positions(attend, **options):
+    """attend of arrays alone: q, k, v and the positions of a token order, if any."""
+
+    def run(q, k, v, *places):
+        given = {"q_positions": places[0]} if places else {}
+        return attend(q, k, v, **given, **options)
+
+    return run
+
+
 WAYS = {
     "lists": (dilax.sharded_block_sparse_attention, dilax.block_sparse_attention),
+    "lists, in an order": (dilax.sharded_block_sparse_attention, dilax.block_sparse_attention),
     "branches": (dilax.sharded_dilated_attention, dilax.dilated_attention),
 }
 
@@ -52,17 +61,21 @@ def test_kernels_on_a_mesh(way, causal, layout):
     q, do = rng.normal(size=(2, 1, T, 4, 64))
     k, v = rng.normal(size=(2, 1, T, 2, 64))
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, do)]
-    one = functools.partial(alone, implementation="xla", **options)
-    rounded = with_gradients(one, *arrays)
+    places = []
+    if way == "lists, in an order":
+        places.append(rng.permutation(T).astype(np.int32)[None])
+    one = with_positions(alone, implementation="xla", **options)
+    rounded = with_gradients(one, *arrays, *places)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        exact = with_gradients(one, *(np.asarray(x, np.float64) for x in arrays))
+        exact = with_gradients(one, *(np.asarray(x, np.float64) for x in arrays), *places)
     mesh = jax.make_mesh((devices,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
     part = jax.P(None, "sequence")
-    attend = functools.partial(
+    attend = with_positions(
         there, axis_name="sequence", layout=layout, implementation="pallas", **options
     )
-    attend = jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False)
-    placed = [dilax.to_layout(x, devices, layout) for x in arrays]
+    specs = (part,) * (3 + len(places))
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)
+    placed = [dilax.to_layout(x, devices, layout) for x in (*arrays, *places)]
     found = [dilax.from_layout(x, devices, layout) for x in with_gradients(attend, *placed)]
     for name, x, y, z in zip(("out", "dq", "dk", "dv"), found, rounded, exact, strict=True):
         assert error(x, z) <= FACTOR * error(y, z), name
