@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import block_peers as peers
-from benchmarks.block_peers import DENSE, FLASH, FLEX, OURS, TWO, WINDOW, XLA
+from benchmarks.block_peers import DENSE, FLASH, FLEX, OURS, TOKAMAX, TWO, WINDOW, XLA
 from pallas_kernels import block_schedule
 
 HEADS = 16
@@ -60,7 +60,7 @@ def windows() -> list[Case]:
     """A long causal window."""
     pairs = float(LONG * WIDTH - WIDTH * (WIDTH - 1) / 2)
     name, pattern = f"causal window {WIDTH} T={LONG}", peers.window(LONG, WIDTH)
-    who = (OURS, WINDOW, FLASH, FLEX)
+    who = (OURS, WINDOW, FLASH, TOKAMAX, FLEX)
     return [Case(name, pattern, LONG, H, pairs, width=WIDTH, who=who) for H in (128, 64)]
 
 
@@ -142,6 +142,7 @@ def functions(c: Case) -> dict[str, Callable]:
         DENSE: peers.cudnn(),
         WINDOW: peers.cudnn(c.width),
         FLASH: peers.flash3(c.width or 0),
+        TOKAMAX: peers.tokamax(c.width or 0),
     }
     for order in block_schedule.ORDERS:
         every[order] = peers.ours(c.pattern, order, deterministic=True)

@@ -21,6 +21,7 @@ XLA = "dilax, XLA"
 DENSE = "cuDNN dense"
 WINDOW = "cuDNN window"
 FLASH = "FlashAttention-3"
+TOKAMAX = "tokamax"
 FLEX = "FlexAttention"
 WHOLE = (None, None)
 
@@ -157,6 +158,20 @@ def flash3(window_size: int) -> Callable:
         from flash_attn3_jax import flash_mha
 
         return flash_mha(q, k, v, is_causal=True, window_size=(window_size - 1, 0))
+
+    return attend
+
+
+def tokamax(window_size: int) -> Callable:
+    """tokamax's causal sliding window by its kernels for Hopper (package tokamax)."""
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        from tokamax import dot_product_attention
+
+        window = (window_size - 1, 0)
+        return dot_product_attention(
+            q, k, v, is_causal=True, local_window_size=window, implementation="mosaic"
+        )
 
     return attend
 

@@ -2,10 +2,11 @@
 
     python benchmarks/gpu.py --out results [--parts bars,sweep] [--budget SECONDS] [--join DIR]
 
-Every result is compared with float64, or large dense ones with a peer, before it is timed. Writes
-DIR/table.md, DIR/table.json and DIR/time.png, a row as soon as it is there. The exit status is 0
-only if no part failed or was left out. --join adds the rows of an earlier run, --lower only lowers
-every program for CUDA, on any machine.
+Results of the bars and of GigaPath's shape are compared with float64, dense ones with cuDNN's. A
+peer that is not installed (flash_attn3_jax, tokamax) has a row that says so. Writes DIR/table.md,
+DIR/table.json and DIR/time.png, a row as soon as it is there. The exit status is 0 only if no part
+failed or was left out. --join adds the rows of an earlier run, --lower only lowers every program
+for CUDA: on any machine this library's, the peers' where their libraries are.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 
 from benchmarks import gpu_checks, gpu_torch
 from benchmarks import gpu_peers as peers
-from benchmarks.gpu_lab import HEADS, Lab, Program, Shape, Step, deviation, memory_mib, record
+from benchmarks.gpu_lab import HEADS, Lab, Program, Shape, Step, deviation, record, record_memory
 from benchmarks.gpu_table import OURS, Row, read_rows
 from benchmarks.turns import in_turns
 
@@ -33,6 +34,8 @@ LONGNET = ((2048, 1), (4096, 2), (8192, 4), (16384, 8), (32768, 16))
 GIGAPATH = ((1024, 1), (5792, 2), (32768, 4), (185363, 8), (1048576, 16))
 DETERMINISTIC = f"{OURS}, deterministic"
 REPEATS = 100
+# Tokens up to which dense attention is part of the sweep: with backward two seconds a call there.
+DENSE_SWEEP = 1 << 18
 
 
 def longnet(H: int, causal: bool) -> Shape:
@@ -75,8 +78,9 @@ def compete(
             except Exception as problem:  # the others are timed without it
                 lab.fail(f"{shape.name}, {who}", problem)
                 continue
-            rows[n] = Row(shape.name, who, memory_mib=memory_mib(mine["forward"]))
+            rows[n] = Row(shape.name, who)
             for work, executable in mine.items():
+                record_memory(rows[n], work, executable)
                 call = functools.partial(executable, *arrays[shape])
                 calls[work][n] = call, jax.block_until_ready
         for work in works:
@@ -136,6 +140,12 @@ def compared(lab: Lab, shape: Shape, who: str, peer: str) -> Step:
     return Step(f"{shape.name}, {who}, beside {peer}", programs, run)
 
 
+def absent(lab: Lab, shape: Shape, who: str) -> Step:
+    """Says in the table that a peer is missing."""
+    row = Row(shape.name, who, note=f"not measured: no package {peers.package(who)}")
+    return Step(f"{shape.name}, {who}", (), lambda: lab.add(row))
+
+
 CALLS = [(H, causal) for H in (128, 64) for causal in (False, True)]
 
 
@@ -145,7 +155,8 @@ def bars(lab: Lab) -> list[Step]:
     for H, causal in CALLS:
         whole, dilated = dense(H, causal), longnet(H, causal)
         entries = [(whole, "cudnn"), (dilated, OURS), (whole, OURS)]
-        entries += [(whole, who) for who in peers.present()]
+        steps += [absent(lab, whole, who) for who in peers.others(H) if not peers.installed(who)]
+        entries += [(whole, who) for who in peers.others(H) if peers.installed(who)]
         if peers.has_switch():
             entries.append((dilated, DETERMINISTIC))
         kind = "causal" if causal else "full"
@@ -155,9 +166,12 @@ def bars(lab: Lab) -> list[Step]:
 
 
 def errors(lab: Lab) -> list[Step]:
-    """The calls of `bars` against float64, and against cuDNN."""
+    """The calls of `bars` against float64, and everybody's dense ones against cuDNN."""
     steps = [checked(lab, longnet(H, causal), OURS) for H, causal in CALLS]
-    return steps + [compared(lab, dense(H, causal), OURS, "cudnn") for H, causal in CALLS]
+    for H, causal in CALLS:
+        found = [OURS, *filter(peers.installed, peers.others(H))]
+        steps += [compared(lab, dense(H, causal), who, "cudnn") for who in found]
+    return steps
 
 
 def composed(lab: Lab) -> list[Step]:
@@ -210,11 +224,10 @@ def sweep(lab: Lab) -> list[Step]:
     ours, others = [], []
     for power in range(12, 21):
         T = 1 << power
-        lists = tuple((w, r) for w, r in LONGNET if w <= T)
-        ours.append(measured(lab, Shape(f"sweep H=64 T={T}", lists, T, 64), OURS, backward=False))
-        if T <= 1 << 17:
-            shape = Shape(f"sweep H=64 T={T}", ((T, 1),), T, 64)
-            others.append(measured(lab, shape, "cudnn", backward=T <= 1 << 15))
+        name, lists = f"sweep H=64 T={T}", tuple((w, r) for w, r in LONGNET if w <= T)
+        ours.append(measured(lab, Shape(name, lists, T, 64), OURS))
+        if T <= DENSE_SWEEP:
+            others.append(measured(lab, Shape(name, ((T, 1),), T, 64), "cudnn"))
     return ours + others
 
 

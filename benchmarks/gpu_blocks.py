@@ -5,10 +5,11 @@
 Parts, in this order: windows, long (1 % of 131072 tokens), fractions (100 to 1 % kept, and the
 plot), errors (beside the XLA path's, float64), adaptive (the router's time), few_heads, orders,
 more (causal, per head, blocks of 64), two_passes (the deterministic backward), checks (every
-option). Peers: dense cuDNN and its window, FlexAttention (torch) and FlashAttention-3, where
-installed. Rows are printed and written (blocks.md, blocks.json, blocks.png) as they come. A part
-that fails, or that the budget does not reach, is named and the others go on. --lower: only lowers
-this library's functions for CUDA, without a GPU. --smoke: the smallest checks, also on a CPU.
+option). Peers: dense cuDNN and its window, and where installed FlexAttention (torch) and the
+windows of FlashAttention-3 and tokamax. Rows are printed and written (blocks.md, blocks.json,
+blocks.png) as they come. A part that fails, or that the budget does not reach, is named and the
+others go on. --lower: only lowers this library's functions for CUDA, without a GPU. --smoke: the
+smallest checks, also on a CPU.
 """
 
 import argparse

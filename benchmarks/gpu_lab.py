@@ -203,10 +203,11 @@ def record(row: gpu_table.Row, shape: Shape, work: str, seconds: float) -> None:
     setattr(row, f"{work}_rate", factor * shape.flops / seconds / 1e12)
 
 
-def memory_mib(executable: Any) -> float:
-    """What an executable holds beside its inputs, in MiB."""
+def record_memory(row: gpu_table.Row, work: str, executable: Any) -> None:
+    """Fills in what an executable holds beside its inputs. work: "forward" or "both"."""
     stats = executable.memory_analysis()
-    return (stats.temp_size_in_bytes + stats.output_size_in_bytes) / 2**20
+    held = (stats.temp_size_in_bytes + stats.output_size_in_bytes) / 2**20
+    setattr(row, {"forward": "memory_mib", "both": "both_memory_mib"}[work], held)
 
 
 def deviation(found: Iterable[Any], exact: Iterable[Any]) -> list[float]:

@@ -14,8 +14,12 @@ from dilax.spec import Branch
 from pallas_kernels import flash
 
 Lists = tuple[tuple[int, int], ...]
-# A dense peer that may be missing, and the package it is in.
-OPTIONAL = ("flash_attn3_jax", "tokamax")
+# Dense peers that may be missing: a package, then what is chosen in it.
+FLASH3, TOKAMAX = "flash_attn3_jax", "tokamax"
+TOKAMAX_TILES = f"{TOKAMAX}, tiles for 32 heads"
+# What tokamax's own search found for 32 heads of 64 at 16384 tokens on an H100, by causality; for
+# 16 heads it has found none and takes a default. Query block, key block, stages.
+TILES = {False: ((128, 128, 3), (128, 64, 2)), True: ((64, 256, 3), (128, 64, 3))}
 
 
 def attention(who: str, shape: Any) -> Callable:
@@ -108,22 +112,46 @@ def composed(lists: Lists, causal: bool) -> Callable:
     return attend
 
 
-def present() -> tuple[str, ...]:
-    """The dense peers of other packages that are installed."""
-    return tuple(name for name in OPTIONAL if importlib.util.find_spec(name) is not None)
+def others(H: int) -> tuple[str, ...]:
+    """The dense peers of other packages, installed or not."""
+    return (FLASH3, TOKAMAX, TOKAMAX_TILES) if H == 64 else (FLASH3, TOKAMAX)
 
 
-def optional(name: str, causal: bool) -> Callable:
+def package(who: str) -> str:
+    """The package that a dense peer is in."""
+    return who.partition(",")[0]
+
+
+def installed(who: str) -> bool:
+    """Whether there is a package with a dense peer."""
+    return importlib.util.find_spec(package(who)) is not None
+
+
+def optional(who: str, causal: bool) -> Callable:
     """A dense peer from another package."""
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         # Imported when measured: one that lacks something itself then says so in its own row.
-        module = importlib.import_module(name)
-        if name == "flash_attn3_jax":
+        module = importlib.import_module(package(who))
+        if who == FLASH3:
             return module.flash_mha(q, k, v, is_causal=causal)
-        return module.dot_product_attention(q, k, v, is_causal=causal, implementation="mosaic")
+        chosen = (tokamax_tiled(*TILES[causal]),) if who == TOKAMAX_TILES else "mosaic"
+        return module.dot_product_attention(q, k, v, is_causal=causal, implementation=chosen)
 
     return attend
+
+
+def tokamax_tiled(forward: tuple[int, int, int], backward: tuple[int, int, int]) -> Any:
+    """tokamax's kernels for Hopper with given tiles, which its public functions do not take."""
+    folder = "tokamax._src.ops.attention.pallas_mosaic_gpu"
+    first, second = (importlib.import_module(folder + end) for end in ("", "_vjp"))
+    q, k, stages = backward
+    tiles = {"block_q_dkv": q, "block_kv_dkv": k, "block_q_dq": q, "block_kv_dq": k}
+    config = second.Config(**tiles, num_stages=stages, compute_wgs=2)
+    pull = second.PallasMosaicGpuFlashAttentionVjp(config=config)
+    q, k, stages = forward
+    config = first.ConfigSM90(block_q=q, block_kv=k, num_stages=stages, persistent=False)
+    return first.PallasMosaicGpuFlashAttention(config=config, vjp=pull)
 
 
 def torch_dense(torch: Any, causal: bool) -> Callable:

@@ -10,8 +10,10 @@ class Row:
     """One measurement: times in milliseconds, rates in useful TFLOP/s.
 
     error: largest deviation from float64 over the largest value, of out and the gradients; ratio:
-    the same over that of the XLA path in the same dtype, the largest of them. first_s: seconds of
-    the first call. host_us: what a cached call adds to a trivial one, in microseconds.
+    the same over that of the XLA path in the same dtype, the largest of them. memory_mib and
+    both_memory_mib: beside the inputs, forward and with backward; memory_mib under a bound_mib: all
+    of the device. first_s: seconds of the first call. host_us: what a cached call adds to a trivial
+    one, in microseconds.
     """
 
     case: str
@@ -27,16 +29,17 @@ class Row:
     bound_mib: float | None = None
     first_s: float | None = None
     host_us: float | None = None
+    both_memory_mib: float | None = None
 
     def line(self) -> str:
         """The row of the table."""
         times = f"{_show(self.forward, 3)} | {_show(self.both, 3)}"
         rates = f"{_show(self.forward_rate, 0)} | {_show(self.both_rate, 0)}"
         error = "" if self.error is None else f"{self.error:.1e}"
-        ratio, memory = _show(self.ratio, 2), _show(self.memory_mib, 0)
+        memory = f"{_show(self.memory_mib, 0)} | {_show(self.both_memory_mib, 0)}"
         return (
-            f"| {self.case} | {self.who} | {times} | {rates} | {error} | {ratio} | {memory} |"
-            f" {self.note} |"
+            f"| {self.case} | {self.who} | {times} | {rates} | {error} | {_show(self.ratio, 2)} |"
+            f" {memory} | {self.note} |"
         )
 
 
@@ -47,7 +50,8 @@ def _show(x: float | None, digits: int) -> str:
 def markdown(rows: list[Row], head: str, notes: list[str]) -> str:
     """The table, and under it the bars."""
     names = "case | who | fwd ms | fwd+bwd ms | TFLOP/s | fwd+bwd TFLOP/s | error | / XLA's | MiB"
-    lines = [head, "", f"| {names} | note |", "|---" * 10 + "|"]
+    names += " | fwd+bwd MiB | note"
+    lines = [head, "", f"| {names} |", "|---" * 11 + "|"]
     lines += [row.line() for row in rows]
     judged = verdicts(rows)
     if judged:
@@ -125,23 +129,27 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for who in sorted({r.who for r in points}):
-        mine = [(int(r.case.rpartition("=")[2]), r) for r in points if r.who == who]
-        lengths = [T for T, _ in mine]
-        (line,) = left.loglog(lengths, [r.forward for _, r in mine], "o-", base=2, label=who)
-        both = [(T, r.both) for T, r in mine if r.both is not None]
-        if both:
-            style = {"color": line.get_color(), "base": 2, "label": f"{who}, with backward"}
-            left.loglog(*zip(*both, strict=True), "s--", **style)
-        memory = [(T, r.memory_mib) for T, r in mine if r.memory_mib is not None]
-        if memory:
-            right.loglog(*zip(*memory, strict=True), "o-", base=2, label=who)
-    for axes, label in ((left, "ms"), (right, "forward: output and temporaries, MiB")):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for n, who in enumerate(sorted({r.who for r in points}, key=lambda who: (who != OURS, who))):
+        mine = {int(r.case.rpartition("=")[2]): r for r in points if r.who == who}
+        for axes, forward, both in (
+            (left, "forward", "both"),
+            (right, "memory_mib", "both_memory_mib"),
+        ):
+            for field, marker, label in (
+                (forward, "o-", f"{who}, forward"),
+                (both, "s--", f"{who}, forward and backward"),
+            ):
+                found = [(T, x) for T in sorted(mine) if (x := getattr(mine[T], field)) is not None]
+                if found:
+                    axes.loglog(*zip(*found, strict=True), marker, color=f"C{n}", label=label)
+    for axes, label in ((left, "ms"), (right, "MiB beside the inputs")):
+        axes.set_xscale("log", base=2)
         axes.set(xlabel="tokens", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
+    figure.suptitle("H = 64: LongNet's segments (dilax), all of the sequence (cudnn)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

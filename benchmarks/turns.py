@@ -9,8 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 
-def in_turns(runs: dict[Any, tuple[Callable, Callable]], least: float = 0.02) -> dict[Any, float]:
-    """Median seconds of each of (run, wait), batches of one after those of another."""
+def in_turns(
+    runs: dict[Any, tuple[Callable, Callable]], least: float = 0.02, most: float = 3.0
+) -> dict[Any, float]:
+    """Median seconds of each of (run, wait), batches of one after those of another.
+
+    least: seconds of a batch; most: a function that has taken so many begins no further batch.
+    """
     counts, samples = {}, {name: [] for name in runs}
     for name, (run, wait) in runs.items():
         wait(run())
@@ -19,6 +24,8 @@ def in_turns(runs: dict[Any, tuple[Callable, Callable]], least: float = 0.02) ->
         counts[name] = max(1, min(100, int(least / max(time.perf_counter() - start, 1e-5))))
     for _ in range(5):
         for name, (run, wait) in runs.items():
+            if sum(samples[name]) * counts[name] > most:
+                continue
             start = time.perf_counter()
             for _ in range(counts[name]):
                 result = run()

@@ -5,7 +5,7 @@ import json
 
 import jax
 
-from benchmarks import gpu, gpu_checks, gpu_lab, gpu_table
+from benchmarks import gpu, gpu_checks, gpu_lab, gpu_table, turns
 from benchmarks.gpu_table import OURS, Row
 
 TINY = gpu_lab.Shape("tiny", ((32, 2),), 32, 16, True, "float32")
@@ -22,7 +22,7 @@ def rows(slower=1.0):
         Row("LongNet full H=64 T=32768, both", f"{OURS}, peak", memory_mib=99 * slower),
         Row("LongNet full H=128 T=32768", f"{OURS}, first call", first_s=4.0 * slower),
         Row("sweep H=64 T=4096", OURS, 0.1, memory_mib=4.0),
-        Row("sweep H=64 T=8192", OURS, 0.2, 0.6, memory_mib=8.0),
+        Row("sweep H=64 T=8192", OURS, 0.2, 0.6, memory_mib=8.0, both_memory_mib=24.0),
     ]
     found[6].bound_mib = 100.0
     return found
@@ -72,6 +72,9 @@ def test_programs_err_as_little_as_the_xla_path(tmp_path):
     assert 0 < (checked.error or 0) < 1e-5
     assert (timed.forward or 0) > 0
     assert (timed.both or 0) > 0
+    array = 4 * 32 * gpu_lab.HEADS * 16 / 2**20
+    assert (timed.memory_mib or 0) >= array
+    assert (timed.both_memory_mib or 0) >= 3 * array
 
 
 def test_a_peer_that_fails_leaves_the_others_their_rows(tmp_path):
@@ -82,6 +85,45 @@ def test_a_peer_that_fails_leaves_the_others_their_rows(tmp_path):
     assert 0 < (row.forward or 0) < (row.both or 0)
     (failed,) = lab.failed
     assert failed.startswith("tiny, no_such_peer: ModuleNotFoundError")
+
+
+def test_a_peer_that_is_missing_has_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.peers, "installed", lambda who: False)
+    lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
+    names = []
+    for step in gpu.bars(lab):
+        if not step.programs and "torch" not in step.name:
+            names.append(step.name)
+            step.run()
+    assert len(names) == 10  # two peers in four calls, tokamax's tiles in two
+    assert [f"{row.case}, {row.who}" for row in lab.rows] == names
+    assert all("no package" in row.note and row.forward is None for row in lab.rows)
+
+
+def test_the_sweep_has_both_directions(tmp_path):
+    steps = gpu.sweep(gpu_lab.Lab(tmp_path, 900.0, "a card"))
+    programs = [p for step in steps for p in step.programs]
+    for work in ("forward", "both"):
+        lengths = [p.shape.T for p in programs if p.who == OURS and p.work == work]
+        assert lengths == [1 << power for power in range(12, 21)]
+        dense = [p.shape.T for p in programs if p.who == "cudnn" and p.work == work]
+        assert dense == [T for T in lengths if T <= gpu.DENSE_SWEEP]
+
+
+def test_slow_functions_have_fewer_turns(monkeypatch):
+    now, calls = [0.0], {"slow": 0, "fast": 0}
+
+    def run(name, seconds):
+        def call():
+            calls[name] += 1
+            now[0] += seconds
+
+        return call, lambda _: None
+
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+    found = turns.in_turns({"slow": run("slow", 2.0), "fast": run("fast", 0.5)})
+    assert found == {"slow": 2.0, "fast": 0.5}
+    assert calls == {"slow": 4, "fast": 7}  # two of each are not counted
 
 
 def test_repeats_compare_bits():
