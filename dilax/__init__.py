@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from dilax._types import UnsupportedError as UnsupportedError
 from dilax.adaptive import AdaptiveAttention as AdaptiveAttention
-from dilax.attention_fn import DilatedAttention as DilatedAttention
+from dilax.attention import DilatedAttention as DilatedAttention
 from dilax.attention_fn import DilatedAttentionFn as DilatedAttentionFn
 from dilax.block_lists import BlockLists as BlockLists
 from dilax.block_sparse import block_sparse_attention as block_sparse_attention
@@ -15,10 +15,10 @@ from dilax.create import create_dilated_attention as create_dilated_attention
 from dilax.create import create_multihead_dilated_attention as create_multihead_dilated_attention
 from dilax.decision import explain as explain
 from dilax.dilated import dilated_attention as dilated_attention
-from dilax.longnet import LongNetConfig as LongNetConfig
 from dilax.longnet import LongNetDecoder as LongNetDecoder
 from dilax.longnet import LongNetEncoder as LongNetEncoder
 from dilax.longnet import LongNetLM as LongNetLM
+from dilax.longnet_config import LongNetConfig as LongNetConfig
 from dilax.modules import MultiheadDilatedAttention as MultiheadDilatedAttention
 from dilax.names import missing as _missing
 from dilax.on_mesh import AttentionSharding as AttentionSharding

@@ -9,13 +9,15 @@ from flax import nnx
 
 from dilax._types import refuse
 from dilax.adaptive_branches import attend_branch
-from dilax.attention_fn import check_dtype, check_number, checkpointed
+from dilax.attention import checkpointed
 from dilax.block_sparse import block_sparse_attention, refuse_branch_options
 from dilax.checks import (
     check_bool,
     check_choice,
     check_dropout,
+    check_dtype,
     check_index,
+    check_number,
     check_qkv,
     check_ratio,
     segment_ids_of,

@@ -1,5 +1,6 @@
 """Argument checks of the attention functions: name, wanted, got, before anything is computed."""
 
+import math
 import operator
 from typing import Any
 
@@ -14,6 +15,25 @@ from dilax._types import FLOAT_DTYPES, dtype_name, refuse
 def is_array(x: Any) -> bool:
     """Is x something with a shape and a dtype?"""
     return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def is_traceable(x: Any) -> bool:
+    """May x, an array or a tree of them, be an argument of a function that JAX transforms?"""
+    try:
+        for leaf in jax.tree.leaves(x):
+            jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
+
+
+def is_key(x: Any) -> bool:
+    """Is x one `jax.random` key, typed or raw?"""
+    if not is_array(x):
+        return False
+    if dtype_name(x) == "uint32":
+        return len(x.shape) == 1 and x.shape[0] > 0
+    return is_traceable(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.shape == ()
 
 
 def check_array(name: str, x: Any, shape: tuple[int | None, ...], dtypes: tuple[str, ...]) -> None:
@@ -65,6 +85,28 @@ def check_index(name: str, x: Any) -> int:
     if isinstance(x, bool) or number < 0:
         raise refuse(name, "an int that is not negative", x)
     return number
+
+
+def check_number(name: str, x: Any, low: float, high: float, wanted: str) -> None:
+    """Refuse x unless it is a Python number with low <= x < high."""
+    if isinstance(x, bool) or not isinstance(x, int | float) or not low <= x < high:
+        raise refuse(name, wanted, x)
+
+
+def check_positive(name: str, x: Any) -> None:
+    """Refuse x unless it is a positive finite Python number."""
+    check_number(name, x, math.nextafter(0.0, 1.0), math.inf, "a positive finite Python number")
+
+
+def check_dtype(name: str, x: Any) -> Any:
+    """x as a dtype, refused unless it is a floating point one that attention takes."""
+    try:
+        dtype = None if x is None else jnp.dtype(x)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in FLOAT_DTYPES:
+        raise refuse(name, f"one of {', '.join(FLOAT_DTYPES)}", x)
+    return dtype
 
 
 def check_ratio(ratio: Any) -> None:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from dilax._types import refuse
 from dilax.adaptive import AdaptiveAttention
-from dilax.attention_fn import DilatedAttention
+from dilax.attention import DilatedAttention
 from dilax.checks import check_bool, check_index
 from dilax.create_adaptive import (
     adaptive_attention,

@@ -13,9 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from dilax._types import UnsupportedError, refuse, shown
-from dilax.attention_fn import check_dtype, check_number, refuse_layout_of_order
+from dilax.attention import refuse_layout_of_order
 from dilax.block_lists import BlockLists, density
-from dilax.checks import check_bool, check_index, check_qkv, check_ratio
+from dilax.checks import (
+    check_bool,
+    check_dtype,
+    check_index,
+    check_number,
+    check_qkv,
+    check_ratio,
+)
 from dilax.create_adaptive import STANDARD
 from dilax.kind_options import SEGMENT_LENGTHS, implementation_of, pattern_of, segments_of
 from dilax.mesh_plan import placed_call, sharding_on

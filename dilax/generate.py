@@ -10,8 +10,7 @@ from flax import nnx
 
 from dilax import data
 from dilax._types import refuse
-from dilax.attention_fn import check_number
-from dilax.checks import check_bool, check_index
+from dilax.checks import check_bool, check_index, check_number
 from dilax.longnet import LongNetLM
 
 _SHORTEST = 256  # tokens of the first window
@@ -21,7 +20,7 @@ def next_logits(model: LongNetLM, tokens: Any) -> jax.Array:
     """Logits [vocab_size] of the token that follows `tokens` (int [T], T >= 1).
 
     Example:
-        >>> from dilax.longnet import LongNetConfig
+        >>> from dilax.longnet_config import LongNetConfig
         >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
         >>> next_logits(LongNetLM(config, rngs=nnx.Rngs(0)), [256, 104]).shape
         (258,)
@@ -94,7 +93,7 @@ def generate_tokens(
         ValueError: an argument is wrong; the message says which, what was wanted and what came.
 
     Example:
-        >>> from dilax.longnet import LongNetConfig
+        >>> from dilax.longnet_config import LongNetConfig
         >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
         >>> model = LongNetLM(config, rngs=nnx.Rngs(0))
         >>> generate_tokens(model, [256], max_new_tokens=3, temperature=0).shape
@@ -148,7 +147,7 @@ def generate(
         ValueError: an argument is wrong; the message says which, what was wanted and what came.
 
     Example:
-        >>> from dilax.longnet import LongNetConfig
+        >>> from dilax.longnet_config import LongNetConfig
         >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
         >>> text = generate(LongNetLM(config, rngs=nnx.Rngs(0)), "import ", max_new_tokens=3)
         >>> len(text) <= 3

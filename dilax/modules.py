@@ -11,15 +11,16 @@ from flax import nnx
 
 from dilax._types import FLOAT_DTYPES, refuse
 from dilax.adaptive import AdaptiveAttention
-from dilax.attention_fn import (
-    DilatedAttention,
+from dilax.attention import DilatedAttention, checkpointed, refuse_layout_of_order
+from dilax.checks import (
+    check_array,
+    check_bool,
     check_dtype,
+    check_index,
     check_positive,
-    checkpointed,
     is_key,
-    refuse_layout_of_order,
+    segment_ids_of,
 )
-from dilax.checks import check_array, check_bool, check_index, segment_ids_of
 from dilax.on_mesh import AttentionSharding
 from dilax.order import TokenOrder
 from dilax.projections import XAVIER_NORMAL, ZEROS, columns_of, linear_makers

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dilax._types import FLOAT_DTYPES, refuse, stats_dtype
-from dilax.attention_fn import check_positive
-from dilax.checks import check_array, check_index, is_array
+from dilax.checks import check_array, check_index, check_positive, is_array
 
 # Room, in units of log, that a scaled entry keeps below the largest float of its dtype: the
 # entries of queries and keys themselves are seldom larger than e^3.

@@ -72,7 +72,7 @@ def loss_sums(
         rngs: with a "dropout" stream for dropout; None for none.
 
     Example:
-        >>> from dilax.longnet import LongNetConfig
+        >>> from dilax.longnet_config import LongNetConfig
         >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
         >>> batch = {name: jnp.ones((1, 9), jnp.int32)
         ...          for name in ("tokens", "segment_ids", "positions")}
@@ -128,10 +128,11 @@ def evaluate(model: LongNetLM, batches: Iterable[data.Batch]) -> float:
         ValueError: no token is predicted in the batches.
 
     Example:
-        >>> from dilax.longnet import LongNetConfig
+        >>> from dilax.corpus import Document
+        >>> from dilax.longnet_config import LongNetConfig
         >>> config = LongNetConfig(64, 4, 1, 96, (8,), (1,), vocab_size=258)
         >>> held_out = data.validation_batches(
-        ...     [data.Document("a", b"text")], sequence_length=8, batch_size=1)
+        ...     [Document("a", b"text")], sequence_length=8, batch_size=1)
         >>> 5 < evaluate(LongNetLM(config, rngs=nnx.Rngs(0)), held_out) < 15
         True
     """

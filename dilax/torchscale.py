@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from dilax._types import refuse
-from dilax.longnet import LongNetConfig, LongNetEncoder
+from dilax.longnet import LongNetEncoder
+from dilax.longnet_config import LongNetConfig
 
 # torchscale's name within a layer -> ours; a Linear's weight is [out, in], our kernel [in, out].
 _LINEAR = {

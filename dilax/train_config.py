@@ -8,10 +8,9 @@ from typing import Any
 
 from dilax import data
 from dilax._types import refuse
-from dilax.attention_fn import check_number, check_positive
-from dilax.checks import check_index
+from dilax.checks import check_index, check_number, check_positive
 from dilax.distributed import parse_mesh
-from dilax.longnet import LongNetConfig
+from dilax.longnet_config import LongNetConfig
 
 # The fields that may change between the parts of one run: they do not change the numbers.
 _FREE = ("mesh", "checkpoint_dir", "checkpoint_every", "keep_checkpoints", "validate_every")

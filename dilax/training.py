@@ -23,6 +23,7 @@ from dilax import data
 from dilax._types import refuse
 from dilax.checkpoints import Checkpoints, check_directory, load_model, merged, new_model
 from dilax.checks import check_bool
+from dilax.corpus import load_corpus
 from dilax.distributed import (
     Placement,
     agreed,
@@ -149,7 +150,7 @@ class _Run:
             if any(pathlib.Path(path).resolve() == here for path in config.text or ()):
                 wanted = "a directory other than those of text"
                 raise refuse("checkpoint_dir", wanted, config.checkpoint_dir)
-        self.corpus = data.load_corpus(
+        self.corpus = load_corpus(
             config.text,
             validation_fraction=float(config.validation_fraction),
             exclude=config.checkpoint_dir,

@@ -1,4 +1,4 @@
-"""Byte tokens, the split by file, packing, resumable order, bigrams."""
+"""Byte tokens, packing, resumable order, bigrams."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilax import data
-from dilax.data import Corpus, Document
+from dilax.corpus import Document
 
 DOCUMENTS = tuple(
     Document(f"{i}.txt", bytes((i * 7 + j) % 256 for j in range(5 + 9 * i))) for i in range(12)
@@ -24,64 +24,6 @@ def test_decode_inverts_encode(text):
     assert tokens[0] == data.BEGIN
     assert tokens[-1] == data.END
     assert data.decode(tokens) == text
-
-
-def test_the_default_text_is_the_standard_library_without_tests():
-    names = [d.name for d in data.standard_library()]
-    assert names == sorted(names)
-    assert {"ast.py", "json/decoder.py"} <= set(names)
-    parts = {part for name in names for part in name.split("/")[:-1]}
-    assert not parts & {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-
-
-def test_the_split_is_by_file_and_depends_on_names_only(tmp_path):
-    for i in range(20):
-        (tmp_path / f"{i}.txt").write_bytes(b"x%d" % i)
-    corpus = data.load_corpus([tmp_path], validation_fraction=0.25)
-    names = [{d.name for d in part} for part in (corpus.train, corpus.validation)]
-    assert not names[0] & names[1]
-    assert [len(n) for n in names] == [15, 5]
-    for i in range(20):
-        (tmp_path / f"{i}.txt").write_bytes(b"something else")
-    again = data.load_corpus([tmp_path], validation_fraction=0.25)
-    assert {d.name for d in again.validation} == names[1]
-    assert again.fingerprint != corpus.fingerprint
-    assert again.fingerprint == data.load_corpus([tmp_path], validation_fraction=0.25).fingerprint
-
-
-def test_directories_give_their_text_files_and_files_are_taken_as_they_are(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / ".git").mkdir()
-    (tmp_path / "sub" / "a.txt").write_text("ä")
-    (tmp_path / "b.bin").write_bytes(b"\xff\xfe")
-    (tmp_path / "c.txt").write_bytes(b"")
-    (tmp_path / ".git" / "config").write_text("hidden")
-    found = data.read_documents([tmp_path, tmp_path / "sub" / "a.txt"])
-    assert [d.text for d in found] == ["ä".encode()]
-    assert data.read_documents([tmp_path / "b.bin"])[0].text == b"\xff\xfe"
-
-
-def test_files_that_are_no_text_are_counted_and_an_inner_directory_left_out(tmp_path):
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    (tmp_path / "b.bin").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"UTF-8 text if in a directory \(1 are not\)"):
-        data.load_corpus([tmp_path])
-    for path in (tmp_path / "a.txt", tmp_path / "b.txt", runs / "c.txt"):
-        path.write_text("text")
-    corpus = data.load_corpus([tmp_path], exclude=runs)
-    assert corpus.skipped == 1
-    names = {d.name for d in corpus.train + corpus.validation}
-    assert names == {(tmp_path / n).as_posix() for n in ("a.txt", "b.txt")}
-    assert len(data.read_documents([runs], exclude=runs)) == 1
-    assert len(data.read_documents([tmp_path])) == 3
-
-
-def test_of_a_single_file_the_end_is_held_out(tmp_path):
-    (tmp_path / "a.txt").write_bytes(bytes(range(100)))
-    corpus = data.load_corpus([tmp_path / "a.txt"])
-    assert corpus.train[0].text + corpus.validation[0].text == bytes(range(100))
-    assert corpus.num_bytes == (90, 10)
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=5), st.integers(1, 20))
@@ -192,10 +134,6 @@ def test_bigrams_are_add_one_smoothed_and_counted_on_the_same_targets():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: data.load_corpus(["no such file"]), "text.*exist"),
-        (lambda: data.load_corpus("a.txt"), "text.*sequence of paths"),
-        (lambda: data.load_corpus([]), "text"),
-        (lambda: data.load_corpus(validation_fraction=1.0), "validation_fraction"),
         (lambda: _batches(documents=()), "documents"),
         (lambda: _batches(documents=DOCUMENTS[:2]), "sequence_length.*within the"),
         (
@@ -208,17 +146,3 @@ def test_bigrams_are_add_one_smoothed_and_counted_on_the_same_targets():
 def test_wrong_arguments_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"")
-    with pytest.raises(ValueError, match="not empty"):
-        data.load_corpus([tmp_path / "a.txt"])
-    (tmp_path / "a.txt").write_bytes(b"x")
-    with pytest.raises(ValueError, match="two bytes"):
-        data.load_corpus([tmp_path / "a.txt"])
-
-
-def test_corpus_fingerprint_separates_the_two_parts():
-    a, b = DOCUMENTS[:2]
-    assert Corpus((a, b), ()).fingerprint != Corpus((a,), (b,)).fingerprint

@@ -24,7 +24,7 @@ from dilax.distributed import (
     refused_by_all,
     start_processes,
 )
-from dilax.longnet import LongNetConfig
+from dilax.longnet_config import LongNetConfig
 from dilax.train_config import TrainConfig
 from dilax.training import train
 from tests.compare import EXACT, error

@@ -7,7 +7,8 @@ from flax import nnx
 
 from dilax import data
 from dilax.generate import generate, generate_tokens, next_logits
-from dilax.longnet import LongNetConfig, LongNetLM
+from dilax.longnet import LongNetLM
+from dilax.longnet_config import LongNetConfig
 from tests.compare import EXACT, error
 
 CONFIG = LongNetConfig(

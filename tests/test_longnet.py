@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dilax.longnet import LongNetConfig, LongNetDecoder, LongNetEncoder, LongNetLM
+from dilax.longnet import LongNetDecoder, LongNetEncoder, LongNetLM
+from dilax.longnet_config import LongNetConfig
 from dilax.on_mesh import AttentionSharding
 from tests.compare import assert_exact, error
 

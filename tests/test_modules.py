@@ -10,7 +10,7 @@ from flax import nnx
 
 import dilax
 from dilax import reference
-from dilax.attention_fn import POLICIES
+from dilax.attention import POLICIES
 from tests.compare import assert_exact, assert_within
 
 B, T, E, N = 2, 12, 32, 4

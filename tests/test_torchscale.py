@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 import dilax
 from dilax import reference
-from dilax.longnet import LongNetConfig, LongNetDecoder, LongNetEncoder
+from dilax.longnet import LongNetDecoder, LongNetEncoder
+from dilax.longnet_config import LongNetConfig
 from dilax.torchscale import from_torchscale
 from tests.compare import FACTOR, assert_exact, error
 

@@ -13,7 +13,9 @@ import pytest
 from flax import nnx
 
 from dilax import data
-from dilax.longnet import LongNetConfig, LongNetLM
+from dilax.corpus import load_corpus
+from dilax.longnet import LongNetLM
+from dilax.longnet_config import LongNetConfig
 from dilax.train_config import TrainConfig, default_model
 from dilax.training import evaluate, load_model, loss_sums, make_optimizer, train
 
@@ -97,7 +99,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(how, config, unint
     loaded, saved = load_model(config.checkpoint_dir)
     assert saved == config
     rows = data.validation_batches(
-        data.load_corpus(config.text).validation, sequence_length=64, batch_size=2, max_rows=2
+        load_corpus(config.text).validation, sequence_length=64, batch_size=2, max_rows=2
     )
     assert evaluate(loaded, rows) == uninterrupted.validation_bits_per_byte
 
@@ -107,7 +109,7 @@ def test_it_learns_and_says_so(config, uninterrupted):
     assert len(bits) == config.steps
     assert np.mean(bits[-2:]) < np.mean(bits[:2]) - 1
     assert uninterrupted.tokens > 0.5 * config.steps * 2 * 64
-    corpus = data.load_corpus(config.text)
+    corpus = load_corpus(config.text)
     rows = list(
         data.validation_batches(corpus.validation, sequence_length=64, batch_size=2, max_rows=2)
     )
