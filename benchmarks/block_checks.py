@@ -51,7 +51,16 @@ def checks(smoke: bool) -> list[Check]:
                 "split", small, 230, 250, 16, 1, 1, ids=True, positions=True, traced=True, split=1
             ),
             Check(
-                "positions", random(2, 0.7), 230, 250, 16, 2, 1, positions=True, rate=0.2, apart=5.0
+                "positions",
+                random(2, 0.7),
+                230,
+                250,
+                128,
+                2,
+                1,
+                positions=True,
+                rate=0.2,
+                apart=2.0,
             ),
         ]
     window, far = peers.window, peers.global_local(64, 1, 1)

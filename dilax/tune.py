@@ -201,7 +201,7 @@ def tune(config: TuneConfig) -> Iterator[Trial]:
     length = min(min(w, config.length) // r for w, r in rows)
     chosen = {
         "forward": settings.forward_blocks(head_dim, 2, length, causal=config.causal, ids=False),
-        "fused": settings.fused_blocks(head_dim, 2),
+        "fused": settings.fused_blocks(head_dim),
         "queries": settings.queries_blocks(head_dim, False),
         "keys": settings.keys_blocks(head_dim, False),
     }

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import gradient_loop, schedule, visits
+from pallas_kernels import (
+    config,
+    gradient_loop,
+    gradient_memory,
+    gradient_queries,
+    schedule,
+    visits,
+)
 from pallas_kernels.backward import Options, seen_pairs
 from pallas_kernels.backward_keys import operands_of
 from pallas_kernels.compat import (
@@ -45,7 +52,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     q_ids = {r: next(it) for r in views} if opt.ids else {}
     dq_refs = _queries_refs(views, it, opt.interpret)
     dk_ref, dv_ref, out_smem = next(it), next(it), next(it)
-    memory = gradient_loop.Memory(*it)
+    memory = gradient_memory.Memory(*it)
+    queries = gradient_queries.Queries(memory, dq_refs)
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count, bq = items[cta, 0, 0], plan.block_away
@@ -64,8 +72,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         return sum(found, jnp.int32(0))
 
     def consume() -> None:
-        plgpu.set_max_registers(240, action="increase")
-        warpgroup = gradient_loop.Warpgroup(wg, memory, opt.scale, opt.rate, dq_refs)
+        config.set_fused_registers(memory.head_dim, "keys")
+        warpgroup = gradient_loop.Keys(wg, memory, opt.scale, opt.rate, queries)
 
         def sight_of(t: Any) -> gradient_loop.Sight:
             shape = (ROWS, bq)
@@ -75,10 +83,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 b, residue, tile, local = (memory.item(t, i) for i in (1, 3, 4, 5))
                 return b, residue, tile, tile * plan.block_home + me * ROWS, local
 
-            def visited(place: gradient_loop.Place, residue: Any, tile: Any) -> visits.Visit:
+            def visited(place: gradient_memory.Place, residue: Any, tile: Any) -> visits.Visit:
                 return visits.visit(plan, geometry, place.branch, None, residue, tile)
 
-            def seen(me: Any, place: gradient_loop.Place) -> jax.Array:
+            def seen(me: Any, place: gradient_memory.Place) -> jax.Array:
                 _, residue, tile, row, local = home(me)
                 v, end = visited(place, residue, tile), home_end(plan, local)
                 return seen_pairs(plan, v, row, place.start, shape, end)
@@ -111,8 +119,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
         def write(tile: jax.Array, ref: Any, window: tuple[Any, ...]) -> None:
             """Writes one warpgroup's tile, or adds it: each place once a launch, so in order."""
-            # Float32 leaves by columns from the queries' place: there is no room for all of it.
-            smem = memory.dq.at[wg] if out_smem is None else out_smem.at[wg]
+            smem = out_smem.at[wg]
             width = smem.shape[1]
             for first in range(0, tile.shape[1], width):
                 at = ref.at[(*window, pl.ds(first, width))]
@@ -128,8 +135,13 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         lax.fori_loop(0, count, one_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
+    def multiply() -> None:
+        config.set_fused_registers(memory.head_dim, "queries")
+        lax.fori_loop(0, count, queries.run, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
     def produce() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        config.set_fused_registers(memory.head_dim, "copies")
 
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
@@ -153,7 +165,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     start = v.first + j * bq
                     rows = aligned_rows(start, bq)
                     at, vector = (b, rows, v.away_residue, head), (b, head, v.away_residue, rows)
-                    place = gradient_loop.Place(start, low, high, plane, rate, branch, head)
+                    place = gradient_memory.Place(start, low, high, plane, rate, branch, head)
                     ids = [q_ids[rate].at[b, v.away_residue, rows]] if opt.ids else []
                     tiles = (q_refs[rate].at[at], ids, do_refs[rate].at[at])
                     vectors = (lse_refs[rate].at[vector], delta_refs[rate].at[vector])
@@ -170,8 +182,11 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         first = visits.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
 
+    apart = config.queries_apart(memory.head_dim)
     pl.when(wg < CONSUMERS)(consume)
-    pl.when(wg == CONSUMERS)(produce)
+    if apart:
+        pl.when(wg == CONSUMERS)(multiply)
+    pl.when(wg == CONSUMERS + apart)(produce)
 
 
 def home_end(plan: schedule.Launch, local: Any) -> Any:
@@ -226,9 +241,10 @@ def fused_gradients(
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
     operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, q_ids, k_ids)
-    narrow = jnp.dtype(out_dtype).itemsize == 2
-    scratch = [shared_tile((CONSUMERS, ROWS, head_dim), out_dtype) if narrow else None]
-    scratch += gradient_loop.scratch(
+    # Float32 leaves by columns: there is no room for all of it.
+    width = head_dim * 2 // jnp.dtype(out_dtype).itemsize
+    scratch = [shared_tile((CONSUMERS, ROWS, width), out_dtype)]
+    scratch += gradient_memory.scratch(
         head_dim, plan.block_away, opt.stages, dtype, opt.ids, opt.interpret
     )
     shape = (key.shape[0], key.shape[1] // plan.stride, plan.stride, *key.shape[2:])
@@ -245,7 +261,7 @@ def fused_gradients(
         types,
         scratch,
         ctas=table.shape[0],
-        threads=CONSUMERS + 1,
+        threads=CONSUMERS + 1 + config.queries_apart(head_dim),
         name="dilated_gradients",
         reductions=False,
         inplace=inplace,

@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import block_lists, block_marks, block_schedule, gradient_loop
+from pallas_kernels import (
+    block_lists,
+    block_marks,
+    block_schedule,
+    config,
+    gradient_loop,
+    gradient_memory,
+    gradient_queries,
+)
 from pallas_kernels.block_backward import add_parts, write_tile
 from pallas_kernels.block_forward import LOG2E, Options, kept, seen_pairs, walk
 from pallas_kernels.block_lists import TILE_ROWS
@@ -36,23 +44,24 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
     dq_ref, dk_ref, dv_ref = (next(it) for _ in range(3))
     part_dk, part_dv = (next(it), next(it)) if plan.parts else (None, None)
     out_smem = next(it)
-    memory = gradient_loop.Memory(*it)
+    memory = gradient_memory.Memory(*it)
+    # The interpreter adds to rows of a view, here of a rate of 1.
+    queries = gradient_queries.Queries(memory, {1: dq_ref})
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count, bq = items[cta, 0, 0], plan.away
     heads, dq_rows = plan.heads * opt.group, dq_ref.shape[2]
 
     def consume() -> None:
-        plgpu.set_max_registers(240, action="increase")
-        # The interpreter adds to rows of a view, here of a rate of 1.
-        warpgroup = gradient_loop.Warpgroup(wg, memory, opt.scale, opt.rate, {1: dq_ref})
+        config.set_fused_registers(memory.head_dim, "keys")
+        warpgroup = gradient_loop.Keys(wg, memory, opt.scale, opt.rate, queries)
         starts = (starts_ref[0], starts_ref[1])
 
         def sight_of(t: Any) -> gradient_loop.Sight:
             def row(me: Any) -> Any:
                 return memory.item(t, 3) * TILE_ROWS + me * ROWS
 
-            def seen(me: Any, place: gradient_loop.Place) -> jax.Array:
+            def seen(me: Any, place: gradient_memory.Place) -> jax.Array:
                 shift, shape = starts[1] - starts[0], (ROWS, bq)
                 at = (row(me), place.start, shape, shift, plan.away_rows)
                 return seen_pairs(plan, place.branch, *at)
@@ -91,8 +100,13 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
         lax.fori_loop(0, count, one_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
+    def multiply() -> None:
+        config.set_fused_registers(memory.head_dim, "queries")
+        lax.fori_loop(0, count, queries.run, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
     def produce() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        config.set_fused_registers(memory.head_dim, "copies")
         shift = starts_ref[1] - starts_ref[0]
 
         def visit(t: Any, item: Any, carry: Any, loop: Any) -> Any:
@@ -114,7 +128,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 at, vector = (b, rows, head), (b, head, rows)
                 low, high = block_schedule.unmasked(plan, entry.band, tile * TILE_ROWS, shift)
                 plane = (b * heads + head) * dq_rows
-                place = gradient_loop.Place(start, low, high, plane, 1, entry.band, head)
+                place = gradient_memory.Place(start, low, high, plane, 1, entry.band, head)
                 marks = [ref.at[b, rows] for ref in q_marks]
                 vectors = (lse_ref.at[vector], delta_ref.at[vector])
                 memory.bring(i, place, q_ref.at[at], marks, do_ref.at[at], *vectors)
@@ -124,8 +138,11 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
 
         walk(plan, items, entries, cta, visit)
 
+    apart = config.queries_apart(memory.head_dim)
     pl.when(wg < CONSUMERS)(consume)
-    pl.when(wg == CONSUMERS)(produce)
+    if apart:
+        pl.when(wg == CONSUMERS)(multiply)
+    pl.when(wg == CONSUMERS + apart)(produce)
 
 
 def gradients(
@@ -158,14 +175,14 @@ def gradients(
     planes = (B, N, T, 1, head_dim) if opt.interpret else (B, N, T, head_dim)
     scratch = [shared_tile((CONSUMERS, ROWS, head_dim), dtype)]
     sizes = (head_dim, plan.away, opt.stages, dtype, opt.marks.count)
-    scratch += gradient_loop.scratch(*sizes, opt.interpret)
+    scratch += gradient_memory.scratch(*sizes, opt.interpret)
     dq, dk, dv, *parts = launch(
         functools.partial(_body, plan, opt, keep),
         operands,
         types,
         scratch,
         ctas=work.items.shape[0],
-        threads=CONSUMERS + 1,
+        threads=CONSUMERS + 1 + config.queries_apart(head_dim),
         name="block_gradients",
         reductions=False,
         inplace=[jnp.zeros(planes, jnp.float32)],

@@ -252,6 +252,31 @@ def value_while(acc: Any, running: int, interpret: bool) -> jax.Array:
     return jax.lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=running))
 
 
+def from_start(
+    body: Callable[[Any, Callable[[], jax.Array]], None],
+    shape: tuple[int, ...],
+    start: jax.Array | None,
+    interpret: bool,
+) -> None:
+    """Runs `body(accumulator, value)` with a float32 accumulator that starts from `start`, or 0.
+
+    value: () -> what it holds when no product runs any more. The interpreter's accumulators start
+    from 0; there the start is added to what it holds.
+    """
+
+    def run(acc: Any) -> None:
+        def value() -> jax.Array:
+            held = value_while(acc, 0, interpret)
+            return held + start if interpret and start is not None else held
+
+        body(acc, value)
+
+    if interpret or start is None:
+        pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    else:
+        pl.run_state(run)(plgpu.ACC.init(start))
+
+
 def add_product(acc: Any, left: jax.Array, right: Any, staging: Any) -> None:
     """`acc += left @ right` for an accumulator reference; `left` registers, `right` shared.
 

@@ -69,6 +69,24 @@ def set_registers(consumers: int, *, computes: bool) -> None:
         plgpu.set_max_registers(least, action="decrease")
 
 
+def queries_apart(head_dim: int) -> bool:
+    """Whether a warpgroup of its own computes the queries' gradient in the fused backward.
+
+    It has the registers for it at the expense of the others, which then cannot begin two products
+    of scores at once: short products of small heads are slower that way.
+    """
+    return head_dim > 64
+
+
+def set_fused_registers(head_dim: int, role: str) -> None:
+    """As `set_registers`, in the fused backward; role: "keys", "queries" or "copies"."""
+    keys, queries = (208, 72) if queries_apart(head_dim) else (240, 0)
+    if role == "keys":
+        plgpu.set_max_registers(keys, action="increase")
+    else:
+        plgpu.set_max_registers(queries if role == "queries" else 24, action="decrease")
+
+
 def _first_fit(
     options: tuple[tuple[int, ...], ...], home_row: int, away_row: int, room: int = SHARED_BYTES
 ) -> Blocks | None:
@@ -154,7 +172,7 @@ def candidates(kernel: str, head_dim: int, ids: bool = False) -> tuple[Blocks, .
         rows = held + (stagings if kernel == "keys" else 0)
         used = consumers * ROWS * rows * head_dim * 2
         used += away * stages * (2 * 2 * head_dim + 4 * ids)
-        if used <= SHARED_BYTES and (kernel != "fused" or away <= 128):
+        if used <= SHARED_BYTES and (kernel != "fused" or away == _fused_away(head_dim)):
             found.append(Blocks(away, stages, consumers, overlap, stagings))
     return tuple(found)
 
@@ -169,23 +187,27 @@ def lanes(block_size: int) -> int:
     return CONSUMERS if block_size < CONSUMERS * ROWS else 1
 
 
-def fused_blocks(head_dim: int, out_bytes: int, marks: int = 1) -> Blocks | None:
+def _fused_away(head_dim: int) -> int:
+    # More does not fit the registers. Two warpgroups take half the rows of the queries' gradient
+    # each; one that is apart has registers for half its columns at once.
+    return ROWS if queries_apart(head_dim) else CONSUMERS * ROWS
+
+
+def fused_blocks(head_dim: int, marks: int = 1) -> Blocks | None:
     """Away (query) tile of the fused backward kernel, or None if it does not take this head size.
 
-    out_bytes: size of one element of the gradients of keys and values. marks: int32 vectors that
-    travel with the queries. Larger tiles do not fit the registers; heads between 64 and 128 do not
-    split in two where tiles of shared memory do.
+    marks: int32 vectors that travel with the queries. Heads between 64 and 128 do not split in two
+    where tiles of shared memory do.
 
     Example:
-        >>> fused_blocks(128, 2)
+        >>> fused_blocks(128)
         Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
     """
     if head_dim > 64 and head_dim != 128:
         return None
-    home, away, stages = CONSUMERS * ROWS, 128 if head_dim <= 64 else 64, 2
+    home, away, stages = CONSUMERS * ROWS, _fused_away(head_dim), 2
     used = home * head_dim * 2 * 2 + stages * away * (head_dim * 2 * 2 + 4 * 2)
-    used += 2 * home * away * 2 + home * min(head_dim, 64) * 4
-    used += home * head_dim * 2 if out_bytes == 2 else 0
+    used += stages * home * away * 2 + home * min(head_dim, 64) * 4 + home * head_dim * 2
     # It reduces nothing, but has more barriers and small rings than others, that of a mark too.
     used += max(0, marks - 1) * stages * away * 4
     return Blocks(away, stages) if used <= SHARED_BYTES + REDUCTION_BYTES // 2 else None
@@ -229,7 +251,7 @@ def block_fused_blocks(head_dim: int, block_size: int, marks: int) -> Blocks | N
         >>> block_fused_blocks(128, 256, 1).away, block_fused_blocks(128, 64, 1)
         (64, None)
     """
-    return fused_blocks(head_dim, 2, marks) if lanes(block_size) == 1 else None
+    return fused_blocks(head_dim, marks) if lanes(block_size) == 1 else None
 
 
 def _key_tiles(head_dim: int, block_size: int) -> tuple[tuple[int, int], ...]:

@@ -180,9 +180,9 @@ def store_tile(smem: Any, tile: jax.Array, interpret: bool) -> None:
 
 
 def store_transposed(smem: Any, tile: jax.Array, interpret: bool, columns: int) -> None:
-    """Stores registers `[64, 64]` of 16 bits, transposed, to a shared tile; `meet` must follow.
+    """Stores registers `[64, 64]` of 16 bits, transposed, to a shared tile.
 
-    columns: as in `shared_tile`.
+    `see_stores` or `meet` must follow. columns: as in `shared_tile`.
     """
     if interpret:
         smem[...] = tile.T
@@ -261,24 +261,32 @@ def see_stores(interpret: bool) -> None:
 
 
 def recomputed(x: jax.Array, interpret: bool) -> jax.Array:
-    """The int32 scalar x, in a way that what follows from it is not kept in registers over a loop.
+    """x, an int32 scalar or a tile of 16 bits, so that what follows is computed here, not earlier.
 
-    The compiler moves what does not change in a loop ahead of it; addresses of shared tiles are
-    many, cheap to compute, and spill to memory if they are kept.
+    The compiler moves what does not change in a loop ahead of it, and conversions ahead of waits.
+    Addresses of shared tiles are many, a tile in 32 bits is twice as large, and both spill to
+    memory if they are kept.
     """
     if interpret:
         return x
-    kind = plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+    layout = TILE if x.ndim else plgpu.Layout.WG_SPLAT
+    kind = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,), return_type=kind)
-    def emit(_: Any, number: Any) -> Any:
-        value = mgpu_utils.inline_ptx(
-            "mov.b32 $0, $1;",
-            number.registers[()],
-            result_types=number.mlir_dtype,
-            has_side_effects=True,
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=kind)
+    def emit(_: Any, array: Any) -> Any:
+        int32 = mgpu_utils.ir.IntegerType.get_signless(32)
+        registers = np.empty_like(array.registers)
+        for i, register in np.ndenumerate(array.registers):
+            same = mgpu_utils.inline_ptx(
+                "mov.b32 $0, $1;",
+                mgpu_utils.bitcast(register, int32),
+                result_types=int32,
+                has_side_effects=True,
+            )
+            registers[i] = mgpu_utils.bitcast(same, register.type)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=array.layout, _is_signed=array.is_signed
         )
-        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
     return emit(x)
 

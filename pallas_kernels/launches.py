@@ -258,10 +258,8 @@ def run_backward(
 
     padded = tuple(x[:, :, : sizes.padded_T] for x in (lse, delta))
     dq = dk = dv = None
-    if not call.deterministic and config.fused_blocks(head_dim, 2) is not None:
-        blocks, dtype = keys_dtype(
-            lambda size: tiles.get("fused") or config.fused_blocks(head_dim, size)
-        )
+    if not call.deterministic and config.fused_blocks(head_dim) is not None:
+        blocks, dtype = keys_dtype(lambda _: tiles.get("fused") or config.fused_blocks(head_dim))
         dq = jnp.zeros((query.shape[0], heads, sizes.padded_T, head_dim), jnp.float32)
         for plan, add, table in plans(blocks, True):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)

@@ -219,8 +219,9 @@ jax.jit(jax.grad(total, (0, 1, 2)) if {backward} else f).lower(x, x, x).compile(
 SPILLS = {
     (64, False, False): 32,
     (64, False, True): 64,
-    (64, True, True): 256,
-    (128, True, True): 32,
+    (64, True, True): 192,
+    (128, False, True): 64,
+    (128, True, True): 64,
 }
 TARGET = """
 gpu_device_info {

@@ -68,7 +68,7 @@ def test_candidates_hold_what_runs_today(kernel):
     for head_dim in (64, 128):
         today = {
             "forward": config.forward_blocks(head_dim, 2, 2048, causal=True, ids=False),
-            "fused": config.fused_blocks(head_dim, 2),
+            "fused": config.fused_blocks(head_dim),
             "queries": config.queries_blocks(head_dim, ids=False),
             "keys": config.keys_blocks(head_dim, ids=False),
         }
