@@ -158,14 +158,14 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             def member(m: Any, fill: Any, branch: int) -> Any:
                 head, rate = kv_head * opt.group + m, plan.rates[branch]
                 v = visit(branch, head, residue, tile)
-                low, high = unmasked(plan, v, tile, home_end(plan, local))
+                limits = (*unmasked(plan, v, tile, home_end(plan, local)), *hidden(plan, v, tile))
                 plane = (b * plan.heads + head) * dq_rows + v.away_residue
 
                 def step(j: Any, i: Any) -> Any:
                     start = v.first + j * bq
                     rows = aligned_rows(start, bq)
                     at, vector = (b, rows, v.away_residue, head), (b, head, v.away_residue, rows)
-                    place = gradient_memory.Place(start, low, high, plane, rate, branch, head)
+                    place = gradient_memory.Place(start, *limits, plane, rate, branch, head)
                     ids = [q_ids[rate].at[b, v.away_residue, rows]] if opt.ids else []
                     tiles = (q_refs[rate].at[at], ids, do_refs[rate].at[at])
                     vectors = (lse_refs[rate].at[vector], delta_refs[rate].at[vector])
@@ -206,6 +206,18 @@ def unmasked(plan: schedule.Launch, v: visits.Visit, tile: Any, end: Any = None)
     if end is not None:
         low = jnp.where((tile + 1) * plan.block_home > end, schedule.UNBOUNDED, low)
     return low - v.away_shift, jnp.minimum(high - v.away_shift, v.limit) - plan.block_away
+
+
+def hidden(plan: schedule.Launch, v: visits.Visit, tile: Any) -> tuple[Any, Any]:
+    """The last start of an away tile of which the second half of a tile's home rows sees nothing,
+    and the first of which the first half sees nothing.
+    """
+    if plan.gaps:
+        return jnp.int32(-schedule.UNBOUNDED), jnp.int32(schedule.UNBOUNDED)
+    second = (tile * plan.block_home + ROWS) * v.home_step + v.home_shift
+    low, _ = visits.row_bounds(plan, v.length, second)
+    _, high = visits.row_bounds(plan, v.length, second - v.home_step)
+    return low - v.away_shift - plan.block_away, high - v.away_shift
 
 
 def _queries_refs(views: list[int], it: Any, interpret: bool) -> dict[int, Any]:

@@ -328,6 +328,17 @@ def unmasked(plan: Plan, band: Any, first: Any, shift: Any) -> tuple[Any, Any]:
     return begin, end + 1 - plan.away
 
 
+def hidden(plan: Plan, band: Any, first: Any, shift: Any) -> tuple[Any, Any]:
+    """The last start of an away tile of which the second half of the home rows of the tile at
+    `first` sees nothing, and the first of which the first half sees nothing.
+    """
+    if not plan.masks:
+        return jnp.int32(-UNBOUNDED), jnp.int32(UNBOUNDED)
+    low, high = limits(plan, band, shift)
+    second = first + TILE_ROWS // 2
+    return low + second - plan.away, high + second
+
+
 def tiles_of(rows: int) -> int:
     """Tiles that cover some rows."""
     return -(-rows // TILE_ROWS)

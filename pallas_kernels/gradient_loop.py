@@ -18,7 +18,9 @@ from jax import lax
 
 from pallas_kernels.compat import (
     COLUMN,
+    TILE,
     add_product,
+    filled,
     from_start,
     load,
     pl,
@@ -85,13 +87,36 @@ class Keys:
         add = functools.partial(add, sight, dk_acc, dv_acc, slot)
         if sight.seen is None:
             add(None)
-        else:
+            return
+
+        def some() -> None:
             lax.cond(self._edge(slot), lambda: add(sight.seen), lambda: add(None))
+
+        if queries_apart(memory.head_dim):
+            lax.cond(self._hidden(slot), lambda: self._nothing(slot), some)
+        else:
+            some()
 
     def _edge(self, slot: Any) -> Any:
         """Whether some pair of a tile is hidden by its place."""
         place = self.memory.place(slot)
         return (place.start < place.low) | (place.start > place.high)
+
+    def _hidden(self, slot: Any) -> Any:
+        """Whether this warpgroup's keys see nothing of a tile."""
+        place = self.memory.place(slot)
+        early, late = place.start <= place.early, place.start >= place.late
+        return jnp.where(self.number == 0, late, early)
+
+    def _nothing(self, slot: Any) -> None:
+        """What a tile that is hidden gives."""
+        memory = self.memory
+        me, _ = self._me()
+        zeros = filled((ROWS, memory.away), 0.0, memory.k.dtype, TILE)
+        self._store_scores(zeros, me, slot)
+        see_stores(memory.interpret)
+        plgpu.barrier_arrive(memory.ds_ready.at[slot])
+        self._end(slot)
 
     def _at_once(self, sight: Sight, dk_acc: Any, dv_acc: Any, slot: Any, masks: Any) -> None:
         """Adds what a tile gives to the gradients; masks: `Sight.seen`, None if all is seen.

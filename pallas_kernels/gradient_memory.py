@@ -12,20 +12,23 @@ from pallas_kernels.config import CONSUMERS, ROWS, queries_apart
 from pallas_kernels.instructions import store_words
 
 # Of a `Place`, or of an item.
-WORDS = 8
+WORDS = 16
 
 
 class Place(NamedTuple):
     """Where a tile of queries lies: int32 scalars, which the warpgroup that copies leaves behind.
 
     start: its first row in its view. low, high: the first and last start of a tile that all rows of
-    keys see whole. plane: the row of the queries' gradient that row 0 of the view adds to. rate: of
-    the view. branch, head: for what is rarely needed.
+    keys see whole. early, late: the last start of one that the second warpgroup's keys do not see
+    at all, and the first that the first one's do not. plane: the row of the queries' gradient that
+    row 0 of the view adds to. rate: of the view. branch, head: for what is rarely needed.
     """
 
     start: Any
     low: Any
     high: Any
+    early: Any
+    late: Any
     plane: Any
     rate: Any
     branch: Any

@@ -22,13 +22,34 @@ pytestmark = [
 ]
 
 CASES = [
-    # A tile of keys goes past their end, none of queries does.
+    # A tile of keys goes past their end, none of queries does; the second warpgroup's keys see
+    # nothing of the first of these.
     KernelCase(
-        "logits below", (1 << 20,), (1,), T=128, S=40, H=128, N=1, dtype="float16", apart=2.0
+        "logits below",
+        (1 << 20,),
+        (1,),
+        T=128,
+        S=100,
+        H=128,
+        N=1,
+        dtype="float16",
+        apart=2.0,
+        causal=True,
     ),
     KernelCase("causal gqa", (128, 256), (1, 2), T=136, H=16, N=2, K=1, causal=True),
     # One pass, of both branches at once.
-    KernelCase("ids 128", (48, 1 << 20), (1, 2), T=72, S=136, H=128, N=2, K=1, ids=True, rate=0.2),
+    KernelCase(
+        "ids 128",
+        (48, 1 << 20),
+        (1, 2),
+        T=72,
+        S=136,
+        H=128,
+        N=2,
+        K=1,
+        ids=True,
+        rate=0.2,
+    ),
     KernelCase("ids", (1 << 20,), (1,), T=72, H=232, N=1, ids=True),
     KernelCase(
         "carry traced",
