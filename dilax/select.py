@@ -15,8 +15,6 @@ from dilax import dropout, xla_attention
 from dilax._types import UnsupportedError, refuse, shown
 
 IMPLEMENTATIONS = ("pallas", "xla")  # the first that has no reason against it runs
-# Why kernels without block lists take no positions.
-GIVEN_POSITIONS = "its causality and dropout go by indices, not by the positions of a token order"
 
 
 def check_implementation(implementation: Any) -> None:
@@ -76,10 +74,6 @@ def unsupported(
     """
     if name == "xla":
         return ()
-    if "blocks" not in options:
-        if options.pop("q_positions", None) is not None:
-            return (GIVEN_POSITIONS,)
-        options.pop("kv_positions", None)
     if device_kind is None:
         device = device_of(query)
         if device.platform != "gpu":

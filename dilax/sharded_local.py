@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from dilax import dropout, xla_attention
 from dilax._types import UnsupportedError, shown
 from dilax.partial import Partial, merge
-from dilax.select import GIVEN_POSITIONS, IMPLEMENTATIONS, sibling, unsupported
+from dilax.select import IMPLEMENTATIONS, sibling, unsupported
 
 sibling("sharding")  # says which file it is that comes before ours, if there is one
 from sharding.local import Local, primitive_branch  # noqa: E402
 from sharding.plan import Plan  # noqa: E402
 from sharding.rows import UNBOUNDED  # noqa: E402
 
+# Why kernels of a mesh take no positions.
+GIVEN_POSITIONS = "a token order on a mesh: its kernels are not given the positions of the tokens"
 # Why kernels cannot drop the pairs that one device would.
 HEADS_FROM_0 = "dropout with heads over several devices: its kernels count heads from 0"
 

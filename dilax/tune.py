@@ -200,10 +200,10 @@ def tune(config: TuneConfig) -> Iterator[Trial]:
     rows = zip(config.segment_lengths, config.dilation_rates, strict=True)
     length = min(min(w, config.length) // r for w, r in rows)
     chosen = {
-        "forward": settings.forward_blocks(head_dim, 2, length, causal=config.causal, ids=False),
+        "forward": settings.forward_blocks(head_dim, 2, length, causal=config.causal, marks=0),
         "fused": settings.fused_blocks(head_dim),
-        "queries": settings.queries_blocks(head_dim, False),
-        "keys": settings.keys_blocks(head_dim, False),
+        "queries": settings.queries_blocks(head_dim, 0),
+        "keys": settings.keys_blocks(head_dim, 0),
     }
     jobs = _jobs(config, branches)
     for kernel in config.kernels:

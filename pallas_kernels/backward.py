@@ -6,6 +6,7 @@ row, so its gradient is the ordinary flash backward with `delta = sum(do * out) 
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,8 +30,8 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import ROWS
-from pallas_kernels.forward import LOG2E, view
-from pallas_kernels.scores import same_ids
+from pallas_kernels.forward import LOG2E, mark_views, view
+from pallas_kernels.marks import Kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Options:
 
     scale: softmax scale. stages: depth of the rings. stagings: tiles of shared memory that the
     keys' kernel writes from. group: query heads for each kv head.
-    add: results are added to what the output holds. ids: segment ids are given. rate: dropout.
+    add: results are added to what the output holds. marks: what tokens carry. rate: dropout.
     """
 
     scale: float
@@ -47,7 +48,7 @@ class Options:
     stagings: int
     group: int
     add: bool
-    ids: bool
+    marks: Kinds
     rate: float
     interpret: bool
 
@@ -95,10 +96,9 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
     items, geometry, seed_ref, q_ref, do_ref, lse_ref, delta_ref = (next(it) for _ in range(7))
     k_refs = {r: next(it) for r in views}
     v_refs = {r: next(it) for r in views}
-    q_ids = next(it) if opt.ids else None
-    k_ids = {r: next(it) for r in views} if opt.ids else {}
+    q_marks, k_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
     dq_ref = next(it)
-    q_smem, do_smem, k_smem, v_smem, dq_smem, id_smem, ds_smem = (next(it) for _ in range(7))
+    q_smem, do_smem, k_smem, v_smem, dq_smem, mark_smem, ds_smem = (next(it) for _ in range(7))
     q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
@@ -127,7 +127,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 plgpu.copy_gmem_to_smem(dq_ref.at[window], dq_smem.at[wg], c_ready.at[wg])
             lse = load(lse_ref.at[b, n, pl.ds(row, ROWS), local], ROW)
             delta = load(delta_ref.at[b, n, pl.ds(row, ROWS), local], ROW)
-            id_rows = load(q_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
+            home = opt.marks.of_rows(q_marks, (b, pl.ds(row, ROWS), local), ROW)
 
             def step(j: Any, state: Any, v: visits.Visit, branch: Any) -> Any:
                 dq, i = state
@@ -145,7 +145,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 shape = (ROWS, bkv)
                 acc = plgpu.ACC(shape, jnp.float32)
                 s, dp = pl.run_scoped(scores, acc, acc)
-                ids = load(id_smem.at[slot], COLUMN) if opt.ids else None
+                away = opt.marks.of_slot(mark_smem, slot, COLUMN)
                 plgpu.barrier_arrive(v_free.at[slot])
                 # The next tile arrives while this one finishes.
                 pl.when(i + 1 == total)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
@@ -154,12 +154,12 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                     lambda: jnp.where(seen_pairs(plan, v, row, start, shape), s, -jnp.inf),
                     lambda: s,
                 )
-                if opt.ids:
-                    s = same_ids(s, id_rows, ids)
+                s = opt.marks.hide(s, home, away, plan.transposed)
                 p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [0]))
                 if opt.rate:
                     seed, at = (seed_ref[0], seed_ref[1]), (b, n, branch, row, start)
-                    seen = visits.kept(plan, keep, opt.rate, seed, v, at, shape)
+                    places = opt.marks.places(home, away)
+                    seen = visits.kept(plan, keep, opt.rate, seed, v, at, shape, places)
                     dp = jnp.where(seen, dp * (1.0 / (1.0 - opt.rate)), 0.0)
                 ds = p * (dp - lax.broadcast_in_dim(delta, shape, [0]))
                 staging = None if ds_smem is None else ds_smem.at[wg]
@@ -211,12 +211,8 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                     at, reused = (b, rows, v.away_residue, kv_head), i >= opt.stages
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                     plgpu.copy_gmem_to_smem(k_refs[rate].at[at], k_smem.at[slot], k_ready.at[slot])
-                    if opt.ids:
-                        plgpu.copy_gmem_to_smem(
-                            k_ids[rate].at[b, v.away_residue, rows],
-                            id_smem.at[slot],
-                            k_ready.at[slot],
-                        )
+                    marked = (b, v.away_residue, rows)
+                    opt.marks.bring(k_marks[rate], marked, mark_smem, slot, k_ready.at[slot])
                     pl.when(i == begin)(load_home)
                     pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
                     plgpu.copy_gmem_to_smem(v_refs[rate].at[at], v_smem.at[slot], v_ready.at[slot])
@@ -244,15 +240,14 @@ def queries_gradient(
     out_dtype: Any,
     starts: jax.Array,
     seed: jax.Array,
-    q_ids: jax.Array | None = None,
-    k_ids: jax.Array | None = None,
-    keep: Any = None,
+    marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
+    keep: Any,
 ) -> jax.Array:
     """The queries' gradient of one launch.
 
     arrays: query, key, value, do as `[B, T', N, H]` (padded). lse (base 2, +inf where a row sees
     nothing) and delta `[B, N, rows]` float32, rows padded to whole tiles. dq is added to when
-    opt.add (float32).
+    opt.add (float32). marks as in `forward.forward`.
     """
     query, key, value, do = arrays
     views = sorted(set(plan.rates))
@@ -262,9 +257,7 @@ def queries_gradient(
     rows_view = (*lse.shape[:2], lse.shape[2] // plan.stride, plan.stride)
     operands += [lse.reshape(rows_view), delta.reshape(rows_view)]
     operands += [view(key, r) for r in views] + [view(value, r) for r in views]
-    if opt.ids:
-        operands += [view(q_ids, plan.stride)]
-        operands += [view(k_ids, r).swapaxes(1, 2) for r in views]
+    operands += mark_views(plan, *marks)
     bkv, stages, consumers = plan.block_away, opt.stages, plan.block_home // ROWS
     scratch = [
         shared_tile((consumers, ROWS, head_dim), dtype),
@@ -272,10 +265,10 @@ def queries_gradient(
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((consumers, ROWS, head_dim), out_dtype),
-        plgpu.SMEM((stages, bkv), jnp.int32) if opt.ids else None,
+        opt.marks.rings(stages, bkv),
         shared_tile((consumers, ROWS, bkv), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=consumers, num_arrivals=2),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=2 if opt.ids else 1),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=1 + opt.marks.count),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=consumers),
         plgpu.Barrier(num_barriers=consumers),

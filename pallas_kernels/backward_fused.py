@@ -6,6 +6,7 @@ the queries' gradient is added to float32 memory by the copy engine, in an order
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,6 @@ from pallas_kernels.compat import (
     add_to_global,
     aligned_rows,
     launch,
-    load,
     pl,
     plgpu,
     shared_tile,
@@ -37,7 +37,7 @@ from pallas_kernels.compat import (
 from pallas_kernels.config import CONSUMERS, ROWS
 from pallas_kernels.forward import LOG2E
 from pallas_kernels.instructions import store_tile
-from pallas_kernels.scores import same_ids
+from pallas_kernels.marks import Marks
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -48,8 +48,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     do_refs = {r: next(it) for r in views}
     lse_refs = {r: next(it) for r in views}
     delta_refs = {r: next(it) for r in views}
-    k_ids = next(it) if opt.ids else None
-    q_ids = {r: next(it) for r in views} if opt.ids else {}
+    k_marks, q_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
     dq_refs = _queries_refs(views, it, opt.interpret)
     dk_ref, dv_ref, out_smem = next(it), next(it), next(it)
     memory = gradient_memory.Memory(*it)
@@ -91,21 +90,27 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 v, end = visited(place, residue, tile), home_end(plan, local)
                 return seen_pairs(plan, v, row, place.start, shape, end)
 
-            def marked(s: jax.Array, me: Any, slot: Any) -> jax.Array:
+            def marks(me: Any, slot: Any) -> tuple[Marks, Marks]:
                 b, _, _, row, local = home(me)
-                ids = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW)
-                return same_ids(s, ids, load(memory.mark(slot, 0), COLUMN))
+                own = opt.marks.of_rows(k_marks, (b, pl.ds(row, ROWS), local), ROW)
+                return own, opt.marks.load(functools.partial(memory.mark, slot), COLUMN)
+
+            def marked(s: jax.Array, me: Any, slot: Any) -> jax.Array:
+                return opt.marks.hide(s, *marks(me, slot), plan.transposed)
 
             def kept(me: Any, slot: Any) -> jax.Array:
                 place = memory.place(slot)
                 b, residue, tile, row, _ = home(me)
                 at = (b, place.head, place.branch, row, place.start)
                 seed, v = (seed_ref[0], seed_ref[1]), visited(place, residue, tile)
-                return visits.kept(plan, keep, opt.rate, seed, v, at, shape)
+                places = opt.marks.places(*marks(me, slot))
+                return visits.kept(plan, keep, opt.rate, seed, v, at, shape, places)
 
             hides = schedule.hides(plan)
             return gradient_loop.Sight(
-                seen if hides else None, marked if opt.ids else None, kept if opt.rate else None
+                seen if hides else None,
+                marked if opt.marks.count else None,
+                kept if opt.rate else None,
             )
 
         def one_item(t: Any, base: Any) -> Any:
@@ -166,8 +171,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     rows = aligned_rows(start, bq)
                     at, vector = (b, rows, v.away_residue, head), (b, head, v.away_residue, rows)
                     place = gradient_memory.Place(start, *limits, plane, rate, branch, head)
-                    ids = [q_ids[rate].at[b, v.away_residue, rows]] if opt.ids else []
-                    tiles = (q_refs[rate].at[at], ids, do_refs[rate].at[at])
+                    marks = [ref.at[b, v.away_residue, rows] for ref in q_marks[rate]]
+                    tiles = (q_refs[rate].at[at], marks, do_refs[rate].at[at])
                     vectors = (lse_refs[rate].at[vector], delta_refs[rate].at[vector])
                     memory.bring(i, place, *tiles, *vectors)
                     return i + 1
@@ -239,25 +244,24 @@ def fused_gradients(
     out_dtype: Any,
     starts: jax.Array,
     seed: jax.Array,
-    q_ids: jax.Array | None = None,
-    k_ids: jax.Array | None = None,
-    keep: Any = None,
+    marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
+    keep: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """All gradients of one launch.
 
-    arrays, lse, delta as in `keys_gradient`. grads: (dq, dk, dv); dq float32 `[B, N, T', H]`
+    arrays, lse, delta, marks as in `keys_gradient`. grads: (dq, dk, dv); dq float32 `[B, N, T', H]`
     without the scale, added to; dk and dv added to when opt.add.
     """
     query, key, _, _ = arrays
     dq, dk, dv = grads
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
-    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, q_ids, k_ids)
+    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, marks)
     # Float32 leaves by columns: there is no room for all of it.
     width = head_dim * 2 // jnp.dtype(out_dtype).itemsize
     scratch = [shared_tile((CONSUMERS, ROWS, width), out_dtype)]
     scratch += gradient_memory.scratch(
-        head_dim, plan.block_away, opt.stages, dtype, opt.ids, opt.interpret
+        head_dim, plan.block_away, opt.stages, dtype, opt.marks.count, opt.interpret
     )
     shape = (key.shape[0], key.shape[1] // plan.stride, plan.stride, *key.shape[2:])
     # The interpreter has no additions to strided rows of one array, so there it is one a view.

@@ -1,6 +1,7 @@
 """The backward kernel for keys and values."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,8 +25,7 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import ROWS
-from pallas_kernels.forward import LOG2E, view
-from pallas_kernels.scores import same_ids
+from pallas_kernels.forward import LOG2E, mark_views, view
 
 
 def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -36,11 +36,10 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     do_refs = {r: next(it) for r in views}
     lse_refs = {r: next(it) for r in views}
     delta_refs = {r: next(it) for r in views}
-    k_ids = next(it) if opt.ids else None
-    q_ids = {r: next(it) for r in views} if opt.ids else {}
+    k_marks, q_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
     dk_ref, dv_ref = next(it), next(it)
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = (next(it) for _ in range(6))
-    out_smem, id_smem, p_smem = (next(it) for _ in range(3))
+    out_smem, mark_smem, p_smem = (next(it) for _ in range(3))
     k_ready, q_ready, do_ready, k_free, q_free, do_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
@@ -68,7 +67,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             total = base + current[2] if schedule.knows_starts(plan) else base
             row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, kv_head)
-            id_rows = load(k_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
+            home = opt.marks.of_rows(k_marks, (b, pl.ds(row, ROWS), local), ROW)
             plgpu.barrier_wait(k_ready.at[wg])
 
             def step(j: Any, i: Any, v: visits.Visit, head: Any, branch: Any, accs: Any) -> Any:
@@ -79,20 +78,20 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
 
                 s = product(k_smem.at[wg], q_smem.at[slot].transpose((1, 0)), shape, lambda: None)
                 lse = load(lse_smem.at[slot], COLUMN)
-                ids = load(id_smem.at[slot], COLUMN) if opt.ids else None
+                away = opt.marks.of_slot(mark_smem, slot, COLUMN)
                 s = lax.cond(
                     is_edge(plan, v, row, start, bq),
                     lambda: jnp.where(seen_pairs(plan, v, row, start, shape), s, -jnp.inf),
                     lambda: s,
                 )
-                if opt.ids:
-                    s = same_ids(s, id_rows, ids)
+                s = opt.marks.hide(s, home, away, plan.transposed)
                 p = jnp.exp2(s * opt.scale - lax.broadcast_in_dim(lse, shape, [1]))
                 staging = None if p_smem is None else p_smem.at[wg]
                 weight = p
                 if opt.rate:
                     seed, at = (seed_ref[0], seed_ref[1]), (b, head, branch, row, start)
-                    seen = visits.kept(plan, keep, opt.rate, seed, v, at, shape)
+                    places = opt.marks.places(home, away)
+                    seen = visits.kept(plan, keep, opt.rate, seed, v, at, shape, places)
                     weight = jnp.where(seen, p * (1.0 / (1.0 - opt.rate)), 0.0)
                 weight = weight.astype(dtype)
                 plgpu.barrier_wait(do_ready.at[slot])
@@ -177,9 +176,8 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
                     plgpu.copy_gmem_to_smem(q_refs[rate].at[at], q_smem.at[slot], ready)
                     plgpu.copy_gmem_to_smem(lse_refs[rate].at[vector], lse_smem.at[slot], ready)
                     plgpu.copy_gmem_to_smem(delta_refs[rate].at[vector], delta_smem.at[slot], ready)
-                    if opt.ids:
-                        at_ids = q_ids[rate].at[b, v.away_residue, rows]
-                        plgpu.copy_gmem_to_smem(at_ids, id_smem.at[slot], ready)
+                    marked = (b, v.away_residue, rows)
+                    opt.marks.bring(q_marks[rate], marked, mark_smem, slot, ready)
                     pl.when(reused)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                     plgpu.copy_gmem_to_smem(
                         do_refs[rate].at[at], do_smem.at[slot], do_ready.at[slot]
@@ -212,10 +210,9 @@ def operands_of(
     vectors: tuple[jax.Array, jax.Array],
     starts: jax.Array,
     seed: jax.Array,
-    q_ids: jax.Array | None,
-    k_ids: jax.Array | None,
+    marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
 ) -> list[jax.Array]:
-    """What a kernel with keys at home reads, in order. vectors: lse and delta; ids may be None."""
+    """What a kernel with keys at home reads, in order. vectors: lse and delta."""
     query, key, value, do = arrays
     views = sorted(set(plan.rates))
     part = schedule.participation(plan).astype(np.int32)
@@ -224,10 +221,7 @@ def operands_of(
     operands += [view(key, plan.stride), view(value, plan.stride)]
     operands += [view(x, r) for x in (query, do) for r in views]
     operands += [by_residue(x, r) for x in vectors for r in views]
-    if q_ids is not None:
-        operands += [view(k_ids, plan.stride)]
-        operands += [view(q_ids, r).swapaxes(1, 2) for r in views]
-    return operands
+    return operands + mark_views(plan, marks[1], marks[0])
 
 
 def keys_gradient(
@@ -242,19 +236,18 @@ def keys_gradient(
     out_dtype: Any,
     starts: jax.Array,
     seed: jax.Array,
-    q_ids: jax.Array | None = None,
-    k_ids: jax.Array | None = None,
-    keep: Any = None,
+    marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
+    keep: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of keys and values of one launch.
 
-    arrays, lse, delta as in `queries_gradient`, lse and delta `[B, N, T']`. grads: (dk, dv),
+    arrays, lse, delta, marks as in `queries_gradient`, lse and delta `[B, N, T']`. grads: (dk, dv),
     added to when opt.add.
     """
     query, key, _, _ = arrays
     dk, dv = grads
     head_dim, dtype = query.shape[-1], query.dtype
-    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, q_ids, k_ids)
+    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, marks)
     bq, stages, consumers = plan.block_away, opt.stages, plan.block_home // ROWS
     vectors = plgpu.SMEM((stages, bq), jnp.float32)
     scratch = [
@@ -265,10 +258,10 @@ def keys_gradient(
         vectors,
         vectors,
         shared_tile((opt.stagings, consumers, ROWS, head_dim), out_dtype),
-        plgpu.SMEM((stages, bq), jnp.int32) if opt.ids else None,
+        opt.marks.rings(stages, bq),
         shared_tile((consumers, ROWS, bq), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=consumers, num_arrivals=2),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=4 if opt.ids else 3),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=3 + opt.marks.count),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=consumers),
         plgpu.Barrier(num_barriers=stages, num_arrivals=consumers),

@@ -15,7 +15,6 @@ from pallas_kernels.block_forward import (
     Options,
     away_rows,
     kept,
-    mark_rings,
     masked_scores,
     walk,
 )
@@ -212,7 +211,7 @@ def keys_gradient(
         vectors,
         vectors,
         shared_tile(home, dtype),
-        mark_rings(plan, opt),
+        opt.marks.rings(*block_schedule.ring(plan, stages)),
         shared_tile((CONSUMERS, ROWS, bq), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
         plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (3 + opt.marks.count)),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import block_lists, block_marks, block_schedule, visits
+from pallas_kernels import block_lists, block_schedule, visits
 from pallas_kernels.block_lists import TILE_ROWS
 from pallas_kernels.compat import (
     COLUMN,
@@ -25,6 +25,7 @@ from pallas_kernels.compat import (
     store,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 
 LOG2E = math.log2(math.e)
@@ -38,7 +39,7 @@ class Options:
     stages: int
     overlap: bool
     group: int
-    marks: block_marks.Kinds
+    marks: Kinds
     rate: float
     interpret: bool
 
@@ -105,16 +106,13 @@ def kept(
     starts: Any,
     where: tuple[Any, Any, Any, Any],
     shape: tuple[int, int],
-    marks: tuple[block_marks.Marks, block_marks.Marks],
+    marks: tuple[Marks, Marks],
 ) -> jax.Array:
     """Which pairs dropout keeps. where: (batch, query head, first home row, first away row).
 
-    marks: of home and away; if they have positions, pairs are known by those, not by their rows.
+    marks: of home and away.
     """
     batch, head, row, start = where
-    if opt.marks.positions:
-        who, positions = (batch, head, plan.numbers[0]), tuple(x.positions for x in marks)
-        return visits.kept_at(keep, opt.rate, (seed[0], seed[1]), who, positions, plan.transposed)
     home, away = (starts[1], starts[0]) if plan.transposed else (starts[0], starts[1])
     visit: Any = visits.Visit(
         first=0,
@@ -130,7 +128,8 @@ def kept(
     )
     launch_: Any = plan
     at = (batch, head, 0, row, start)
-    return visits.kept(launch_, keep, opt.rate, (seed[0], seed[1]), visit, at, shape)
+    seeds, places = (seed[0], seed[1]), opt.marks.places(*marks)
+    return visits.kept(launch_, keep, opt.rate, seeds, visit, at, shape, places)
 
 
 def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: Any) -> None:
@@ -370,7 +369,7 @@ def forward(
         shared_tile(block_schedule.ring(plan, stages, head_dim), dtype),
         shared_tile(block_schedule.ring(plan, stages, head_dim), dtype),
         shared_tile((CONSUMERS, ROWS, head_dim), out_dtype),
-        mark_rings(plan, opt),
+        opt.marks.rings(*block_schedule.ring(plan, stages)),
         shared_tile((CONSUMERS, ROWS, plan.away), dtype) if opt.interpret else None,
         plgpu.SMEM((CONSUMERS, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS),
@@ -392,13 +391,6 @@ def forward(
     if plan.parts:
         out, lse = _merge(plan, work, out, lse, *parts)
     return out, lse
-
-
-def mark_rings(plan: block_schedule.Plan, opt: Options) -> Any:
-    """Shared memory for the marks of away rows: one array, since each takes at least 1024 bytes."""
-    count = opt.marks.count
-    shape = block_schedule.ring(plan, opt.stages * count)
-    return plgpu.SMEM(shape, jnp.int32) if count else None
 
 
 def split_rows(plan: block_schedule.Plan, work: block_schedule.Work) -> tuple[Any, Any, Any, Any]:

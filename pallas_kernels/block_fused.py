@@ -14,7 +14,6 @@ from jax import lax
 
 from pallas_kernels import (
     block_lists,
-    block_marks,
     block_schedule,
     config,
     gradient_loop,
@@ -34,6 +33,7 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.marks import Marks
 
 
 def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> None:
@@ -66,11 +66,11 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 at = (row(me), place.start, shape, shift, plan.away_rows)
                 return seen_pairs(plan, place.branch, *at)
 
-            def home(me: Any) -> block_marks.Marks:
+            def home(me: Any) -> Marks:
                 rows = (memory.item(t, 1), pl.ds(row(me), ROWS))
                 return opt.marks.of_rows(k_marks, rows, ROW)
 
-            def away(slot: Any) -> block_marks.Marks:
+            def away(slot: Any) -> Marks:
                 return opt.marks.load(functools.partial(memory.mark, slot), COLUMN)
 
             def marked(s: jax.Array, me: Any, slot: Any) -> jax.Array:

@@ -18,8 +18,8 @@ from pallas_kernels import (
 )
 from pallas_kernels.block_forward import LOG2E
 from pallas_kernels.block_lists import TILE_ROWS
-from pallas_kernels.block_marks import Kinds
-from pallas_kernels.support import pad, padded_head
+from pallas_kernels.marks import Kinds
+from pallas_kernels.support import pad, pad_marks, padded_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +127,6 @@ def _options(call: Call, query: Any, key: Any, tiles: config.Blocks) -> block_fo
     )
 
 
-def _pad_marks(marks: Any, q_rows: int, k_rows: int) -> Any:
-    """Marks of queries and of keys for whole tiles or copies; id 0 sees nothing."""
-    sides = zip(marks, (q_rows, k_rows), strict=True)
-    return tuple(tuple(pad(x.astype(jnp.int32), 1, rows) for x in side) for side, rows in sides)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def run_forward(
     call: Call, query: Any, key: Any, value: Any, lists: Any, marks: Any, starts: Any, seed: Any
@@ -157,7 +151,7 @@ def run_forward(
             out_dtype=call.out_dtype,
             starts=starts,
             seed=seed,
-            marks=_pad_marks(marks, _whole(T), arrays[1].shape[1]),
+            marks=pad_marks(marks, _whole(T), arrays[1].shape[1]),
             keep=call.keep,
         )
     return out[:, :T, :, :H], lse[:, :, :T].swapaxes(1, 2)
@@ -200,7 +194,7 @@ def run_backward(
         plan, work = _work(call, plan, found, arrays[0], arrays[1])
         return plan, _options(call, query, key, tiles), work, found.entries, arrays
 
-    by_keys = {"marks": _pad_marks(marks, padded_T, _whole(S)), **shared}
+    by_keys = {"marks": pad_marks(marks, padded_T, _whole(S)), **shared}
     if fused is not None:
         with jax.named_scope("block_gradients"):
             dq, dk, dv = block_fused.gradients(*prepared(fused, True), *narrow, **by_keys)
@@ -209,7 +203,7 @@ def run_backward(
         return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
     tiles = config.block_queries_blocks(head_dim, size, count)
     with jax.named_scope("block_queries_gradient"):
-        own = _pad_marks(marks, _whole(T), padded_S)
+        own = pad_marks(marks, _whole(T), padded_S)
         dq = block_backward.queries_gradient(
             *prepared(tiles, False), lse, delta, marks=own, **shared
         )

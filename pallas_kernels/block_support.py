@@ -7,7 +7,13 @@ import numpy as np
 
 from pallas_kernels import block_lists, config
 from pallas_kernels.compat import varying_axes
-from pallas_kernels.support import is_static, padded_head, result_dtype
+from pallas_kernels.marks import kinds_of
+from pallas_kernels.support import (
+    is_static,
+    mark_reasons,
+    padded_head,
+    result_dtype,
+)
 
 LARGEST_POSITION = 1 << 28
 
@@ -70,32 +76,24 @@ def unsupported(
         reasons.append(f"scale {scale}: wanted a positive number known when tracing")
     if dropout_rate and dropout_seed is None:
         reasons.append("dropout_rate without dropout_seed")
-    if (q_segment_ids is None) and (kv_segment_ids is not None):
-        reasons.append("kv_segment_ids without q_segment_ids")
-    if (q_segment_ids is not None) and kv_segment_ids is None and key.shape[1] != query.shape[1]:
-        reasons.append("q_segment_ids without kv_segment_ids for keys of another length")
-    if q_positions is None and kv_positions is not None:
-        reasons.append("kv_positions without q_positions")
-    if q_positions is not None and kv_positions is None and key.shape[1] != query.shape[1]:
-        reasons.append("q_positions without kv_positions for keys of another length")
+    ids, positions = (q_segment_ids, kv_segment_ids), (q_positions, kv_positions)
+    reasons += mark_reasons(query, key, ids, positions)
     ends = [x.shape[1] + int(s) for x, s in ((query, q_start), (key, k_start)) if is_static(s)]
     if max(ends, default=0) >= LARGEST_POSITION:
         reasons.append(f"positions up to {max(ends)}: wanted less than {LARGEST_POSITION}")
     reasons += _list_reasons(query, key, blocks)
     if reasons:
         return tuple(reasons)
-    out, ids = result_dtype(query, carry, out_dtype), q_segment_ids is not None
-    ordered = q_positions is not None and bool(is_causal or dropout_rate)
-    marks = ids + ordered
+    out = result_dtype(query, carry, out_dtype)
+    marks = kinds_of(is_causal, dropout_rate, q_segment_ids, q_positions)
     head, size = padded_head(head_dim), blocks.block_size
     tiles = (
-        config.block_forward_blocks(head, size, out.itemsize, marks),
-        config.block_queries_blocks(head, size, marks),
-        config.block_keys_blocks(head, size, marks),
+        config.block_forward_blocks(head, size, out.itemsize, marks.count),
+        config.block_queries_blocks(head, size, marks.count),
+        config.block_keys_blocks(head, size, marks.count),
     )
     if None in tiles:
-        more = f"{' and segment ids' * ids}{' and positions' * ordered}"
-        what = f"blocks of {size}, {out.name} output{more}"
+        what = f"blocks of {size}, {out.name} output{marks.named}"
         reasons.append(f"head size {head_dim} with {what}: tiles exceed shared memory")
     return tuple(reasons)
 

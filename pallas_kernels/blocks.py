@@ -12,9 +12,9 @@ import numpy as np
 
 from pallas_kernels import block_lists, block_schedule
 from pallas_kernels.block_launches import Blocks, Call, run_backward, run_forward
-from pallas_kernels.block_marks import Kinds
 from pallas_kernels.block_support import unsupported
 from pallas_kernels.compat import interpreting
+from pallas_kernels.marks import kinds_of, marks_of
 from pallas_kernels.support import current_device_kind, result_dtype, two_passes
 
 __all__ = ["attend", "attend_backward", "unsupported"]
@@ -105,11 +105,9 @@ def attend(
         raise ValueError("attend: dropout_rate without keep, which says what is dropped")
     if order not in block_schedule.ORDERS:
         raise ValueError(f"order: wanted one of {', '.join(block_schedule.ORDERS)}, got {order!r}")
-    kinds, marks = _marks(
-        (query.shape[0], is_causal, dropout_rate),
-        (q_segment_ids, kv_segment_ids),
-        (q_positions, kv_positions),
-    )
+    kinds = kinds_of(is_causal, dropout_rate, q_segment_ids, q_positions)
+    ids, positions = (q_segment_ids, kv_segment_ids), (q_positions, kv_positions)
+    marks = marks_of(kinds, query.shape[0], ids, positions)
     described, lists = _describe(blocks)
     final = result_dtype(query, carry, out_dtype)
     call = Call(
@@ -161,11 +159,9 @@ def attend_backward(
     the total out. Returns float32, in which those of several calls can be added up. Other arguments
     as `attend`, as checked.
     """
-    kinds, marks = _marks(
-        (query.shape[0], is_causal, dropout_rate),
-        (q_segment_ids, kv_segment_ids),
-        (q_positions, kv_positions),
-    )
+    kinds = kinds_of(is_causal, dropout_rate, q_segment_ids, q_positions)
+    ids, positions = (q_segment_ids, kv_segment_ids), (q_positions, kv_positions)
+    marks = marks_of(kinds, query.shape[0], ids, positions)
     described, lists = _describe(blocks)
     call = Call(
         blocks=described,
@@ -186,22 +182,6 @@ def attend_backward(
     with _numbers():
         found = run_backward(call, query, key, value, d_out, lse, delta, lists, marks, starts, seed)
     return tuple(x.astype(jnp.float32) for x in found)
-
-
-def _marks(
-    said: tuple[int, bool, float], ids: tuple[Any, Any], positions: tuple[Any, Any]
-) -> tuple[Kinds, tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """Which marks a call has, and those of queries and of keys. said: batch, is_causal, rate."""
-    batch, causal, rate = said
-    ordered = positions[0] is not None
-    used = [ids] if ids[0] is not None else []
-    if ordered and (causal or rate):  # else they change nothing
-        used.append(
-            tuple(x if x is None else jnp.broadcast_to(x, (batch, x.shape[1])) for x in positions)
-        )
-    kinds = Kinds(ids[0] is not None, bool(ordered and (causal or rate)), bool(ordered and causal))
-    sides = (tuple(q for q, _ in used), tuple(q if k is None else k for q, k in used))
-    return kinds, sides
 
 
 def _describe(blocks: Any) -> tuple[Blocks, Any]:

@@ -97,15 +97,15 @@ def _first_fit(
 
 
 def forward_blocks(
-    head_dim: int, out_bytes: int, length: int, *, causal: bool, ids: bool
+    head_dim: int, out_bytes: int, length: int, *, causal: bool, marks: int
 ) -> Blocks | None:
     """Tiles of the forward kernel, or None if none fits shared memory.
 
     out_bytes: size of one output element (4 when a float32 partial result is continued). length:
-    dilated rows of the shortest segment. ids: whether segment ids travel with the keys.
+    dilated rows of the shortest segment. marks: int32 vectors that travel with the keys.
 
     Example:
-        >>> forward_blocks(128, 2, 2048, causal=True, ids=False)
+        >>> forward_blocks(128, 2, 2048, causal=True, marks=0)
         Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1)
     """
     # Small heads are bound by exponentials, not by products: more warpgroups or longer tiles help,
@@ -119,33 +119,33 @@ def forward_blocks(
         options = ((128, 3), *options)
     elif head_dim > 128:
         options = options[1:]
-    blocks = _first_fit(options, head_dim * (2 + out_bytes), 2 * 2 * head_dim + 4 * ids)
+    blocks = _first_fit(options, head_dim * (2 + out_bytes), 2 * 2 * head_dim + 4 * marks)
     if blocks is None:
         return None
     return dataclasses.replace(blocks, overlap=head_dim > 64 or blocks.consumers > 2)
 
 
-def queries_blocks(head_dim: int, ids: bool) -> Blocks | None:
+def queries_blocks(head_dim: int, marks: int) -> Blocks | None:
     """Away (key) tile of the queries' gradient kernel, or None if none fits.
 
     Example:
-        >>> queries_blocks(128, ids=False)
+        >>> queries_blocks(128, marks=0)
         Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=1)
     """
     options = ((128, 2), *WIDE_TILES)
-    return _first_fit(options[head_dim > 128 :], head_dim * 2 * 3, 2 * 2 * head_dim + 4 * ids)
+    return _first_fit(options[head_dim > 128 :], head_dim * 2 * 3, 2 * 2 * head_dim + 4 * marks)
 
 
-def keys_blocks(head_dim: int, ids: bool, out_bytes: int = 2) -> Blocks | None:
+def keys_blocks(head_dim: int, marks: int, out_bytes: int = 2) -> Blocks | None:
     """Away (query) tile of the keys' and values' gradient kernel, or None if none fits.
 
     out_bytes: size of one gradient element (4 while several launches add to it).
 
     Example:
-        >>> keys_blocks(64, ids=False)
+        >>> keys_blocks(64, marks=0)
         Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=2)
     """
-    per_row = 2 * 2 * head_dim + 4 * ids
+    per_row = 2 * 2 * head_dim + 4 * marks
     for consumers, stages, stagings in ((2, 2, 2), (2, 2, 1), (2, 1, 1), (1, 1, 1)):
         home_row = head_dim * (2 * 2 + stagings * out_bytes)
         if consumers * ROWS * home_row + per_row * 64 * stages <= SHARED_BYTES:
@@ -153,7 +153,7 @@ def keys_blocks(head_dim: int, ids: bool, out_bytes: int = 2) -> Blocks | None:
     return None
 
 
-def candidates(kernel: str, head_dim: int, ids: bool = False) -> tuple[Blocks, ...]:
+def candidates(kernel: str, head_dim: int, marks: int = 0) -> tuple[Blocks, ...]:
     """Tile sizes of a kernel (as in `flash.attend`'s tiles) that may fit shared memory.
 
     Example:
@@ -171,7 +171,7 @@ def candidates(kernel: str, head_dim: int, ids: bool = False) -> tuple[Blocks, .
     for (away, stages), (consumers, overlap, stagings) in itertools.product(options, kinds):
         rows = held + (stagings if kernel == "keys" else 0)
         used = consumers * ROWS * rows * head_dim * 2
-        used += away * stages * (2 * 2 * head_dim + 4 * ids)
+        used += away * stages * (2 * 2 * head_dim + 4 * marks)
         if used <= SHARED_BYTES and (kernel != "fused" or away == _fused_away(head_dim)):
             found.append(Blocks(away, stages, consumers, overlap, stagings))
     return tuple(found)

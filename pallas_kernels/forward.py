@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from pallas_kernels.compat import (
     store,
 )
 from pallas_kernels.config import ROWS
+from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 from pallas_kernels.scores import Rows, mask_scores, rows_of
 
@@ -46,7 +48,7 @@ class Options:
     overlap: bool
     group: int
     carry: bool
-    ids: bool
+    marks: Kinds
     rate: float
     interpret: bool
 
@@ -58,10 +60,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     q_ref = next(it)
     k_refs = {r: next(it) for r in views}
     v_refs = {r: next(it) for r in views}
-    q_ids = next(it) if opt.ids else None
-    k_ids = {r: next(it) for r in views} if opt.ids else {}
+    q_marks, k_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
     out_ref, lse_ref = next(it), next(it)
-    q_smem, k_smem, v_smem, o_smem, id_smem, p_smem, sum_smem = (next(it) for _ in range(7))
+    q_smem, k_smem, v_smem, o_smem, mark_smem, p_smem, sum_smem = (next(it) for _ in range(7))
     q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
@@ -81,37 +82,42 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             q=q_smem.at[wg],
             k=k_smem,
             v=v_smem,
-            marks=lambda slot: load(id_smem.at[slot], COLUMN) if opt.ids else None,
+            marks=lambda slot: opt.marks.of_slot(mark_smem, slot, COLUMN),
             ready=(q_ready.at[wg], k_ready, v_ready),
             free=(q_free.at[wg], k_free, v_free),
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
 
-        def tile_at(j: Any, v: visits.Visit, rows: Rows, at: Any) -> Tile:
-            def mask(s: jax.Array, ids: Any) -> jax.Array:
-                return mask_scores(plan, v, rows, v.first + j * bkv, s, ids)
+        def tile_at(j: Any, v: visits.Visit, rows: Rows, at: Any, home: Marks) -> Tile:
+            def mask(s: jax.Array, away: Marks) -> jax.Array:
+                s = mask_scores(plan, v, rows, v.first + j * bkv, s)
+                return opt.marks.hide(s, home, away, plan.transposed)
 
-            def drop(p: jax.Array, ids: Any) -> jax.Array:
+            def drop(p: jax.Array, away: Marks) -> jax.Array:
                 if not opt.rate:
                     return p
                 seed, place = (seed_ref[0], seed_ref[1]), (*at, rows.row, v.first + j * bkv)
-                seen = visits.kept(plan, keep, opt.rate, seed, v, place, p.shape)
+                places = opt.marks.places(home, away)
+                seen = visits.kept(plan, keep, opt.rate, seed, v, place, p.shape, places)
                 return jnp.where(seen, p, 0.0)
 
             return Tile(mask, drop)
 
-        def look(base: Any, total: Any, mask: Any, where: Any, at: Any, row: Any, ids: Any) -> Any:
+        def look(
+            base: Any, total: Any, mask: Any, where: Any, at: Any, row: Any, home: Marks
+        ) -> Any:
             """(sum, maximum, mass) of the tile; it has at least one step."""
 
             def visit(branch: Any) -> tuple[visits.Visit, Rows]:
                 v = visits.visit(plan, geometry, branch, mask, *where)
-                return v, rows_of(plan, v, row, ids)
+                return v, rows_of(plan, v, row)
 
             first = visits.first_branch(plan, geometry, mask, *where)
-            state = loop.first(base, total, tile_at(jnp.int32(0), *visit(first), (*at, first)))
+            seen = (*visit(first), (*at, first), home)
+            state = loop.first(base, total, tile_at(jnp.int32(0), *seen))
 
             def one_branch(branch: Any, state: Any, acc: Sum) -> Any:
-                seen = (*visit(branch), (*at, branch))
+                seen = (*visit(branch), (*at, branch), home)
 
                 def step(j: Any, state: Any) -> Any:
                     return loop.step(state, acc, total, tile_at(j, *seen))
@@ -141,10 +147,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
                 old = load(lse_at, ROW)
             total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
-            ids = load(q_ids.at[b, pl.ds(row, ROWS), local], ROW) if opt.ids else None
+            home = opt.marks.of_rows(q_marks, (b, pl.ds(row, ROWS), local), ROW)
             acc, m, mass = lax.cond(
                 total > base,
-                lambda: look(base, total, mask, (residue, tile), (b, n), row, ids),
+                lambda: look(base, total, mask, (residue, tile), (b, n), row, home),
                 lambda: nothing_seen(head_dim),
             )
             finish(acc, m, mass, window, lse_at, old)
@@ -214,12 +220,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                     k_ref, v_ref = k_refs[rate], v_refs[rate]
                     plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], k_ready.at[slot])
-                    if opt.ids:
-                        plgpu.copy_gmem_to_smem(
-                            k_ids[rate].at[b, v.away_residue, rows],
-                            id_smem.at[slot],
-                            k_ready.at[slot],
-                        )
+                    marked = (b, v.away_residue, rows)
+                    opt.marks.bring(k_marks[rate], marked, mark_smem, slot, k_ready.at[slot])
                     pl.when(n_fill == begin)(load_queries)
                     pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
                     plgpu.copy_gmem_to_smem(v_ref.at[window], v_smem.at[slot], v_ready.at[slot])
@@ -240,6 +242,14 @@ def view(x: jax.Array, rate: int) -> jax.Array:
     return x.reshape(x.shape[0], x.shape[1] // rate, rate, *x.shape[2:])
 
 
+def mark_views(
+    plan: schedule.Launch, home: Sequence[jax.Array], away: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Marks as a kernel reads them: of home rows directly, of away rows, by rate, as copies."""
+    views = [view(x, r).swapaxes(1, 2) for r in sorted(set(plan.rates)) for x in away]
+    return [view(x, plan.stride) for x in home] + views
+
+
 def forward(
     plan: schedule.Launch,
     opt: Options,
@@ -254,15 +264,15 @@ def forward(
     lse_shape: tuple[int, int, int],
     starts: jax.Array,
     seed: jax.Array,
-    q_ids: jax.Array | None = None,
-    k_ids: jax.Array | None = None,
-    keep: Any = None,
+    marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
+    keep: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one launch.
 
     query [B, T', N, H], key and value [B, S', K, H], lengths already multiples of 8 x stride.
     out [B, T', N, H] and lse [B, N, rows] are continued from and updated when opt.carry; otherwise
-    they are created. Returns them.
+    they are created. marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has,
+    for whole tiles. Returns out and lse.
     """
     views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
@@ -270,9 +280,7 @@ def forward(
     operands = [jnp.asarray(table), geometry, seed, view(query, plan.stride)]
     operands += [view(key, r) for r in views]
     operands += [view(value, r) for r in views]
-    if opt.ids:
-        operands += [view(q_ids, plan.stride)]
-        operands += [view(k_ids, r).swapaxes(1, 2) for r in views]
+    operands += mark_views(plan, *marks)
     out_view = (query.shape[0], query.shape[1] // plan.stride, plan.stride, *query.shape[2:])
     lse_view = (*lse_shape[:2], lse_shape[2] // plan.stride, plan.stride)
     bkv, stages = plan.block_away, opt.stages
@@ -282,11 +290,11 @@ def forward(
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((pairs, ROWS, head_dim), out_dtype),
-        plgpu.SMEM((stages, bkv), jnp.int32) if opt.ids else None,
+        opt.marks.rings(stages, bkv),
         shared_tile((pairs, ROWS, bkv), dtype) if opt.interpret else None,
         plgpu.SMEM((pairs, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=pairs),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=2 if opt.ids else 1),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=1 + opt.marks.count),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_barriers=pairs),

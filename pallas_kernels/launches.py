@@ -19,7 +19,8 @@ from pallas_kernels import (
     schedule,
     work_lists,
 )
-from pallas_kernels.support import pad, padded_head
+from pallas_kernels.marks import Kinds
+from pallas_kernels.support import pad, pad_marks, padded_head
 
 LOG2E = math.log2(math.e)
 
@@ -36,7 +37,7 @@ class Call:
     rate: float
     keep: Any
     out_dtype: Any
-    ids: bool
+    marks: Kinds
     device_kind: str
     interpret: bool
     deterministic: bool
@@ -131,14 +132,6 @@ def _pad_inputs(sizes: _Sizes, arrays: Sequence[jax.Array], lengths: Sequence[in
     return [pad(pad(x, 1, n), 3, head) for x, n in zip(arrays, lengths, strict=True)]
 
 
-def _pad_ids(sizes: _Sizes, ids: Any) -> tuple[jax.Array | None, jax.Array | None]:
-    if ids is None:
-        return None, None
-    # Rows past the end are read by whole tiles; id 0 sees nothing.
-    q_ids = pad(ids[0].astype(jnp.int32), 1, sizes.rows)
-    return q_ids, pad(ids[1].astype(jnp.int32), 1, sizes.key_rows)
-
-
 def _rows(x: jax.Array, rows: int, fill: float) -> jax.Array:
     """`[B, T, N]` as `[B, N, rows]`."""
     return pad(x.swapaxes(1, 2), 2, rows, fill)
@@ -146,19 +139,20 @@ def _rows(x: jax.Array, rows: int, fill: float) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_forward(
-    call: Call, query: Any, key: Any, value: Any, carry: Any, ids: Any, starts: Any, seed: Any
+    call: Call, query: Any, key: Any, value: Any, carry: Any, marks: Any, starts: Any, seed: Any
 ) -> tuple[jax.Array, jax.Array]:
     """out `[B, T, N, H]` and lse `[B, T, N]`; arguments of `attend`, checked."""
     head = padded_head(query.shape[-1])
     length = min(schedule.rows_of(call.branches, max(query.shape[1], key.shape[1])))
+    causal = call.causal or call.marks.causal
     blocks = dict(call.tiles).get("forward") or config.forward_blocks(
-        head, call.out_dtype.itemsize, length, causal=call.causal, ids=call.ids
+        head, call.out_dtype.itemsize, length, causal=causal, marks=call.marks.count
     )
     sizes = _sizes(call, query, key, blocks.consumers)
     q, k, v = _pad_inputs(
         sizes, (query, key, value), (sizes.padded_T, sizes.padded_S, sizes.padded_S)
     )
-    q_ids, k_ids = _pad_ids(sizes, ids)
+    marks = pad_marks(marks, sizes.rows, sizes.key_rows)
     whole = launch_of(call, q.shape[2], sizes.T, sizes.S, blocks, False)
     out = lse = None
     if carry is not None:
@@ -173,7 +167,7 @@ def run_forward(
             overlap=blocks.overlap,
             group=q.shape[2] // k.shape[2],
             carry=out is not None,
-            ids=call.ids,
+            marks=call.marks,
             rate=call.rate,
             interpret=call.interpret,
         )
@@ -191,8 +185,7 @@ def run_forward(
                 lse_shape=(q.shape[0], q.shape[2], sizes.rows),
                 starts=starts,
                 seed=seed,
-                q_ids=q_ids,
-                k_ids=k_ids,
+                marks=marks,
                 keep=call.keep,
             )
     return out[:, : sizes.T, :, : sizes.head_dim], lse[:, :, : sizes.T].swapaxes(1, 2)
@@ -207,7 +200,7 @@ def run_backward(
     do: Any,
     lse: Any,
     delta: Any,
-    ids: Any,
+    marks: Any,
     starts: Any,
     seed: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -217,14 +210,8 @@ def run_backward(
     arrays = tuple(_pad_inputs(sizes, (query, key, value, do.astype(query.dtype)), lengths))
     lse = _rows(jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), sizes.rows, jnp.inf)
     delta = _rows(delta, sizes.rows, 0.0)
-    q_ids, k_ids = _pad_ids(sizes, ids)
-    shared = {
-        "starts": starts,
-        "seed": seed,
-        "q_ids": q_ids,
-        "k_ids": k_ids,
-        "keep": call.keep,
-    }
+    marks = pad_marks(marks, sizes.rows, sizes.key_rows)
+    shared = {"starts": starts, "seed": seed, "marks": marks, "keep": call.keep}
     heads, head_dim = query.shape[2], arrays[0].shape[-1]
     options = backward.Options(
         scale=call.scale * LOG2E,
@@ -232,12 +219,13 @@ def run_backward(
         stagings=1,
         group=heads // key.shape[2],
         add=False,
-        ids=call.ids,
+        marks=call.marks,
         rate=call.rate,
         interpret=call.interpret,
     )
 
-    columns, tiles = slice(sizes.head_dim), dict(call.tiles)
+    columns, tiles, count = slice(sizes.head_dim), dict(call.tiles), call.marks.count
+    fused = None if call.deterministic else config.fused_blocks(head_dim, count)
 
     def groups(blocks: config.Blocks, transposed: bool) -> Any:
         whole = launch_of(call, heads, sizes.T, sizes.S, blocks, transposed)
@@ -258,8 +246,8 @@ def run_backward(
 
     padded = tuple(x[:, :, : sizes.padded_T] for x in (lse, delta))
     dq = dk = dv = None
-    if not call.deterministic and config.fused_blocks(head_dim) is not None:
-        blocks, dtype = keys_dtype(lambda _: tiles.get("fused") or config.fused_blocks(head_dim))
+    if fused is not None:
+        blocks, dtype = keys_dtype(lambda _: tiles.get("fused") or fused)
         dq = jnp.zeros((query.shape[0], heads, sizes.padded_T, head_dim), jnp.float32)
         for plan, add, table in plans(blocks, True):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)
@@ -270,7 +258,7 @@ def run_backward(
         dq = dq.swapaxes(1, 2) * call.scale
         dq = dq if call.wide else dq.astype(query.dtype)
     else:
-        blocks = tiles.get("queries") or config.queries_blocks(head_dim, call.ids)
+        blocks = tiles.get("queries") or config.queries_blocks(head_dim, count)
         for plan, add, table in plans(blocks, False):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)
             with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
@@ -279,7 +267,7 @@ def run_backward(
                     plan, part, table, arrays, lse, delta, dq, out_dtype=query.dtype, **shared
                 )
         blocks, dtype = keys_dtype(
-            lambda size: tiles.get("keys") or config.keys_blocks(head_dim, call.ids, size)
+            lambda size: tiles.get("keys") or config.keys_blocks(head_dim, count, size)
         )
         for plan, add, table in plans(blocks, True):
             part = dataclasses.replace(

@@ -12,13 +12,6 @@ from pallas_kernels.compat import ROW, TILE, plgpu
 from pallas_kernels.config import ROWS
 
 
-def same_ids(s: jax.Array, home: jax.Array, away: jax.Array) -> jax.Array:
-    """Scores with -inf where ids `[home]` and `[away]` differ or are 0."""
-    a = lax.broadcast_in_dim(home, s.shape, [0])
-    c = lax.broadcast_in_dim(away, s.shape, [1])
-    return jnp.where((a == c) & (a != 0), s, -jnp.inf)
-
-
 def softmax(s: jax.Array, m: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One online softmax step in base 2: (p, new row maximum, factor for what was summed)."""
     top = jnp.maximum(m, s.max(axis=1) * scale)
@@ -33,29 +26,26 @@ class Rows:
     """A warpgroup's rows of queries, as one branch sees them.
 
     row: the first one. dilated: the dilated row of each, `[ROWS]`. low, high: the away rows that
-    all of them see. ids: their segment ids.
+    all of them see.
     """
 
     row: Any
     dilated: jax.Array
     low: Any
     high: Any
-    ids: Any
 
 
-def rows_of(plan: schedule.Launch, v: visits.Visit, row: Any, ids: Any) -> Rows:
-    """The warpgroup's rows from home row `row` on; ids: their segment ids, or None."""
+def rows_of(plan: schedule.Launch, v: visits.Visit, row: Any) -> Rows:
+    """The warpgroup's rows from home row `row` on."""
     iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
     first = row * v.home_step + v.home_shift
     _, high = visits.row_bounds(plan, v.length, first)
     low, _ = visits.row_bounds(plan, v.length, first + (ROWS - 1) * v.home_step)
-    return Rows(row, (iota + row) * v.home_step + v.home_shift, low, high, ids)
+    return Rows(row, (iota + row) * v.home_step + v.home_shift, low, high)
 
 
-def mask_scores(
-    plan: schedule.Launch, v: visits.Visit, rows: Rows, start: Any, s: Any, ids: Any
-) -> Any:
-    """Scores with -inf where a query does not see a key; `start` is the first away row."""
+def mask_scores(plan: schedule.Launch, v: visits.Visit, rows: Rows, start: Any, s: Any) -> Any:
+    """Scores with -inf where the place of a pair hides it; `start` is the first away row."""
     width = s.shape[1]
 
     def masked() -> jax.Array:
@@ -66,8 +56,4 @@ def mask_scores(
 
     first = start + v.away_shift
     edge = (first < rows.low) | (first + width > rows.high) | (start + width > v.limit)
-    if schedule.hides(plan):
-        s = lax.cond(edge, masked, lambda: s)
-    if ids is not None:
-        s = same_ids(s, rows.ids, ids)
-    return s
+    return lax.cond(edge, masked, lambda: s) if schedule.hides(plan) else s

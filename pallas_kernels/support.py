@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels import config, schedule
 from pallas_kernels.compat import varying_axes
+from pallas_kernels.marks import kinds_of
 
 
 def unsupported(
@@ -25,6 +26,8 @@ def unsupported(
     kv_segment_ids: Any = None,
     q_start: Any = 0,
     k_start: Any = 0,
+    q_positions: Any = None,
+    kv_positions: Any = None,
     dropout_rate: float = 0.0,
     dropout_seed: Any = None,
     keep: Any = None,
@@ -42,8 +45,8 @@ def unsupported(
         >>> unsupported(x, x, x, branches=((8, 1, 0, (0,)),), device_kind="NVIDIA H100 80GB HBM3")
         ('dtype float32: wanted bfloat16 or float16', 'head size 20: wanted 16 to 256 by 8')
     """
-    ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
-    if wrong := _shape_reasons(query, key, value, ids, carry):
+    ids, positions = (q_segment_ids, kv_segment_ids), (q_positions, kv_positions)
+    if wrong := _shape_reasons(query, key, value, ids, positions, carry):
         return wrong
     reasons = []
     if not config.is_hopper(device_kind):
@@ -68,28 +71,44 @@ def unsupported(
         reasons.append(f"dropout_rate {dropout_rate}: wanted a number in [0, 1)")
     elif dropout_rate and dropout_seed is None:
         reasons.append("dropout_rate without dropout_seed")
-    if (q_segment_ids is None) and (kv_segment_ids is not None):
-        reasons.append("kv_segment_ids without q_segment_ids")
-    if (q_segment_ids is not None) and kv_segment_ids is None and key.shape[1] != query.shape[1]:
-        reasons.append("q_segment_ids without kv_segment_ids for keys of another length")
+    reasons += mark_reasons(query, key, ids, positions)
     reasons += _branch_reasons(query, key, branches, q_start, k_start)
-    out, marked = result_dtype(query, carry, out_dtype), q_segment_ids is not None
+    out = result_dtype(query, carry, out_dtype)
     if not reasons and out.name not in ("bfloat16", "float16", "float32"):
         reasons.append(f"out_dtype {out.name}: wanted bfloat16, float16 or float32")
     head = padded_head(head_dim)
+    marks = kinds_of(is_causal, dropout_rate, q_segment_ids, q_positions)
     blocks = (
-        config.forward_blocks(head, out.itemsize, 1, causal=is_causal, ids=marked),
-        config.queries_blocks(head, marked),
-        config.keys_blocks(head, marked),
+        config.forward_blocks(head, out.itemsize, 1, causal=is_causal, marks=marks.count),
+        config.queries_blocks(head, marks.count),
+        config.keys_blocks(head, marks.count),
     )
     if not reasons and None in blocks:
-        what = f"{out.name} output{' and segment ids' if marked else ''}"
+        what = f"{out.name} output{marks.named}"
         reasons.append(f"head size {head_dim} with {what}: tiles exceed shared memory")
     return tuple(reasons)
 
 
+def mark_reasons(
+    query: Any, key: Any, ids: tuple[Any, Any], positions: tuple[Any, Any]
+) -> list[str]:
+    """Why what tokens carry cannot be taken; ids, positions: of queries and keys."""
+    reasons = []
+    for name, (q, k) in (("segment_ids", ids), ("positions", positions)):
+        if q is None and k is not None:
+            reasons.append(f"kv_{name} without q_{name}")
+        if q is not None and k is None and key.shape[1] != query.shape[1]:
+            reasons.append(f"q_{name} without kv_{name} for keys of another length")
+    return reasons
+
+
 def _shape_reasons(
-    query: Any, key: Any, value: Any, ids: dict[str, Any], carry: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    ids: tuple[Any, Any],
+    positions: tuple[Any, Any],
+    carry: Any,
 ) -> tuple[str, ...]:
     """Arrays that do not fit each other: a kernel would read past their ends, where it finds 0."""
     if len(query.shape) != 4 or len(key.shape) != 4:
@@ -99,11 +118,14 @@ def _shape_reasons(
     wanted = {
         "key": (key, (B, S, K, H)),
         "value": (value, (B, S, K, H)),
-        "q_segment_ids": (ids["q_segment_ids"], (B, T)),
-        "kv_segment_ids": (ids["kv_segment_ids"], (B, S)),
+        "q_segment_ids": (ids[0], (B, T)),
+        "kv_segment_ids": (ids[1], (B, S)),
         "carry[0]": (out, (B, T, N, H)),
         "carry[1]": (lse, (B, T, N)),
     }
+    for name, x, length in zip(("q_positions", "kv_positions"), positions, (T, S), strict=True):
+        one_for_all = x is not None and tuple(x.shape) == (1, length)
+        wanted[name] = (x, (1 if one_for_all else B, length))
     found = [
         f"{name} {tuple(x.shape)}: wanted {shape}"
         for name, (x, shape) in wanted.items()
@@ -171,6 +193,12 @@ def pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths, constant_values=fill)
+
+
+def pad_marks(marks: Any, q_rows: int, k_rows: int) -> Any:
+    """Marks of queries and of keys for whole tiles or copies; id 0 sees nothing."""
+    sides = zip(marks, (q_rows, k_rows), strict=True)
+    return tuple(tuple(pad(x.astype(jnp.int32), 1, rows) for x in side) for side, rows in sides)
 
 
 def two_passes(deterministic: bool | None) -> bool:

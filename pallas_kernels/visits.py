@@ -179,40 +179,27 @@ def kept(
     v: Visit,
     place: tuple[Any, Any, Any, Any, Any],
     shape: tuple[int, int],
+    positions: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     """Which pairs of a tile dropout keeps, bool of `shape` (home, away).
 
     keep: object with row_bits, column_bits and keep. place: (batch, query head, branch, first home
-    row, first away row).
+    row, first away row). positions: of home and away, None: those of the rows.
     """
     batch, head, branch, row, start = place
-    home = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
-    away = plgpu.broadcasted_iota(jnp.int32, (shape[1],), 0, layout=COLUMN)
-    home = ((home + row) * v.home_step + v.home_shift) * v.rate + v.origin
-    away = (away + (start + v.away_shift)) * v.rate + v.origin
-    who = (batch, head, pick(launch.numbers, branch))
-    return kept_at(keep, rate, seed, who, (home, away), launch.transposed)
-
-
-def kept_at(
-    keep: Any,
-    rate: float,
-    seed: tuple[Any, Any],
-    who: tuple[Any, Any, Any],
-    positions: tuple[jax.Array, jax.Array],
-    transposed: bool,
-) -> jax.Array:
-    """Which pairs (home, away) of these positions dropout keeps, home ones of keys if transposed.
-
-    who: (batch, query head, number of the branch).
-    """
-    (batch, head, number), (home, away) = who, positions
-    if transposed:
+    if positions is None:
+        home = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
+        away = plgpu.broadcasted_iota(jnp.int32, (shape[1],), 0, layout=COLUMN)
+        home = ((home + row) * v.home_step + v.home_shift) * v.rate + v.origin
+        away = (away + (start + v.away_shift)) * v.rate + v.origin
+    else:
+        home, away = positions
+    number = pick(launch.numbers, branch)
+    if launch.transposed:
         first = keep.column_bits(seed, home, number)
         second = keep.row_bits(seed, batch, head, away)
     else:
         first = keep.row_bits(seed, batch, head, home)
         second = keep.column_bits(seed, away, number)
-    shape = (home.shape[0], away.shape[0])
     # The bits of a pair depend on the sum of the two only, so the order does not matter.
     return keep.keep(_Spread(first, shape, 0), _Spread(second, shape, 1), rate)

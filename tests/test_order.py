@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import dilax
-from dilax import TokenOrder, UnsupportedError, reference, select
+from dilax import TokenOrder, reference, select
 from dilax.block_lists import from_mask, token_mask
 from dilax.order import hilbert_order, tile_order, window_blocks
 from tests.compare import assert_exact
@@ -214,31 +214,26 @@ def test_permuting_is_exact_and_differentiable(rng):
     assert hash(order) == hash(TokenOrder([5, 7]))
 
 
-def test_kernels_without_block_lists_refuse_what_they_cannot_honour():
-    x = jax.ShapeDtypeStruct((1, 21, 4, 64), jnp.bfloat16)
-    positions = jax.ShapeDtypeStruct((1, 21), jnp.int32)
-    (why,) = select.unsupported("pallas", x, x, x, device_kind="NVIDIA H100", q_positions=positions)
-    assert "positions" in why
-    q = jnp.ones((1, 21, 4, 64), jnp.bfloat16)
-    attention = dilax.create_dilated_attention("hilbert_pallas", *SPEC, grid=GRID)
-    with pytest.raises(UnsupportedError, match="positions of a token order"):
-        attention(q, q, q, is_causal=True)
-    options = dict(seq_len=21, device_kind="NVIDIA H100 80GB HBM3", dtype="bfloat16")
-    assert dilax.explain("hilbert", **options).implementation == "pallas"
-    assert dilax.explain("hilbert", is_causal=True, **options).implementation == "xla"
+WINDOW = dilax.SparsePatternConfig(window_size=64, block_size=64)
 
 
-@pytest.mark.parametrize("implementation", [None, "pallas"])
-def test_kernels_over_block_lists_take_positions(implementation, monkeypatch):
+@pytest.mark.parametrize("kind", ["hilbert", "hilbert_pallas", "window"])
+def test_kernels_take_positions(kind, monkeypatch):
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(select, "device_of", lambda x: device)
-    pattern, order = dilax.SparsePatternConfig(window_size=64, block_size=64), TokenOrder(GRID)
-    attention = dilax.DilatedAttention(
-        pattern=pattern, segment_lengths=None, order=order, implementation=implementation
-    )
-    q = jax.ShapeDtypeStruct((2, len(order), 2, 64), jnp.bfloat16)
-    traced = jax.jit(lambda q: attention(q, q, q, is_causal=True)).trace(q)
-    assert "block_forward" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    if kind == "window":
+        order = TokenOrder(GRID)
+        attention = dilax.DilatedAttention(pattern=WINDOW, segment_lengths=None, order=order)
+    else:
+        attention = dilax.create_dilated_attention(kind, *SPEC, grid=GRID, dropout=0.2)
+        options = dict(seq_len=21, is_causal=True, dropout=0.2, dtype="bfloat16")
+        decision = dilax.explain(kind, device_kind=device.device_kind, **options)
+        assert decision.implementation == "pallas"
+    drops = {} if kind == "window" else {"dropout_key": KEY}
+    q = jax.ShapeDtypeStruct((2, 21, 4, 64), jnp.bfloat16)
+    traced = jax.jit(lambda q: attention(q, q, q, is_causal=True, **drops)).trace(q)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("block_forward" if kind == "window" else "dilated_forward") in text
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class KernelCase:
     starts: tuple[int, int] = (0, 0)
     traced: bool = False
     ids: bool = False
+    positions: bool = False  # a token order: those of queries and keys are shuffled apart
     rate: float = 0.0
     carry: bool = False
     dtype: str = "bfloat16"
@@ -75,6 +76,10 @@ class KernelCase:
             for name, n in (("q_segment_ids", self.T), ("kv_segment_ids", self.S or self.T)):
                 ids = np.sort(rng.integers(0, 4, (self.B, n)), axis=1)
                 options[name] = jnp.asarray(np.where(ids == 0, 0, ids), jnp.int32)
+        if self.positions:
+            for name, n in (("q_positions", self.T), ("kv_positions", self.S or self.T)):
+                order = [rng.permutation(n) for _ in range(self.B)]
+                options[name] = jnp.asarray(np.stack(order), jnp.int32)
         if self.rate:
             options |= {
                 "dropout_rate": self.rate,
@@ -179,6 +184,8 @@ def test_supported_call_has_no_reason():
         ({"key": (2, 64, 2, 16)}, {}, "key (2, 64, 2, 16)"),
         ({"query": (1, 64, 16)}, {}, "wanted [B, T, N, H]"),
         ({}, {"q_segment_ids": np.zeros((1, 60), np.int32)}, "q_segment_ids (1, 60)"),
+        ({}, {"q_positions": np.zeros((2, 64), np.int32)}, "q_positions (2, 64)"),
+        ({}, {"kv_positions": np.zeros((1, 64), np.int32)}, "kv_positions without q_positions"),
         ({}, {"carry": (np.zeros((1, 64, 4, 8)), np.zeros((1, 64, 4)))}, "carry[0] (1, 64, 4, 8)"),
         ({}, {"branches": ((64, 1, 1, (0,) * 4),)}, "heads 1 to 4"),
         ({}, {"q_start": -5}, "starts -5 and 0"),

@@ -14,7 +14,16 @@ from tests.test_pallas_cases import KernelCase, check, run_kernel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
 
-TWICE = ("three", "three causal 128", "gqa", "ragged causal", "starts traced", "ids", "dropout")
+TWICE = (
+    "three",
+    "three causal 128",
+    "gqa",
+    "ragged causal",
+    "starts traced",
+    "ids",
+    "positions",
+    "dropout",
+)
 LONG = {"w": (128, 256, 512), "r": (1, 2, 4), "T": 1024, "N": 4}
 CASES = [
     KernelCase("dense", (1 << 20,), (1,), T=512),
@@ -55,6 +64,21 @@ CASES = [
     KernelCase("ids ragged causal", (96, 200), (1, 2), T=333, ids=True, causal=True, B=2),
     KernelCase("dropout", **LONG, rate=0.2),
     KernelCase("dropout causal 128", **LONG, rate=0.3, H=128, causal=True, K=2),
+    KernelCase("positions", **LONG, positions=True, causal=True, rate=0.2),
+    KernelCase("positions 128", **LONG, H=128, positions=True, causal=True),
+    KernelCase(
+        "positions and ids 128",
+        (96, 200),
+        (1, 2),
+        T=333,
+        H=128,
+        B=2,
+        ids=True,
+        positions=True,
+        causal=True,
+        rate=0.3,
+        K=1,
+    ),
     KernelCase("carry", (128, 256), (1, 2), T=300, carry=True, causal=True),
     KernelCase("carry 128", (128, 256), (1, 2), T=512, H=128, carry=True),
     KernelCase("carry and ids 256", (128, 256), (1, 2), T=300, H=256, carry=True, ids=True),

@@ -38,19 +38,22 @@ CASES = [
     ),
     KernelCase("causal gqa", (128, 256), (1, 2), T=136, H=16, N=2, K=1, causal=True),
     # One pass, of both branches at once.
+    KernelCase("ids 128", (48, 1 << 20), (1, 2), T=72, S=136, H=128, N=2, K=1, ids=True, rate=0.2),
     KernelCase(
-        "ids 128",
-        (48, 1 << 20),
-        (1, 2),
-        T=72,
-        S=136,
-        H=128,
-        N=2,
-        K=1,
+        "positions",
+        (1 << 20,),
+        (2,),
+        T=40,
+        S=72,
+        H=16,
         ids=True,
+        positions=True,
+        causal=True,
         rate=0.2,
     ),
-    KernelCase("ids", (1 << 20,), (1,), T=72, H=232, N=1, ids=True),
+    KernelCase(
+        "ids", (1 << 20,), (1,), T=72, H=232, N=1, ids=True, positions=True, causal=True, rate=0.2
+    ),
     KernelCase(
         "carry traced",
         (64,),

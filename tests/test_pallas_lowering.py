@@ -6,6 +6,7 @@ compile needs the `aot` dependency group and a ptxas on PATH.
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from dilax import dropout
 from pallas_kernels import config, flash, launches, schedule, visits, work_lists
+from pallas_kernels.marks import Kinds
 
 pytestmark = pytest.mark.kernel
 
@@ -75,19 +77,36 @@ CALLS = {
         "carry": partial(256, 128),
         "q_segment_ids": ints(1, 256),
     },
-    "dropout": {
+    "positions, ids": {
         "T": 256,
-        "H": 64,
-        "dropout_rate": 0.1,
-        "keep": dropout,
-        "dropout_seed": jax.ShapeDtypeStruct((2,), jnp.uint32),
+        "S": 300,
+        "H": 128,
+        "is_causal": True,
+        "q_positions": ints(1, 256),
+        "kv_positions": ints(1, 300),
+        "q_segment_ids": ints(1, 256),
+        "kv_segment_ids": ints(1, 300),
     },
+}
+DROPS = {
+    "dropout_rate": 0.1,
+    "keep": dropout,
+    "dropout_seed": jax.ShapeDtypeStruct((2,), jnp.uint32),
+}
+CALLS |= {
+    "dropout": {"T": 256, "H": 64, **DROPS},
+    "positions": {"T": 256, "H": 128, "is_causal": True, "q_positions": ints(1, 256), **DROPS},
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_lowers_for_cuda(name):
-    assert "mosaic_gpu" in lower(**CALLS[name])
+    text = lower(**CALLS[name])
+    # At H=128 there is room for one mark in one pass.
+    passes = 2 if "two passes" in name or name == "positions, ids" else 1
+    assert "dilated_forward" in text
+    assert ("dilated_gradients" in text) == (passes == 1)
+    assert ("dilated_keys_gradient" in text) == (passes == 2)
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 72, 96, 112, 160, 224, 232, 256])
@@ -150,7 +169,7 @@ def test_visits_see_what_the_definition_says(w, r, T, S, starts, causal, transpo
         rate=0.0,
         keep=None,
         out_dtype=None,
-        ids=False,
+        marks=Kinds(),
         device_kind="",
         interpret=False,
         deterministic=True,
@@ -191,11 +210,11 @@ def test_visits_see_what_the_definition_says(w, r, T, S, starts, causal, transpo
 
 
 def test_blocks_fit_for_every_supported_head_size():
-    for head_dim in range(16, 257, 16):
+    for head_dim, marks in itertools.product(range(16, 257, 16), (1, 2)):
         for size in (2, 4):
-            assert config.forward_blocks(head_dim, size, 2048, causal=True, ids=True)
-            assert config.keys_blocks(head_dim, ids=True, out_bytes=size)
-        assert config.queries_blocks(head_dim, ids=True)
+            assert config.forward_blocks(head_dim, size, 2048, causal=True, marks=marks)
+            assert config.keys_blocks(head_dim, marks=marks, out_bytes=size)
+        assert config.queries_blocks(head_dim, marks=marks)
 
 
 AOT = """

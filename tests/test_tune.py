@@ -67,10 +67,10 @@ def test_what_runs_today_may_be_the_fastest():
 def test_candidates_hold_what_runs_today(kernel):
     for head_dim in (64, 128):
         today = {
-            "forward": config.forward_blocks(head_dim, 2, 2048, causal=True, ids=False),
+            "forward": config.forward_blocks(head_dim, 2, 2048, causal=True, marks=0),
             "fused": config.fused_blocks(head_dim),
-            "queries": config.queries_blocks(head_dim, ids=False),
-            "keys": config.keys_blocks(head_dim, ids=False),
+            "queries": config.queries_blocks(head_dim, marks=0),
+            "keys": config.keys_blocks(head_dim, marks=0),
         }
         assert today[kernel] in config.candidates(kernel, head_dim)
 
