@@ -16,8 +16,6 @@ from sharding.local import Local, primitive_branch  # noqa: E402
 from sharding.plan import Plan  # noqa: E402
 from sharding.rows import UNBOUNDED  # noqa: E402
 
-# Why kernels of a mesh take no positions.
-GIVEN_POSITIONS = "a token order on a mesh: its kernels are not given the positions of the tokens"
 # Why kernels cannot drop the pairs that one device would.
 HEADS_FROM_0 = "dropout with heads over several devices: its kernels count heads from 0"
 
@@ -56,10 +54,10 @@ def local_reasons(
     N, reasons = query.shape[2], []
     if rate:
         reasons += _dropout_reasons(plan)
-    if plan.sizes.positions:
-        reasons.append(GIVEN_POSITIONS)
+    q_rows, k_rows = (jax.ShapeDtypeStruct(x.shape[:2], jnp.int32) for x in (query, key))
+    ordered = plan.sizes.positions  # then causality is theirs, not the plan's
     options: dict[str, Any] = dict(
-        is_causal=plan.causal,
+        is_causal=plan.causal or ordered,
         scale=scale,
         q_start=0,
         k_start=0,
@@ -69,11 +67,12 @@ def local_reasons(
     if rate and plan.devices > 1:  # then they must know where they are
         where = jax.ShapeDtypeStruct((), jnp.int32)
         options |= {"q_start": where, "k_start": where}
+    if ordered:
+        options |= {"q_positions": q_rows, "kv_positions": k_rows}
     here = [b for b in plan.branches if b.in_place]
     used = [(tuple(primitive_branch(b) for b in here), ids)] if here else []
     for moving in (b for b in plan.branches if not b.in_place):
-        masks = [jax.ShapeDtypeStruct(x.shape[:2], jnp.int32) for x in (query, key)]
-        masks = masks if moving.masked else (None, None)
+        masks = (q_rows, k_rows) if moving.masked else (None, None)
         used.append((((UNBOUNDED, 1, 0, (0,) * N),), masks))
     for branches, (q_ids, kv_ids) in used:
         masks = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
@@ -89,7 +88,9 @@ def _dropout_reasons(plan: Plan) -> list[str]:
         if branch.in_place and plan.layout == "zigzag":
             reasons.append(f"{what}: its kernels count the rows of both chunks from one start")
         if not (branch.in_place or branch.direct(plan.sizes.num_heads)):
-            reasons.append(f"{what}: its kernels do not know the positions of rows that were cut")
+            reasons.append(
+                f"{what}: its kernels do not know the positions and heads of rows that were cut"
+            )
     return reasons
 
 

@@ -309,10 +309,12 @@ def test_kernels_drop_on_a_mesh_where_they_know_the_positions():
     options = {"seq_len": 1 << 14, "dtype": "bfloat16", "device_kind": "NVIDIA H100 80GB HBM3"}
     options |= {"segment_lengths": (2048, 1 << 14), "dropout": 0.1, "num_heads": 8}
 
-    def explained(rates, mesh="sequence=4", **more):
-        return dilax.explain("ring", mesh=mesh, dilation_rates=rates, **options, **more)
+    def explained(rates, mesh="sequence=4", kind="ring", **more):
+        return dilax.explain(kind, mesh=mesh, dilation_rates=rates, **options, **more)
 
     assert explained((2, 1), method="ring").implementation == "pallas"
+    in_order = explained((2, 1), method="ring", kind="ring_hilbert", is_causal=True)
+    assert in_order.implementation == "pallas"
     for found, why in (
         (explained((1, 4)), "segments of 16384 at rate 4: its kernels do not know the positions"),
         (explained((1, 1), method="all_to_all"), "segments of 16384 at rate 1: its kernels do not"),
