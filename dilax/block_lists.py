@@ -30,19 +30,20 @@ class BlockLists:
     Args:
         columns: int32 [b, n, rows, capacity], key blocks in ascending order, b in {1, B} and n in
             {1, K, N}; rows = ceil(T / block_size). Entries from counts on may be any column. With
-            starts: int32 [size], where no row takes more room than it needs.
+            starts: int32 [b, n, size], where no row takes more room than it needs.
         counts: int32 [b, n, rows], how many entries of a row are valid.
         bands: (left, right) per band, in tokens, None for no limit: a query at position p sees a
             key at s only if -right <= p - s <= left. The first is (None, None), the whole block.
         band_index: int32 like columns, the band of each entry; None: the first.
         block_size: tokens of a block.
-        starts: int32 [b, n, rows], where the entries of a row begin; one row after the other.
+        starts: int32 [b, n, rows], where in columns[b, n] a row's entries begin; one row after the
+            other.
         longest: with starts, a limit of the counts that is known when tracing; None: there is none.
 
     Example:
         >>> lists = from_mask(np.tri(3, dtype=bool), 64)
         >>> lists.columns.tolist(), lists.starts.tolist(), lists.counts.tolist()
-        ([0, 0, 1, 0, 1, 2], [[[0, 1, 3]]], [[[1, 2, 3]]])
+        ([[[0, 0, 1, 0, 1, 2]]], [[[0, 1, 3]]], [[[1, 2, 3]]])
     """
 
     columns: Any
@@ -73,32 +74,30 @@ class BlockLists:
         if self.starts is None:
             slot = np.arange(self.capacity, dtype=np.int32).reshape(1, 1, 1, -1)
             return slot < self.counts[..., None]
-        return _owners(self)[1]
+        return self.flat().owners()[1].reshape(self.columns.shape)
 
-    @property
-    def flat(self) -> "BlockLists":
-        """The same lists with starts."""
-        if self.starts is not None:
-            return self
-        shape, capacity = self.columns.shape[:3], self.capacity
-        starts = np.arange(math.prod(shape), dtype=np.int32).reshape(shape) * np.int32(capacity)
-        band = self.band_index
-        return dataclasses.replace(
-            self,
-            columns=self.columns.reshape(-1),
-            band_index=None if band is None else band.reshape(-1),
-            starts=starts,
-            longest=capacity,
+    def flat(self) -> "Flat":
+        """The same lists with all entries in one row."""
+        shape, band, starts = self.counts.shape, self.band_index, self.starts
+        if starts is None:
+            starts = np.arange(shape[2], dtype=np.int32) * np.int32(self.capacity)
+        size = math.prod(self.columns.shape[2:])
+        before = np.arange(math.prod(shape[:2]), dtype=np.int32).reshape(*shape[:2], 1)
+        return Flat(
+            self.columns.reshape(-1),
+            None if band is None else band.reshape(-1),
+            starts + before * np.int32(size),
+            self.counts,
         )
 
     def kept(self) -> "Kept":
         """The valid entries of static lists."""
-        lists = jax.tree.map(np.asarray, self.flat)
-        line, valid = _owners(lists)
+        flat = jax.tree.map(np.asarray, self).flat()
+        line, valid = flat.owners()
         place = np.flatnonzero(valid)
-        band = None if lists.band_index is None else lists.band_index[place]
-        batch, head, row = np.unravel_index(line[place], lists.counts.shape)
-        return Kept(batch, head, row, lists.columns[place], band)
+        band = None if flat.band_index is None else flat.band_index[place]
+        batch, head, row = np.unravel_index(line[place], flat.counts.shape)
+        return Kept(batch, head, row, flat.columns[place], band)
 
     def rows(self) -> list[list[list[list[int]]]]:
         """The columns of each row of static lists, [b][n][rows]."""
@@ -122,13 +121,24 @@ class Kept(NamedTuple):
     band: np.ndarray | None
 
 
-def _owners(lists: BlockLists) -> tuple[Any, Any]:
-    """The row, of those of all lists, that each entry of flat lists lies in, and does it count?"""
-    xp: Any = np if isinstance(lists.starts, np.ndarray) else jnp
-    place, starts = xp.arange(lists.columns.size, dtype=np.int32), lists.starts.reshape(-1)
-    line = xp.maximum(xp.searchsorted(starts, place, side="right") - 1, 0)
-    within = place - starts[line]
-    return line, (within >= 0) & (within < lists.counts.reshape(-1)[line])
+class Flat(NamedTuple):
+    """Lists with all entries in one row.
+
+    columns, band_index: [size]. starts, counts: [b, n, rows].
+    """
+
+    columns: Any
+    band_index: Any
+    starts: Any
+    counts: Any
+
+    def owners(self) -> tuple[Any, Any]:
+        """The row, of those of all lists, that each entry lies in, and does it count?"""
+        xp: Any = np if isinstance(self.starts, np.ndarray) else jnp
+        place, starts = xp.arange(self.columns.size, dtype=np.int32), self.starts.reshape(-1)
+        line = xp.maximum(xp.searchsorted(starts, place, side="right") - 1, 0)
+        within = place - starts[line]
+        return line, (within >= 0) & (within < self.counts.reshape(-1)[line])
 
 
 def packed(
@@ -144,12 +154,19 @@ def packed(
         >>> packed(np.array([4, 2, 5]), np.array([[[1, 2]]])).rows()
         [[[[4], [2, 5]]]]
     """
-    starts = (np.cumsum(counts).reshape(counts.shape) - counts).astype(np.int32)
-    if not columns.size:  # nothing can be taken from an empty array
-        columns, band_index = np.zeros((2, 1), np.int32)
-    band_index = None if band_index is None else band_index.astype(np.int32)
-    columns, counts = columns.astype(np.int32), counts.astype(np.int32)
-    return BlockLists(columns, counts, tuple(bands), band_index, block_size, starts)
+    starts = np.cumsum(counts, -1) - counts
+    sizes = counts.sum(-1)
+    # As much room for each as the fullest needs; nothing can be taken from an empty array.
+    there = np.arange(max(1, sizes.max(initial=0))) < sizes[..., None]
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        result = np.zeros(there.shape, np.int32)
+        result[there] = x
+        return result
+
+    band_index = None if band_index is None else spread(band_index)
+    counts, starts = counts.astype(np.int32), starts.astype(np.int32)
+    return BlockLists(spread(columns), counts, tuple(bands), band_index, block_size, starts)
 
 
 def from_mask(
@@ -292,9 +309,9 @@ def _check_shapes(lists: BlockLists, rows: int) -> None:
     shape = np.shape(lists.columns)
     outer = (*(np.shape(lists.counts) if flat else shape)[:2], rows)
     of_rows = "[b, n, rows]", outer
-    of_entries = ("[size]", shape[:1])
-    if not flat:
-        of_entries = ("[b, n, rows, capacity]", (*outer, *shape[3:4]))
+    of_entries = ("[b, n, rows, capacity]", (*outer, *shape[3:4]))
+    if flat:
+        of_entries = ("[b, n, size]", (*outer[:2], *shape[2:3]))
     for name, form, wanted in (
         ("columns", *of_entries),
         ("counts", *of_rows),
@@ -336,9 +353,9 @@ def _check_contents(lists: BlockLists, columns: int) -> None:
     if counts.min(initial=0) < 0 or counts.max(initial=0) > most:
         raise refuse("blocks.counts", f"counts from 0 to the capacity {most}", counts)
     if lists.starts is not None:
-        begin, end = lists.starts.reshape(-1), (lists.starts + counts).reshape(-1)
-        size = lists.columns.size
-        if (np.concatenate([begin, [size]]) < np.concatenate([[0], end])).any():
+        size, outside = lists.columns.shape[-1], ((0, 0), (0, 0))
+        begin = np.pad(lists.starts, (*outside, (0, 1)), constant_values=size)
+        if (begin < np.pad(lists.starts + counts, (*outside, (1, 0)))).any():
             wanted = f"rows one after the other, of counts entries each, in {size}"
             raise refuse("blocks.starts", wanted, lists.starts)
     kept = lists.kept()
@@ -361,14 +378,24 @@ def window(lists: BlockLists, row: int, rows: int, column: int, columns: int) ->
         >>> window(from_mask(np.tri(4, dtype=bool), 64), 1, 3, 1, 2).counts[0, 0].tolist()
         [1, 2, 2]
     """
-    lists = lists.flat
     xp: Any = np if lists.is_static else jnp
+    if lists.starts is None:
+        starts = np.arange(lists.counts.shape[2], dtype=np.int32) * np.int32(lists.capacity)
+        shape = (*lists.counts.shape[:2], -1)
+        lists = dataclasses.replace(
+            lists,
+            columns=lists.columns.reshape(shape),
+            band_index=None if lists.band_index is None else lists.band_index.reshape(shape),
+            starts=xp.broadcast_to(starts, lists.counts.shape),
+            longest=lists.capacity,
+        )
     starts, counts = (x[:, :, row : row + rows] for x in (lists.starts, lists.counts))
 
     def number(what: Any) -> Any:
         """Of how many entries of each row it is true."""
-        before = xp.pad(xp.cumsum(what, dtype=np.int32), (1, 0))
-        return before[starts + counts] - before[starts]
+        before = xp.pad(xp.cumsum(what, -1, dtype=np.int32), ((0, 0), (0, 0), (1, 0)))
+        end, begin = (xp.take_along_axis(before, x, -1) for x in (starts + counts, starts))
+        return end - begin
 
     # Columns ascend, so those inside follow each other.
     return dataclasses.replace(
@@ -386,12 +413,12 @@ def token_mask(lists: BlockLists, T: int, S: int, q_start: int = 0, k_start: int
         >>> token_mask(from_mask(np.eye(2, dtype=bool), 2), 3, 4)[0, 0].astype(int).tolist()
         [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]]
     """
-    lists, size, columns = lists.flat, lists.block_size, -(-S // lists.block_size)
+    flat, size, columns = lists.flat(), lists.block_size, -(-S // lists.block_size)
     # Which band each block has, 0 for none.
-    band = 0 if lists.band_index is None else lists.band_index
-    line, valid = _owners(lists)
+    band = 0 if flat.band_index is None else flat.band_index
+    line, valid = flat.owners()
     number = jnp.zeros((lists.counts.size, columns), jnp.int32)
-    number = number.at[line, lists.columns].max(jnp.where(valid, 1 + band, 0))
+    number = number.at[line, flat.columns].max(jnp.where(valid, 1 + band, 0))
     number = number.reshape(*lists.counts.shape, columns)
     number = jnp.repeat(jnp.repeat(number, size, -2), size, -1)[..., :T, :S]
     distance = (q_start + np.arange(T))[:, None] - (k_start + np.arange(S))

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from dilax._types import stats_dtype
-from dilax.block_lists import BlockLists, packed
+from dilax.block_lists import BlockLists, Flat
 from dilax.tile import Settings, base_two, finish, gradient_scales, gradients, look, start, zeros
 from dilax.tile_loop import Groups, same_document
 
@@ -49,13 +49,17 @@ def visits(lists: BlockLists, list_row: np.ndarray, q_lead: int, k_lead: int) ->
         >>> visits(lists, np.array([0, 0]), 0, 0).columns.tolist()
         [0, 0, 1, 0, 1, 2]
     """
+    flat = lists.flat()
     if lists.is_static:  # without what no row keeps
         kept = lists.kept()
-        lists = packed(kept.column, lists.counts, lists.bands, kept.band, lists.block_size)
-    lists = lists.flat
-    starts, counts = (x.reshape(-1, x.shape[-1])[list_row] for x in (lists.starts, lists.counts))
+        # Nothing can be taken from an empty array.
+        column = kept.column if kept.column.size else np.zeros(1, np.int32)
+        band = kept.band if kept.column.size or kept.band is None else np.zeros(1, np.int32)
+        starts = np.cumsum(lists.counts, dtype=np.int32).reshape(lists.counts.shape) - lists.counts
+        flat = Flat(column, band, starts, lists.counts)
+    starts, counts = (x.reshape(-1, x.shape[-1])[list_row] for x in (flat.starts, flat.counts))
     size, limits = lists.block_size, lists.bands
-    return Visits(lists.columns, lists.band_index, starts, counts, limits, size, q_lead, k_lead)
+    return Visits(flat.columns, flat.band_index, starts, counts, limits, size, q_lead, k_lead)
 
 
 class _Items(NamedTuple):

@@ -61,7 +61,8 @@ def decode(entry: Any) -> Entry:
 class _Flat(NamedTuple):
     """entries int32 `[x, y, E]` with their bands; starts and counts int32 `[b, n, rows]`.
 
-    capacity: if all rows take as much room, how much; else None. longest as in `Lists`.
+    Where x and y are b and n, a row starts in the entries of its own list. capacity: if all rows
+    take as much room, how much; else None. longest as in `Lists`.
     """
 
     entries: Any
@@ -82,36 +83,38 @@ def _module(x: Any) -> Any:
 
 
 def _flat(blocks: Any) -> _Flat:
-    """Rows one after the other; static ones without what does not count."""
+    """Rows one after the other; static ones of all lists, without what does not count."""
     entries, starts, counts = blocks.columns, blocks.starts, blocks.counts
     if blocks.band_index is not None:
         entries = entries | (blocks.band_index << BAND_SHIFT)
-    if starts is not None:
-        longest = entries.size if blocks.longest is None else blocks.longest
-        longest = int(counts.max()) if is_static(blocks) else longest
-        return _Flat(entries[None, None], starts, counts, None, longest)
-    b, n, rows, capacity = entries.shape
-    if is_static(blocks):
-        entries = entries[np.arange(capacity) < counts[..., None]]
-        starts = (np.cumsum(counts).reshape(counts.shape) - counts).astype(np.int32)
-        entries = entries if entries.size else np.zeros(1, np.int32)
-        return _Flat(entries[None, None], starts, counts, None, int(counts.max()))
-    starts = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32) * capacity, counts.shape)
-    return _Flat(entries.reshape(b, n, rows * capacity), starts, counts, capacity, capacity)
+    b, n, rows = counts.shape
+    capacity = None if starts is not None else entries.shape[-1]
+    entries = entries.reshape(b, n, -1)
+    if starts is None:
+        starts = np.arange(rows, dtype=np.int32) * capacity
+        starts = _module(counts).broadcast_to(starts, counts.shape)
+    if not is_static(blocks):
+        longest = entries.shape[-1] if blocks.longest is None else blocks.longest
+        return _Flat(entries, starts, counts, capacity, longest if capacity is None else capacity)
+    lists = np.arange(b * n, dtype=np.int32).reshape(b, n, 1)
+    new = (np.cumsum(counts).reshape(counts.shape) - counts).astype(np.int32)
+    moved = np.repeat((starts + lists * entries.shape[-1] - new).reshape(-1), counts.reshape(-1))
+    entries = entries.reshape(-1)[moved + np.arange(len(moved))]
+    entries = entries if entries.size else np.zeros(1, np.int32)
+    return _Flat(entries[None, None], new, counts, None, int(counts.max()))
 
 
 def _owners(flat: _Flat) -> tuple[Any, Any]:
     """The row that each entry lies in, among those of `entries[x, y]`, and whether it counts."""
-    xp = _module(flat.entries)
+    xp, shape = _module(flat.entries), (*flat.entries.shape[:2], -1)
     place = xp.arange(flat.entries.shape[-1], dtype=xp.int32)
-    counts = flat.counts.reshape(*flat.entries.shape[:2], -1)
+    starts, counts = flat.starts.reshape(shape), flat.counts.reshape(shape)
     if flat.capacity is not None:
         line, within = place // flat.capacity, place % flat.capacity
-    else:
-        starts = flat.starts.reshape(-1)
-        line = xp.maximum(xp.searchsorted(starts, place, side="right") - 1, 0).astype(xp.int32)
-        within = place - starts[line]
-    return line, (within >= 0) & (within < counts[..., line])
+        return line, (within >= 0) & (within < counts[..., line])
+    line = xp.maximum(_search(starts, len(place), "right") - 1, 0)
+    within = place - _gather(starts, line)
+    return line, (within >= 0) & (within < _gather(counts, line))
 
 
 def _gather(x: Any, order: Any) -> Any:
@@ -161,8 +164,10 @@ def for_keys(blocks: Any, tiles: int, heads: int, kv_heads: int) -> Lists:
     xp, group = _module(flat.entries), heads // kv_heads
     b, n, rows = flat.counts.shape
     share = group if n == heads else 1  # lists of one key head
-    if flat.capacity is not None:  # those of a key head one after the other
-        flat = flat._replace(entries=flat.entries.reshape(b, n // share, -1))
+    if flat.entries.shape[:2] == (b, n) and share > 1:  # those of a key head one after the other
+        behind = np.arange(n, dtype=np.int32)[:, None] % share * flat.entries.shape[-1]
+        entries = flat.entries.reshape(b, n // share, -1)
+        flat = flat._replace(entries=entries, starts=flat.starts + behind)
     x, y, _ = flat.entries.shape
     line, valid = _owners(flat)
     column = flat.entries & ((1 << BLOCK_BITS) - 1)
@@ -190,12 +195,15 @@ def for_keys(blocks: Any, tiles: int, heads: int, kv_heads: int) -> Lists:
     return Lists(fields, begin[..., row], counts[..., row], longest)
 
 
-def _search(home: Any, count: int) -> Any:
-    """Where each of `count` values begins in sorted arrays `[b, n, E]`."""
-    if isinstance(home, np.ndarray):
-        result = np.zeros((*home.shape[:2], count), np.int32)
-        for place in np.ndindex(*home.shape[:2]):
-            result[place] = np.searchsorted(home[place], np.arange(count))
+def _search(rows: Any, count: int, side: Any = "left") -> Any:
+    """Where each of `count` values belongs in sorted arrays `[b, n, E]`."""
+    if isinstance(rows, np.ndarray):
+        result = np.zeros((*rows.shape[:2], count), np.int32)
+        for place in np.ndindex(*rows.shape[:2]):
+            result[place] = np.searchsorted(rows[place], np.arange(count), side)
         return result
-    search = jax.vmap(jax.vmap(lambda row: jnp.searchsorted(row, jnp.arange(count))))
-    return search(home).astype(jnp.int32)
+
+    def search(row: jax.Array) -> jax.Array:
+        return jnp.searchsorted(row, jnp.arange(count), side)
+
+    return jax.vmap(jax.vmap(search))(rows).astype(jnp.int32)

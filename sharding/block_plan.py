@@ -21,9 +21,9 @@ GAP_BYTES = 4 << 20
 class BlockCall:
     """One use of the local attention: a query chunk against the rows of a key chunk that are here.
 
-    columns [P, size], starts and counts [P, b, n, rows], bands like columns or None: the lists of
-    every device, row i in columns[starts[i] : starts[i] + counts[i]], counted from the first block
-    that is here.
+    columns [P, b, n, size], starts and counts [P, b, n, rows], bands like columns or None: the
+    lists of every device, row i in columns[starts[i] : starts[i] + counts[i]], counted from the
+    first block that is here.
     """
 
     query: int
@@ -285,7 +285,7 @@ def _moved_shifts(lists: _Lists, moved: np.ndarray) -> np.ndarray:
 def _call(lists: _Lists, rows: np.ndarray, base, size: int, mask, query: int, key: int):
     """The lists of rows [P, count] over `size` blocks from base [P]; mask [P, count]: which.
 
-    They are [P, most entries of a device], so that a device takes its own.
+    They are [P, b, n, most entries of a list], so that a device takes its own.
     """
     begin = (np.cumsum(lists.counts).reshape(lists.counts.shape) - lists.counts)[:, :, rows]
     counts = np.moveaxis(lists.counts[:, :, rows] * mask, 2, 0)  # [P, b, n, count]
@@ -298,15 +298,12 @@ def _call(lists: _Lists, rows: np.ndarray, base, size: int, mask, query: int, ke
         return None
     line, place, local = line[here], place[here], local[here]
     counts = np.bincount(line, minlength=counts.size).reshape(counts.shape)
-    each = counts.reshape(len(rows), -1)
-    starts = (np.cumsum(each, 1) - each).reshape(counts.shape)
-    device = line * len(rows) // counts.size
-    total = each.sum(1)
-    slot = np.arange(len(line)) - (np.cumsum(total) - total)[device]
+    starts, total = np.cumsum(counts, -1) - counts, counts.sum(-1)
+    there = np.arange(total.max()) < total[..., None]
 
     def spread(x: np.ndarray) -> np.ndarray:
-        result = np.zeros((len(rows), total.max()), np.int32)
-        result[device, slot] = x
+        result = np.zeros(there.shape, np.int32)
+        result[there] = x
         return result
 
     bands = None if lists.bands is None else spread(lists.bands[place])

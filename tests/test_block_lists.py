@@ -1,6 +1,7 @@
 """Block lists: built from masks, cut, turned into token masks, refused when wrong; their size."""
 
 import dataclasses
+import functools
 import math
 import tracemalloc
 
@@ -49,6 +50,40 @@ def test_mask_to_lists_and_back():
     assert lists.is_static
     assert not jax.jit(lambda x: jnp.array(x.is_static))(lists)
     assert (np.asarray(token_mask(lists, 18, 25)) == back[..., :18, :25]).all()
+
+
+@pytest.mark.parametrize("form", [lambda x: x, padded], ids=["starts", "padded"])
+def test_lists_are_cut_and_joined_like_arrays(form):
+    """Every array of lists begins with the axes of examples and heads, known or traced."""
+    index = np.arange(MASK.size).reshape(MASK.shape) % 2
+    lists = form(from_mask(MASK, 4, ((None, None), (3, 0)), index))
+    whole = np.asarray(token_mask(lists, 20, 28))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    dense = functools.partial(token_mask, T=20, S=28)
+    spec = jax.sharding.PartitionSpec("data")
+
+    def of_each(lists):
+        """One example after the other, by a scan."""
+        parts = jax.tree.map(lambda x: x.reshape(2, 1, *x.shape[1:]), lists)
+        return jax.lax.scan(lambda _, x: (None, dense(x)[0]), None, parts)[1]
+
+    found = {
+        "one example": (lambda x: dense(jax.tree.map(lambda y: y[1:], x)), whole[1:]),
+        "one head": (lambda x: dense(jax.tree.map(lambda y: y[:, 2:], x)), whole[:, 2:]),
+        "other order": (lambda x: dense(jax.tree.map(lambda y: y[::-1], x)), whole[::-1]),
+        "joined": (
+            lambda x: dense(jax.tree.map(lambda *y: jnp.concatenate(y), x, x)),
+            np.concatenate([whole, whole]),
+        ),
+        "scanned": (of_each, whole),
+        "on a mesh": (
+            lambda x: jax.shard_map(dense, mesh=mesh, in_specs=spec, out_specs=spec)(x),
+            whole,
+        ),
+    }
+    for name, (function, wanted) in found.items():
+        assert (np.asarray(function(lists)) == wanted).all(), name
+        assert (np.asarray(jax.jit(function)(lists)) == wanted).all(), name
 
 
 def test_window_cuts_rows_and_columns():
@@ -159,8 +194,9 @@ def test_memory_follows_the_kept_blocks(block_size):
     tracemalloc.stop()
     kept = int(lists.counts.sum())
     assert kept < 10 * math.prod(lists.counts.shape)
-    for arrays in (lists, operands[:4]):
-        assert sum(x.nbytes for x in jax.tree.leaves(arrays)) < 16 * kept
+    fullest = int(lists.counts.sum(-1).max())
+    for arrays, entries in ((lists, 4 * fullest), (operands[:4], kept)):
+        assert sum(x.nbytes for x in jax.tree.leaves(arrays)) < 16 * entries
     lanes = 128 // block_size  # each of which has room for the longer list of the two
     for found in (queries, keys):
         assert found.entries.nbytes < 4 * kept * 1.3 * lanes

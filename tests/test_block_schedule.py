@@ -25,8 +25,10 @@ def pattern(mask, block_size, static=True, flat=False):
     counts, starts = mask.sum(-1).astype(np.int32), None
     columns = np.argsort(~mask, axis=-1, kind="stable")[..., : counts.max()].astype(np.int32)
     if flat:
-        columns = np.nonzero(mask)[-1].astype(np.int32)
-        starts = (np.cumsum(counts).reshape(counts.shape) - counts).astype(np.int32)
+        size = counts.sum(-1)
+        columns = np.zeros((*size.shape, size.max()), np.int32)
+        columns[np.arange(size.max()) < size[..., None]] = np.nonzero(mask)[-1]
+        starts = (np.cumsum(counts, -1) - counts).astype(np.int32)
     arrays = columns, counts, starts
     if not static:
         arrays = jax.tree.map(jnp.asarray, arrays)
