@@ -117,6 +117,8 @@ def nearest(grid: Grid, counts: np.ndarray) -> Entries:
 def budget(grid: Grid, ratio: float) -> np.ndarray:
     """int [rows]: the blocks that a row keeps, clip(round(ratio * a), 1, a) of a admissible ones.
 
+    Halves are rounded up.
+
     Example:
         >>> budget(Grid(640, 640, 64, is_causal=True), 0.3).tolist()
         [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]

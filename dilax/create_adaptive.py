@@ -111,7 +111,8 @@ def _refuse_others(kind: str, options: dict[str, Any], valid: Any) -> None:
     """Refuse what a router does not take, with the reason; leaves out what says its default."""
     for name, x in list(options.items()):
         why = [reason for reason, names in _WHY.items() if name in names.split()]
-        if why and (x is None or (isinstance(x, str | bool) and x == _default(name))):
+        alone = name == "ring_size" and x == 1 and not isinstance(x, bool)  # of one device
+        if why and (alone or x is None or (isinstance(x, str | bool) and x == _default(name))):
             del options[name]
             continue
         if why:

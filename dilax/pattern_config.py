@@ -5,7 +5,7 @@ from typing import Any
 
 from dilax._types import refuse
 from dilax.block_lists import BlockLists
-from dilax.checks import check_choice, check_index, is_array, plain
+from dilax.checks import check_choice, is_array, plain
 from dilax.patterns import (
     DilatedSparse,
     GlobalLocal,
@@ -34,9 +34,10 @@ class SparsePatternConfig:
         pattern_type: "local_window", "dilated_sparse", "global_local" or "hierarchical"; see the
             classes of `dilax.patterns`.
         sparsity_ratio: the share of admissible blocks that is kept, in (0, 1]: each row keeps
-            clip(round(ratio * a), 1, a) of its a admissible blocks, the diagonal one always; 1 is
-            dense. None: the sizes decide, or 0.1 where there are none. (The presets of the names
-            "global_local" and "hierarchical" have sizes: ask `describe` what a pattern keeps.)
+            clip(round(ratio * a), 1, a) of its a admissible blocks, halves rounded up, the
+            diagonal one always; 1 is dense. None: the sizes decide, or 0.1 where there are none.
+            (The presets of the names "global_local" and "hierarchical" have sizes: ask `describe`
+            what a pattern keeps.)
         block_size: tokens of a block, a multiple of 64.
         window_size: instead of a ratio, in tokens: for local_window and global_local the window,
             exact to the token; for dilated_sparse as many blocks as it fills; for hierarchical how
@@ -69,8 +70,9 @@ class SparsePatternConfig:
         check_choice("pattern_type", self.pattern_type, PATTERN_TYPES)
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, plain(f.name, getattr(self, f.name)))
-        if check_index("block_size", self.block_size) % 64 or self.block_size == 0:
-            raise refuse("block_size", "64, 128 or another multiple of 64", self.block_size)
+        size = self.block_size
+        if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % 64:
+            raise refuse("block_size", "64, 128 or another multiple of 64", size)
         for name, default, types in (
             (
                 "window_size",

@@ -500,7 +500,11 @@ def test_presets_and_modules_refuse_what_they_say_themselves():
         dilax.create_block_sparse_attention("adaptive_standard", sparsity_ratio=0.2, **sizes)
     with pytest.raises(ValueError, match=r"^combine: wanted 'lse' without"):
         dilax.create_multihead_dilated_attention("adaptive", 32, 4, combine="heads")
-    dilax.create_multihead_dilated_attention("adaptive", 32, 4, combine="lse", mesh=None)
+    said = {"combine": "lse", "mesh": None, "ring_size": 1}
+    dilax.create_multihead_dilated_attention("adaptive", 32, 4, **said)
+    for size in (2, True):
+        with pytest.raises(ValueError, match="ring_size: wanted its default with kind 'adaptive'"):
+            dilax.create_multihead_dilated_attention("adaptive", 32, 4, ring_size=size)
     branches = {"segment_lengths": [8, 16], "dilation_rates": [1, 2], "combine": "heads"}
     inside = dilax.create_multihead_dilated_attention("adaptive", 32, 4, **branches).attention
     assert isinstance(inside, dilax.AdaptiveAttention)
