@@ -28,7 +28,7 @@ def main(port: int, count: int, number: int) -> None:
     q, do = rng.normal(size=(2, 1, T, 4, 8))
     k, v = rng.normal(size=(2, 1, T, 2, 8))
     arrays = q, k, v, do, rng.normal(size=(1, T, 4))
-    options = {"segment_lengths": (11, T), "dilation_rates": (2, 4), "is_causal": True}
+    options = {"segment_lengths": (16, T), "dilation_rates": (1, 4), "is_causal": True}
 
     def with_gradients(attend):
         def run(q, k, v, do, dl):

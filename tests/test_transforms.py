@@ -23,7 +23,7 @@ def qkv(x64, rng):
 
 
 def test_jit_equals_eager(x64):
-    case = dataclasses.replace(BY_NAME["all_masks"], segment_lengths=(9,), dilation_rates=(2,))
+    case = dataclasses.replace(BY_NAME["all_masks"], segment_lengths=(8,), dilation_rates=(2,))
     run = functools.partial(dilax.dilated_attention, **case.keywords(), return_lse=True)
     assert_exact(jax.jit(run)(**case.arrays()), run(**case.arrays()))
 

@@ -39,8 +39,7 @@ TILED = (
     ),
     *(
         (BY_NAME[name], (3, 4, 30))
-        for name in ("packed_causal", "dropout_starts", "zeros_extras", "gqa_heads_odd",
-                     "all_masks")
+        for name in ("packed_causal", "cross_ids", "gqa_heads_odd", "all_masks")
     ),
 )  # fmt: skip
 
