@@ -171,7 +171,7 @@ def test_every_method(case, x64, monkeypatch):
 
 HASHED = [
     Placed((4, 16, 32), (2, 1, 1), (2, 2, 1), causal=True, dropout=0.3, K=2, method="ring"),
-    Placed((32,), (1,), layout="zigzag", causal=True, dropout=0.3, method="ring"),
+    Placed((32,), (1,), (1, 2, 1), "zigzag", causal=True, dropout=0.3, method="ring"),
 ]
 
 
