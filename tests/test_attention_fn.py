@@ -256,11 +256,12 @@ def test_drop_in_honours_dropout(x64):
 
 def test_drop_in_computes_in_dtype(x64):
     layer, (x,) = flax_nnx(dtype=jnp.bfloat16), inputs(T)
-    assert layer(x).dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda x: layer(x), x).dtype == jnp.bfloat16
     q = jnp.ones((1, 8, 2, 8), jnp.float32)
-    mixed = layer.attention_fn(q, q.astype(jnp.bfloat16), q)
+    mixed = jax.eval_shape(layer.attention_fn, q, q.astype(jnp.bfloat16), q)
     assert mixed.dtype == jnp.float32
-    assert layer.attention_fn(q, q, q, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    narrow = functools.partial(layer.attention_fn, dtype=jnp.bfloat16)
+    assert jax.eval_shape(narrow, q, q, q).dtype == jnp.bfloat16
 
 
 Q, Q6 = jnp.ones((1, 8, 2, 8)), jnp.ones((6, 8, 2, 8))
