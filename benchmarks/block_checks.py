@@ -47,6 +47,7 @@ def checks(smoke: bool) -> list[Check]:
         small = peers.global_local(4, 1, 0, block_size=64)
         return [
             Check("window", peers.window(256, 100), 256, 256, 16, 1, 1),
+            Check("pairs", random(3, 0.9), 384, 384, 16, 1, 1, traced=True),
             Check(
                 "split", small, 230, 250, 16, 1, 1, ids=True, positions=True, traced=True, split=1
             ),
@@ -73,6 +74,12 @@ def checks(smoke: bool) -> list[Check]:
         Check("global rows traced", far, 8192, 8192, 64, 1, 1, traced=True, split=8),
         Check("block 64 window", halves, 1100, 1100, 64),
         Check("block 64 random", random(9, 0.4, block_size=64), 530, 530, 128),
+        Check("pairs", random(9, 0.4), 1152, 1152, 64),
+        Check(
+            "pairs traced", random(16, 0.3, False, 4), 2048, 2048, 48, 4, 2, traced=True, split=4
+        ),
+        Check("block 256", random(5, 0.5, block_size=256), 1280, 1280, 64),
+        Check("block 256 ragged", random(5, 0.5, block_size=256), 1152, 1152, 128),
         Check("block 256 traced", coarse, 1000, 1000, 96, 2, 2, 2, traced=True),
         Check("ids ragged", random(6, 0.6), 700, 768, 128, ids=True),
         Check("logits below", random(6, 0.6), 700, 700, 128, apart=4.0),

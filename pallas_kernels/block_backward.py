@@ -104,7 +104,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                     at = item.begin + index
                     packed = block_schedule.load_entry(plan, entries, where, at, wg)
                     entry = block_lists.decode(packed)
-                    start = entry.block * (plan.away * plan.steps_per_entry) + inside
+                    start = entry.block * plan.block + inside
                 plgpu.barrier_wait(k_ready.at[slot])
                 plgpu.barrier_wait(v_ready.at[slot])
 

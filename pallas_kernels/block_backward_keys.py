@@ -74,7 +74,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                     at = item.begin + index
                     packed = block_schedule.load_entry(plan, entries, where, at, wg)
                     entry = block_lists.decode(packed)
-                    start = entry.block * (plan.away * plan.steps_per_entry) + inside
+                    start = entry.block * plan.block + inside
                 plgpu.barrier_wait(q_ready.at[slot])
                 queries = of_lane(q_smem, wg).at[slot]
                 s = product(k_smem.at[wg], queries.transpose((1, 0)), shape, lambda: None)

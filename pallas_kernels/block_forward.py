@@ -76,6 +76,12 @@ def masked_scores(
     return lax.cond(edge, masked, lambda: s)
 
 
+def first_entry(plan: block_schedule.Plan, s: jax.Array) -> jax.Array:
+    """Scores with -inf beyond the first of the entries of a step."""
+    away = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
+    return jnp.where(away < plan.block, s, -jnp.inf)
+
+
 def seen_pairs(
     plan: block_schedule.Plan,
     band: Any,
@@ -142,7 +148,7 @@ def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: A
 
     def first_entry(item: block_schedule.Item) -> Any:
         batch, head, _ = block_schedule.place(plan, item.code)
-        at = jnp.minimum(item.begin, entries.shape[-1] // plan.lanes - 1)
+        at = jnp.minimum(item.begin, entries.shape[-1] // plan.together - 1)
         where = block_schedule.list_place(plan, batch, head)
         return block_schedule.load_entries(plan, entries, where, at)
 
@@ -175,11 +181,10 @@ def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: A
 
 
 def away_rows(plan: block_schedule.Plan, packed: tuple[Any, ...], j: Any) -> list[Any]:
-    """The away rows of step j of an item, for each lane."""
+    """The away rows of step j of an item, for each lane, or entry of the step."""
     _, inside = block_schedule.entry_of(plan, j)
-    size = plan.away * plan.steps_per_entry
-    starts = [block_lists.decode(entry).block * size + inside for entry in packed]
-    return [aligned_rows(start, plan.away) for start in starts]
+    starts = [block_lists.decode(entry).block * plan.block + inside for entry in packed]
+    return [aligned_rows(start, plan.away // plan.width) for start in starts]
 
 
 def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> None:
@@ -214,7 +219,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
 
-        def tile_at(j: Any, item: Any, at: Any, home: Any) -> Tile:
+        def tile_at(j: Any, item: Any, at: Any, home: Any, odd: Any) -> Tile:
             b, n, row = at
             entry, start = block_lists.decode(jnp.int32(0)), jnp.int32(0)
             if plan.masks or opt.rate:
@@ -224,10 +229,13 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 at_entry = item.begin + index
                 packed = block_schedule.load_entry(plan, entries, where, at_entry, wg)
                 entry = block_lists.decode(packed)
-                start = entry.block * (plan.away * plan.steps_per_entry) + inside
+                start = entry.block * plan.block + inside
 
             def mask(s: jax.Array, away: Any) -> jax.Array:
                 s = masked_scores(plan, s, entry, row, start, shift)
+                if plan.width > 1:
+                    alone = (j == item.steps - 1) & odd
+                    s = lax.cond(alone, lambda: first_entry(plan, s), lambda: s)
                 return opt.marks.hide(s, home, away, plan.transposed)
 
             def drop(p: jax.Array, away: Any) -> jax.Array:
@@ -246,14 +254,18 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             b, n, tile = block_schedule.place(plan, item.code)
             at = (b, n, tile * TILE_ROWS + wg * ROWS)
             home = opt.marks.of_rows(q_marks, (b, pl.ds(at[2], ROWS)), ROW)
-            total = base + item.steps
+            total, odd = base + item.steps, False
+            if plan.width > 1:
+                where, last = block_schedule.list_place(plan, b, n), item.begin + item.steps - 1
+                second = block_schedule.load_entry(plan, entries, where, jnp.maximum(last, 0), 1)
+                odd = block_lists.decode(second).empty != 0
 
             def look() -> Any:
-                state = loop.first(base, total, tile_at(jnp.int32(0), item, at, home))
+                state = loop.first(base, total, tile_at(jnp.int32(0), item, at, home, odd))
 
                 def steps(acc: Sum) -> Any:
                     def step(j: Any, state: Any) -> Any:
-                        return loop.step(state, acc, total, tile_at(j, item, at, home))
+                        return loop.step(state, acc, total, tile_at(j, item, at, home, odd))
 
                     return loop.last(lax.fori_loop(1, item.steps, step, state), acc)
 
@@ -298,6 +310,12 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
     def produce() -> None:
         plgpu.set_max_registers(24, action="decrease")
 
+        def place_of(ring: Any, number: int, slot: Any) -> Any:
+            """Where one of the blocks of a step goes."""
+            if plan.width == 1:
+                return of_lane(ring, number).at[slot]
+            return ring.at[slot, pl.ds(number * plan.block, plan.block)]
+
         def visit(t: Any, item: Any, carry: Any, loop: Any) -> Any:
             fill, queries = carry
             b, n, tile = block_schedule.place(plan, item.code)
@@ -314,13 +332,13 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 rows = away_rows(plan, packed, j)
                 pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                 for lane, at in enumerate(rows):
-                    to, ready = of_lane(k_smem, lane).at[slot], k_ready.at[slot]
+                    to, ready = place_of(k_smem, lane, slot), k_ready.at[slot]
                     plgpu.copy_gmem_to_smem(k_ref.at[b, at, kv_head], to, ready)
                     opt.marks.bring(k_marks, (b, at), of_lane(mark_smem, lane), slot, ready)
                 pl.when(j == 0)(load_queries)
                 pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
                 for lane, at in enumerate(rows):
-                    to, ready = of_lane(v_smem, lane).at[slot], v_ready.at[slot]
+                    to, ready = place_of(v_smem, lane, slot), v_ready.at[slot]
                     plgpu.copy_gmem_to_smem(v_ref.at[b, at, kv_head], to, ready)
                 return i + 1
 
@@ -352,7 +370,7 @@ def forward(
     """
     query, key, value = arrays
     B, _, N, head_dim = query.shape
-    dtype, stages, lanes = query.dtype, opt.stages, plan.lanes
+    dtype, stages, copies = query.dtype, opt.stages, plan.together
     operands = [jnp.asarray(work.items), jnp.asarray(entries), starts, seed, query, key, value]
     operands += [*marks[0], *marks[1]]
     types = [
@@ -373,8 +391,8 @@ def forward(
         shared_tile((CONSUMERS, ROWS, plan.away), dtype) if opt.interpret else None,
         plgpu.SMEM((CONSUMERS, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=CONSUMERS),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes * (1 + opt.marks.count)),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=lanes),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=copies * (1 + opt.marks.count)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),

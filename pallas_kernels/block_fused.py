@@ -122,7 +122,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             def step(j: Any, packed: tuple[Any, ...], i: Any) -> Any:
                 _, inside = block_schedule.entry_of(plan, j)
                 entry = block_lists.decode(packed[0])
-                start = entry.block * (plan.away * plan.steps_per_entry) + inside
+                start = entry.block * plan.block + inside
                 head = kv_head * opt.group + (entry.member if opt.group > 1 else 0)
                 rows = aligned_rows(start, bq)
                 at, vector = (b, rows, head), (b, head, rows)

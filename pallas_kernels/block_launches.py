@@ -84,7 +84,8 @@ def _plan(call: Call, blocks: Any, query: Any, key: Any, away: int, transposed: 
         heads=kv_heads if transposed else heads,
         tiles=block_schedule.tiles_of(home_rows),
         away=away,
-        steps_per_entry=blocks.block_size // away,
+        steps_per_entry=max(1, blocks.block_size // away),
+        width=max(1, away // blocks.block_size),
         home_rows=home_rows,
         away_rows=away_rows,
         bands=block_schedule.bands(blocks, call.causal),
@@ -135,11 +136,14 @@ def run_forward(
     T, H = query.shape[1], query.shape[3]
     blocks = _lists(call, lists)
     arrays = _pad_inputs(query, key, value)
-    tiles = config.block_forward_blocks(
-        arrays[0].shape[-1], blocks.block_size, call.out_dtype.itemsize, call.marks.count
-    )
+    size, bytes_out, count = blocks.block_size, call.out_dtype.itemsize, call.marks.count
+    tiles = config.block_forward_blocks(arrays[0].shape[-1], size, bytes_out, count)
     plan = _plan(call, blocks, query, key, tiles.away, False)
-    found = block_lists.for_queries(blocks, plan.tiles)
+    if not (plan.masks or count or call.rate):
+        whole = config.block_forward_blocks(arrays[0].shape[-1], size, bytes_out, 0, whole=True)
+        larger = _plan(call, blocks, query, key, whole.away, False)
+        tiles, plan = (tiles, plan) if larger.masks else (whole, larger)
+    found = block_lists.for_queries(blocks, plan.tiles, plan.width)
     plan, work = _work(call, plan, found, arrays[0], arrays[1])
     with jax.named_scope("block_forward"):
         out, lse = block_forward.forward(

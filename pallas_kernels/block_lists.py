@@ -6,6 +6,7 @@ name blocks of the other side ("away"). Everything here works alike on NumPy arr
 are known at trace time, and on traced ones; sorts keep it at O(entries log entries) in time.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,36 +122,50 @@ def _gather(x: Any, order: Any) -> Any:
     return _module(x).take_along_axis(x, order, -1)
 
 
-def for_queries(blocks: Any, tiles: int) -> Lists:
-    """Lists whose home tiles are 128 queries and whose entries are key blocks."""
+def for_queries(blocks: Any, tiles: int, width: int = 1) -> Lists:
+    """Lists whose home tiles are 128 queries and whose entries are key blocks, width at a time."""
     entries, starts, counts, _, longest = _flat(blocks)
     if blocks.block_size < TILE_ROWS:
-        return _side_by_side(entries, starts, counts, longest)
+        return _two_rows(entries, starts, counts, longest)
     rows = counts.shape[-1]
     row = np.minimum(np.arange(tiles) // (blocks.block_size // TILE_ROWS), rows - 1)
-    return Lists(entries, starts[..., row], counts[..., row], longest)
+    starts, counts = starts[..., row], counts[..., row]
+    if width == 1:
+        return Lists(entries, starts, counts, longest)
+    halves = [(starts, (counts + 1) // 2), (starts + 1, counts // 2)]
+    return _side_by_side(entries, halves, 2, -(-longest // 2))
 
 
-def _side_by_side(flat: Any, begin: Any, counts: Any, longest: int) -> Lists:
-    """The lists of rows 2i and 2i + 1 as pairs of entries, the shorter one filled up."""
-    xp = _module(flat)
+def _two_rows(flat: Any, begin: Any, counts: Any, longest: int) -> Lists:
+    """The lists of rows 2i and 2i + 1 as pairs of entries."""
     if counts.shape[-1] % 2:
-        begin, counts = (xp.pad(x, ((0, 0), (0, 0), (0, 1))) for x in (begin, counts))
-    shape = (*counts.shape[:2], counts.shape[-1] // 2)
-    begin, counts = (x.reshape(*flat.shape[:2], -1) for x in (begin, counts))
-    longer = xp.maximum(counts[..., ::2], counts[..., 1::2])
+        pad = _module(flat).pad
+        begin, counts = (pad(x, ((0, 0), (0, 0), (0, 1))) for x in (begin, counts))
+    lanes = [(begin[..., lane::2], counts[..., lane::2]) for lane in range(2)]
+    return _side_by_side(flat, lanes, 1, longest)
+
+
+def _side_by_side(flat: Any, lanes: Sequence[tuple[Any, Any]], step: int, longest: int) -> Lists:
+    """Two lists for each tile as pairs of entries, the shorter one filled up.
+
+    lanes: where the entries of each begin, and how many they are, `[b, n, tiles]`; step: from one
+    to the next.
+    """
+    xp, shape = _module(flat), lanes[0][1].shape
+    lanes = [tuple(x.reshape(*flat.shape[:2], -1) for x in lane) for lane in lanes]
+    longer = xp.maximum(lanes[0][1], lanes[1][1])
     ends = xp.cumsum(longer, -1, dtype=xp.int32)
     first = ends - longer
     size = max(1, int(ends[..., -1].max())) if xp is np else flat.shape[-1]
     # Place p belongs to the tile before whose end it lies.
     tile = xp.minimum(_search(ends, size + 1)[..., 1:], longer.shape[-1] - 1)
     rank = xp.arange(size, dtype=xp.int32) - _gather(first, tile)
-    lanes = []
-    for lane in range(2):
-        source = _gather(begin[..., lane::2], tile) + rank
-        found = _gather(flat, xp.minimum(source, flat.shape[-1] - 1))
-        lanes.append(xp.where(rank < _gather(counts[..., lane::2], tile), found, EMPTY))
-    entries = xp.stack(lanes, -1).reshape(*flat.shape[:2], 2 * size).astype(xp.int32)
+    pairs = []
+    for begin, counts in lanes:
+        source = _gather(begin, tile) + step * rank
+        found = _gather(flat, xp.clip(source, 0, flat.shape[-1] - 1))
+        pairs.append(xp.where(rank < _gather(counts, tile), found, EMPTY))
+    entries = xp.stack(pairs, -1).reshape(*flat.shape[:2], 2 * size).astype(xp.int32)
     return Lists(entries, first.reshape(shape), longer.reshape(shape), longest)
 
 
@@ -190,7 +205,7 @@ def for_keys(blocks: Any, tiles: int, heads: int, kv_heads: int) -> Lists:
         fields = fields[..., : max(1, int(edges[..., -1].max()))]
     longest = int(counts.max()) if xp is np else min(group * rows, fields.shape[-1])
     if blocks.block_size < TILE_ROWS:
-        return _side_by_side(fields, begin, counts, longest)
+        return _two_rows(fields, begin, counts, longest)
     row = np.arange(tiles) // ratio
     return Lists(fields, begin[..., row], counts[..., row], longest)
 

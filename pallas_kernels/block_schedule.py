@@ -30,10 +30,11 @@ class Plan:
     """The static description of one kernel launch.
 
     tiles, heads: home tiles of 128 rows, and heads of the home side. away: rows of a step.
-    steps_per_entry: steps that one entry takes. home_rows, away_rows: true lengths. bands: (left,
-    right) in tokens, causality included. lanes: lists that a tile follows, 1 or one for each
-    warpgroup. transposed: home rows are keys. list_batch, list_heads: how many arrays of entries
-    there are. parts: of split rows. numbers: of the branch (for dropout).
+    steps_per_entry, width: steps that one entry takes, and entries that one step takes; one of them
+    is 1. home_rows, away_rows: true lengths. bands: (left, right) in tokens, causality included.
+    lanes: lists that a tile follows, 1 or one for each warpgroup. transposed: home rows are keys.
+    list_batch, list_heads: how many arrays of entries there are. parts: of split rows. numbers: of
+    the branch (for dropout).
     """
 
     batch: int
@@ -46,10 +47,21 @@ class Plan:
     bands: tuple[tuple[int, int], ...]
     lanes: int
     transposed: bool
+    width: int = 1
     list_batch: int = 1
     list_heads: int = 1
     parts: int = 0
     numbers: tuple[int, ...] = (0,)
+
+    @property
+    def block(self) -> int:
+        """Away rows of an entry."""
+        return self.away * self.steps_per_entry // self.width
+
+    @property
+    def together(self) -> int:
+        """Entries that lie together: of all lanes, or of a step."""
+        return self.lanes * self.width
 
     @property
     def banded(self) -> bool:
@@ -62,7 +74,7 @@ class Plan:
 
         Queries past the end need no mask: their gradients are 0.
         """
-        ragged = not self.transposed and self.away_rows % self.away != 0
+        ragged = not self.transposed and self.away_rows % self.block != 0
         return self.banded or self.lanes > 1 or ragged
 
     @property
@@ -179,7 +191,7 @@ def _key(plan: Plan, lists: Lists, code: Any, begin: Any, entries: Any, order: s
     tile, head = code % plan.tiles, code // plan.tiles
     flat = xp.broadcast_to(lists.entries, (plan.batch, *lists.entries.shape[1:]))
     b, n = head // plan.heads, head % plan.heads // (plan.heads // lists.entries.shape[1])
-    middle = xp.minimum((begin + entries // 2) * plan.lanes, flat.shape[-1] - 1)
+    middle = xp.minimum((begin + entries // 2) * plan.together, flat.shape[-1] - 1)
     return _hilbert(xp, tile, flat[b, n, middle] & ((1 << BLOCK_BITS) - 1))
 
 
@@ -280,13 +292,13 @@ def entry_of(plan: Plan, j: Any) -> tuple[Any, Any]:
 
 
 def load_entries(plan: Plan, entries: Any, where: tuple[Any, Any], at: Any) -> tuple[Any, ...]:
-    """The packed entries at a place of a list, one for each lane."""
-    return tuple(load_entry(plan, entries, where, at, lane) for lane in range(plan.lanes))
+    """The packed entries at a place of a list, one for each lane, or of a step."""
+    return tuple(load_entry(plan, entries, where, at, i) for i in range(plan.together))
 
 
 def load_entry(plan: Plan, entries: Any, where: tuple[Any, Any], at: Any, lane: Any) -> Any:
-    """The packed entry of one lane (any number where there is one list)."""
-    return entries[(*where, at if plan.lanes == 1 else at * plan.lanes + lane)]
+    """One of the packed entries that lie together (any number where there is one)."""
+    return entries[(*where, at if plan.together == 1 else at * plan.together + lane)]
 
 
 def ring(plan: Plan, stages: int, *columns: int) -> tuple[int, ...]:

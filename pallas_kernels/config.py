@@ -214,11 +214,12 @@ def fused_blocks(head_dim: int, marks: int = 1) -> Blocks | None:
 
 
 def block_forward_blocks(
-    head_dim: int, block_size: int, out_bytes: int, marks: int
+    head_dim: int, block_size: int, out_bytes: int, marks: int, *, whole: bool = False
 ) -> Blocks | None:
     """Away (key) tile of the forward kernel over block lists, or None if none fits.
 
-    marks: int32 vectors that travel with the keys.
+    marks: int32 vectors that travel with the keys. whole: nothing inside a block is hidden or
+    dropped. Small heads then take 256 keys a step, as in `forward_blocks`.
 
     Example:
         >>> block_forward_blocks(128, 128, 2, marks=0)
@@ -226,7 +227,10 @@ def block_forward_blocks(
     """
     home_row = head_dim * (2 + out_bytes)
     away_row = (2 * 2 * head_dim + 4 * marks) * lanes(block_size)
-    blocks = _first_fit(_key_tiles(head_dim, block_size), home_row, away_row)
+    options = _key_tiles(head_dim, block_size)
+    if whole and head_dim <= 64 and (block_size == 128 or block_size % 256 == 0):
+        options = ((256, 2), *options)
+    blocks = _first_fit(options, home_row, away_row)
     return blocks and dataclasses.replace(blocks, overlap=head_dim > 64)
 
 

@@ -32,7 +32,7 @@ runpy.run_path("benchmarks/gpu_blocks.py", run_name="__main__")
     jax.__version_info__ < (0, 12), reason="the interpreter of older versions rejects them"
 )
 @pytest.mark.parametrize(
-    "name", ["split", "positions", pytest.param("window", marks=pytest.mark.slow)]
+    "name", ["split", "pairs", "positions", pytest.param("window", marks=pytest.mark.slow)]
 )
 def test_kernel_bodies(name):
     """The benchmark's smallest checks: all results against float64."""

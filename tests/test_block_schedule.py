@@ -1,5 +1,6 @@
 """Block lists as the kernels read them: flat, transposed, split and scheduled."""
 
+import dataclasses
 import types
 
 import jax
@@ -119,6 +120,27 @@ def test_long_rows_are_split_and_every_entry_is_worked_on_once(order, static, mo
     if order == "longest_first" and static:
         load = [row[1 : 1 + row[0, 0], 2].sum() for row in work.items]
         assert max(load) <= 1.2 * np.mean(load)
+
+
+@pytest.mark.parametrize(("away", "per_entry", "width"), [(128, 2, 1), (256, 1, 1), (256, 1, 2)])
+def test_blocks_that_end_past_the_keys_are_masked(away, per_entry, width):
+    """Keys past the end are zeros, which count unless they are masked."""
+    plan = block_schedule.Plan(
+        batch=1,
+        heads=1,
+        tiles=1,
+        away=away,
+        steps_per_entry=per_entry,
+        width=width,
+        home_rows=128,
+        away_rows=0,
+        bands=UNBOUNDED,
+        lanes=1,
+        transposed=False,
+    )
+    block = 128 if width == 2 else 256
+    for rows in (128, 256, 384, 640, 768, 700):
+        assert dataclasses.replace(plan, away_rows=rows).masks == (rows % block != 0), rows
 
 
 def test_hilbert_visits_neighbours():
