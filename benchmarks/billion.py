@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.mesh_cases import Case, Run, useful_flops, worst_error
+from benchmarks.mesh_cases import Case, Run, sums_error, useful_flops, worst_error
+from benchmarks.program import held_gib, peak_gib
 from sharding.messages import MESSAGES
 
 RATES = tuple(2**i for i in range(11))
@@ -76,10 +77,11 @@ def billion(
     row: dict[str, Any] = {"case": "billion", "pass": "both" if backward else "forward"}
     row |= {"T": length, "H": head_dim, "N": 1, "devices": devices}
     row["seconds"] = time.perf_counter() - start
+    row["planned"] = None if backward else run.plan.seconds
     row["error"] = worst_error(run, arrays[0], backward)
-    stats = [device.memory_stats() or {} for device in jax.devices()[:devices]]
-    row["peak GiB"] = max(s.get("peak_bytes_in_use", 0) for s in stats) / 2**30
-    row["temporary GiB"] = f.memory_analysis().temp_size_in_bytes / 2**30
+    row["error of sums"] = sums_error(run, arrays[:3]) if backward else None
+    row["peak GiB"] = peak_gib(jax.devices()[:devices])
+    row["held GiB"] = held_gib(f)
     rate = (3.5 if backward else 1.0) * useful_flops(run) / devices / 1e12
     row["TFLOP/s per device"] = rate / row["seconds"]
     row["methods"] = " ".join(branch.method for branch in run.plan.branches)

@@ -5,9 +5,12 @@
 
 For every case and pass, in one process: the mesh; the same local work with the messages removed;
 a profile of the mesh, which says how long messages run while nothing is computed; at the end one
-device alone with the whole sequence, where it fits. Rows sampled in every device's part are checked
-against an oracle in float64 before anything is timed. Writes mesh.md and mesh.json, a row as soon
-as it is there; rows of other calls that are in mesh.json stay.
+device alone with the whole sequence, where it fits. Before anything is timed, rows of out (or the
+query's gradient) that are sampled in every device's part are checked against an oracle in float64,
+the gradients of keys and values by their sums. What the planner expects of a forward pass stands
+beside what was measured. "held": by the program; "peak": by the process up to then. Writes mesh.md
+and mesh.json (billion.md and billion.json), a row as soon as it is there; rows of other calls that
+are in the file stay. A case that fails is left out, with the reason; the exit status is 1 then.
 """
 
 import argparse
@@ -42,7 +45,9 @@ import jax.numpy as jnp
 
 from benchmarks.billion import billion
 from benchmarks.exposed import exposed_in
-from benchmarks.mesh_cases import CASES, Run, tiny, useful_flops, worst_error
+from benchmarks.mesh_cases import CASES, Run, sums_error, tiny, useful_flops, worst_error
+from benchmarks.mesh_table import BILLION, MESH, table
+from benchmarks.program import held_gib, peak_gib, received
 from dilax import UnsupportedError
 from sharding.messages import MESSAGES, SILENT
 
@@ -85,67 +90,50 @@ def measure(run: Run, name: str, copy_engines: bool, traces: Path) -> dict:
     row |= {"T": run.length, "H": run.case.head_dim, "N": run.case.heads}
     row |= {"copy engines": copy_engines, "local": run.chosen}
     row["methods"] = " ".join(branch.method for branch in run.plan.branches)
-    row |= {"planned bytes": run.plan.bytes, "balance": run.plan.balance}
     backward = name == "both"
+    row["balance"] = run.plan.balance
+    if not backward:  # which is all that a plan is about
+        row |= {"planned": run.plan.seconds, "planned bytes": run.plan.bytes}
     arrays = run.arrays(3 + backward)
     with ThreadPoolExecutor() as pool:
-        programs = (jax.jit(run.program(backward, m)).lower(*arrays) for m in (MESSAGES, SILENT))
+        programs = [jax.jit(run.program(backward, m)).lower(*arrays) for m in (MESSAGES, SILENT)]
+        row["bytes"] = received(programs[0].as_text())
         f, silent = pool.map(lambda program: program.compile(), programs)
-    row["temporary MiB"] = f.memory_analysis().temp_size_in_bytes / 2**20
-    result = jax.tree.leaves(f(*arrays))[0]
-    row["error"] = worst_error(run, result, backward)
-    del result
-    limit = 0.03 if jnp.dtype(run.dtype).itemsize == 2 else 1e-4
-    if not row["error"] < limit:
-        raise SystemExit(f"{run.case.name} {name}: rows differ from the oracle: {row}")
+    row["held GiB"] = held_gib(f)
+    row |= checked(run, f(*arrays), backward)
     row["seconds"] = clock(f, arrays)
     row["silent"] = clock(silent, arrays)
     row["ratio"] = row["silent"] / row["seconds"]
     row |= profiled(f, arrays, traces / f"{run.case.name}-{name}")
     rate = (3.5 if backward else 1.0) * useful_flops(run) / run.devices / 1e12
     row["TFLOP/s per device"] = rate / row["seconds"]
+    row["peak GiB"] = peak_gib(run.mesh.devices.flat)
     return row
+
+
+def checked(run: Run, results: Any, backward: bool) -> dict[str, float]:
+    """The errors of the results, if they are small."""
+    found = {"error": worst_error(run, jax.tree.leaves(results)[0], backward)}
+    if backward:
+        found["error of sums"] = sums_error(run, results)
+    limit = 0.03 if jnp.dtype(run.dtype).itemsize == 2 else 1e-4
+    if not max(found.values()) < limit:
+        raise RuntimeError(f"the results are not those of the oracle: {found}")
+    return found
 
 
 def alone(run: Run, name: str) -> dict:
     """One device with the whole sequence."""
     backward = name == "both"
-    case = dataclasses.replace(run.case, layout="contiguous", method=None, plain=False)
+    case = dataclasses.replace(run.case, layout="contiguous", method=None, plain=False, hosts=1)
     one = dataclasses.replace(run, devices=1, case=case, implementation=run.chosen)
     try:
         arrays = one.arrays(3 + backward)
-        return {"alone": clock(jax.jit(one.program(backward, MESSAGES)), arrays)}
+        f = jax.jit(one.program(backward, MESSAGES))
+        checked(one, f(*arrays), backward)
+        return {"alone": clock(f, arrays)}
     except (jax.errors.JaxRuntimeError, UnsupportedError) as problem:  # the row says why
         return {"alone": None, "note": f"one device: {str(problem)[:100]}"}
-
-
-def speed(row: dict) -> float | None:
-    """Seconds of one device over the devices' seconds together."""
-    if not row.get("alone"):
-        return None
-    return row["alone"] / (row["devices"] * row["seconds"])
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    head = ("case", "pass", "devices", "T", "copies by", "ms", "without messages", "ratio")
-    head += ("one device", "share of it", "TFLOP/s per device", "messages ms", "exposed ms")
-    head += ("idle ms", "error", "local", "methods")
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-
-    def shown(x: float | None, digits: int, factor: float = 1.0) -> str:
-        return "-" if x is None else f"{x * factor:.{digits}f}"
-
-    for row in rows:
-        cells = [row["case"], row["pass"], row["devices"], row["T"]]
-        cells += ["engines" if row["copy engines"] else "kernels", shown(row["seconds"], 2, 1e3)]
-        cells += [shown(row["silent"], 2, 1e3), shown(row["ratio"], 3)]
-        cells += [shown(row.get("alone"), 2, 1e3), shown(speed(row), 3)]
-        cells += [shown(row["TFLOP/s per device"], 1)]
-        cells += [shown(row.get(name), 2) for name in ("messages ms", "exposed ms", "idle ms")]
-        cells += [f"{row['error']:.1e}", row["local"], row["methods"]]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
 
 
 class Record:
@@ -159,6 +147,10 @@ class Record:
     def _key(self, row: dict) -> tuple:
         return tuple(row.get(name) for name in self.key)
 
+    def table(self, columns: tuple) -> str:
+        """All rows as Markdown."""
+        return table(list(self.rows.values()), columns)
+
     def add(self, row: dict) -> None:
         """Print and write."""
         print(json.dumps(row), flush=True)
@@ -167,19 +159,26 @@ class Record:
 
 
 class Budget:
-    """Seconds since the start; a step that would not fit is skipped, and said to be."""
+    """Seconds since the start; a step that would not fit or that fails is said to, and left out."""
 
     def __init__(self, seconds: float | None):
         self.seconds, self.longest = seconds, 0.0
+        self.failed: list[str] = []
 
     def run(self, what: str, step: Callable[[], Any]) -> Any:
-        """The step's result, None where there is no time for one as long as the longest yet."""
+        """The step's result, None where it failed or the longest yet would not fit any more."""
         began = time.monotonic()
         if self.seconds and began - STARTED + self.longest > self.seconds:
             print(f"skipped, the budget is used up: {what}", flush=True)
             return None
-        result = step()
+        result = None
+        try:
+            result = step()
+        except (RuntimeError, UnsupportedError) as problem:
+            print(f"failed: {what}: {str(problem)[:1000]}", flush=True)
+            self.failed.append(what)
         self.longest = max(self.longest, time.monotonic() - began)
+        print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
         return result
 
 
@@ -210,6 +209,9 @@ def steps_of(args: argparse.Namespace, devices: int) -> list[tuple[Run, str]]:
     for wanted in args.cases.split(","):
         name, _, only = wanted.partition(":")
         case = cases[name]
+        if devices % case.hosts:
+            print(f"left out, {devices} devices are not {case.hosts} hosts: {name}", flush=True)
+            continue
         run = Run(case, case.tokens(devices), devices, args.implementation, dtype)
         passes = PASSES[:1] if case.plain else PASSES
         steps += [(run, one) for one in passes if only in ("", one)]
@@ -226,6 +228,8 @@ def main() -> None:
         record = Record(out, "billion", ("pass", "T", "H", "devices"))
         options = args.length, args.head_dim, devices, args.implementation, args.backward
         record.add(billion(*options))
+        (out / "billion.md").write_text(record.table(BILLION))
+        print(record.table(BILLION))
         return
     record, budget = Record(out, "mesh", KEY), Budget(args.budget)
     measured = []
@@ -237,13 +241,15 @@ def main() -> None:
             if row:
                 measured.append((run, name, row))
                 record.add(row)
-                (out / "mesh.md").write_text(table(list(record.rows.values())))
+                (out / "mesh.md").write_text(record.table(MESH))
     for run, name, row in measured if devices > 1 else ():
         found = budget.run(f"one device: {run.case.name} {name}", lambda: alone(run, name))  # noqa: B023
         if found:
             record.add(row | found)
-            (out / "mesh.md").write_text(table(list(record.rows.values())))
-    print(table(list(record.rows.values())))
+            (out / "mesh.md").write_text(record.table(MESH))
+    print(record.table(MESH))
+    if budget.failed:
+        raise SystemExit(f"failed: {', '.join(budget.failed)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -10,20 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.plain_ring import attend_plainly
-from dilax.sharded import plan_of
+from dilax.sharded import link_of, plan_of
 from dilax.sharded_local import XLA, choose_local
 from dilax.spec import as_spec, branches_of, within
 from sharding.attention import Setup, attend
 from sharding.mesh import local_positions
 
-AXIS = "sequence"
+AXIS, HOSTS = "sequence", "hosts"
 LONGNET = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
 GIGAPATH = ((1024, 5792, 32768, 185363, 1048576), (1, 2, 4, 8, 16))
+GIGAPATH_8M = ((1024, 9742, 92682, 881744, 8388608), (1, 2, 4, 8, 16))
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention; length is that of the whole sequence, `per_device` that of a device's part."""
+    """One attention; length is that of the whole sequence, `per_device` that of a device's part.
+
+    hosts: above 1 the sequence lies on two mesh axes, so many hosts and the devices in each, and
+    the plan takes messages between hosts as slow, though here they are not.
+    """
 
     name: str
     lists: tuple[tuple[int, ...], tuple[int, ...]] | None  # None: dense
@@ -35,6 +41,7 @@ class Case:
     heads: int = 16
     head_dim: int = 128
     plain: bool = False  # all keys and values travel; forward only
+    hosts: int = 1
 
     def tokens(self, devices: int) -> int:
         """T of the whole sequence."""
@@ -49,6 +56,10 @@ CASES = (
     Case("dense", None, per_device=32768, method="ring"),
     Case("dense-zigzag", None, per_device=32768, causal=True, layout="zigzag", method="ring"),
     Case("dense-contiguous", None, per_device=32768, causal=True, method="ring"),
+    Case("dense-two-level", None, per_device=32768, hosts=2),
+    Case("gigapath-two-level", GIGAPATH, length=1 << 20, hosts=2),
+    Case("longnet-8M", LONGNET, length=1 << 23),
+    Case("gigapath-8M", GIGAPATH_8M, length=1 << 23),
 )
 
 
@@ -57,7 +68,7 @@ def tiny(case: Case) -> Case:
     lists = None
     if case.lists:
         lists = tuple(max(w // 1024, 4) for w in case.lists[0]), case.lists[1]
-    small = 256 if case.length else None
+    small = case.length // 4096 if case.length else None
     part = 64 if case.per_device else None
     return dataclasses.replace(
         case, lists=lists, length=small, per_device=part, heads=4, head_dim=16
@@ -75,7 +86,7 @@ def values(salt: int, position: Any, head: Any, dim: Any, dtype: Any, xp: Any = 
     return ((unit - xp.float32(0.5)) * xp.float32(12**0.5)).astype(dtype)
 
 
-def inputs(case: Case, length: int, axis: str | None, dtype: Any, count: int = 4) -> Any:
+def inputs(case: Case, length: int, axis: Any, dtype: Any, count: int = 4) -> Any:
     """query, key, value and the cotangent of out, of this device's positions."""
     place = jnp.arange(length, dtype=jnp.int32)
     if axis is not None:
@@ -97,11 +108,22 @@ class Run:
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
-        """The devices as one axis."""
-        kinds = (jax.sharding.AxisType.Auto,)
-        return jax.make_mesh(
-            (self.devices,), (AXIS,), axis_types=kinds, devices=jax.devices()[: self.devices]
-        )
+        """The devices as one axis, or as two."""
+        kinds = (jax.sharding.AxisType.Auto,) * len(self.sizes)
+        names = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        devices = jax.devices()[: self.devices]
+        return jax.make_mesh(self.sizes, names, axis_types=kinds, devices=devices)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Devices along each mesh axis of the sequence, the outermost first."""
+        hosts = self.case.hosts
+        return (self.devices,) if hosts == 1 else (hosts, self.devices // hosts)
+
+    @property
+    def axis(self) -> str | tuple[str, ...]:
+        """The mesh axis of the sequence, or both."""
+        return AXIS if self.case.hosts == 1 else (HOSTS, AXIS)
 
     @property
     def branches(self) -> tuple:
@@ -122,11 +144,12 @@ class Run:
             layout=case.layout,
             is_causal=case.causal,
             method=case.method,
+            link=link_of(self.sizes),
         )
 
     def place(self, f: Callable, count: int) -> Callable:
         """f of `count` arrays [1, T, N, H] under shard_map."""
-        part = jax.P(None, AXIS)
+        part = jax.P(None, self.axis)
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=(part,) * count, out_specs=part, check_vma=False
         )
@@ -134,14 +157,15 @@ class Run:
     def arrays(self, count: int) -> tuple[jax.Array, ...]:
         """query, key, value and the cotangent of out, made where they lie."""
         n = self.length // self.devices
-        make = self.place(lambda: inputs(self.case, n, AXIS, self.dtype, count), 0)
+        make = self.place(lambda: inputs(self.case, n, self.axis, self.dtype, count), 0)
         return jax.jit(make)()
 
     def attend(self, messages: Any) -> Callable:
         """(query, key, value) -> out of this device's rows, inside the shard_map."""
 
         def one(q, k, v):
-            args = AXIS, None, None, self.case.causal, self.case.head_dim**-0.5, 0.0, messages
+            scale = self.case.head_dim**-0.5
+            args = self.axis, None, None, self.case.causal, scale, 0.0, messages
             run = attend_plainly if self.case.plain else attend
             return run(Setup(self.plan, self._local(q), *args), q, k, v)[0].astype(q.dtype)
 
@@ -195,7 +219,7 @@ def oracle(run: Run, position: int, head: int) -> tuple[np.ndarray, np.ndarray]:
 
 def worst_error(run: Run, result: jax.Array, gradient: bool, samples: int = 4) -> float:
     """The largest relative error of rows sampled in every device's part."""
-    rng, worst = np.random.default_rng(0), 0.0
+    rng, rows = np.random.default_rng(0), []
     starts = run.plan.token_starts
     for shard in result.addressable_shards:
         n = shard.data.shape[1]
@@ -204,10 +228,43 @@ def worst_error(run: Run, result: jax.Array, gradient: bool, samples: int = 4) -
         for _ in range(samples):
             row, head = int(rng.integers(n)), int(rng.integers(run.case.heads))
             position = int(starts[device, row // size]) + row % size
-            wanted = oracle(run, position, head)[int(gradient)]
             found = np.asarray(shard.data[0, row, head], np.float64)
-            worst = max(worst, float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)))
-    return worst
+            rows.append((position, head, found))
+
+    def error(one: tuple) -> float:
+        position, head, found = one
+        return _relative(found, oracle(run, position, head)[int(gradient)])
+
+    with ThreadPoolExecutor() as pool:
+        return max(pool.map(error, rows))
+
+
+def sums_error(run: Run, gradients: tuple[jax.Array, ...]) -> float:
+    """How far the gradients of keys and values, which messages bring back, are from two sums.
+
+    Of each head: every row's probabilities sum to 1, so the values' gradients sum to the cotangents
+    of out; logits are products, so the sum of key * gradient is that of query * gradient.
+    """
+    n = run.length // run.devices
+
+    def sums(dq, dk, dv):
+        f32 = jnp.float32
+        q, k, _, do = (x.astype(f32) for x in inputs(run.case, n, run.axis, run.dtype))
+        pairs = ((dv.astype(f32), do), (k * dk.astype(f32), q * dq.astype(f32)))
+        found = [[x.sum(1, keepdims=True) for x in pair] for pair in pairs]
+        found[1] = [x.sum(-1, keepdims=True) for x in found[1]]
+        return [jnp.concatenate(x, -1) for x in zip(*found, strict=True)]
+
+    found, wanted = (
+        np.asarray(x, np.float64).sum(1) for x in jax.jit(run.place(sums, 3))(*gradients)
+    )
+    return max(
+        _relative(found[..., part], wanted[..., part]) for part in (slice(-1), slice(-1, None))
+    )
+
+
+def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 def useful_flops(run: Run) -> float:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import billion, exposed, mesh, plans
+from benchmarks import billion, exposed, mesh, plans, program
 from sharding.messages import MESSAGES, SILENT
 
 
@@ -22,11 +22,27 @@ def test_rows_equal_the_oracle_and_only_without_messages_they_do_not():
     assert ["collective_permute" in text for text in programs] == [True, False]
 
 
+def test_on_two_axes_gradients_come_back_and_their_sums_say_so():
+    (case,) = (mesh.tiny(case) for case in mesh.CASES if case.name == "dense-two-level")
+    run = mesh.Run(dataclasses.replace(case, method="ring"), 64, 4, "xla", jnp.float32)
+    assert run.sizes == (2, 2)
+    arrays = run.arrays(4)
+    programs = [jax.jit(run.program(True, m)).lower(*arrays) for m in (MESSAGES, SILENT)]
+    # Keys and values in both passes, their gradients in the second, all in float32.
+    assert [program.received(x.as_text()) for x in programs] == [3 * run.plan.bytes, 0]
+    dq, dk, dv = programs[0].compile()(*arrays)
+    assert mesh.worst_error(run, dq, gradient=True) < 1e-5
+    assert mesh.sums_error(run, (dq, dk, dv)) < 1e-5
+    for lost in ((dq, dk.at[:, :16].set(0), dv), (dq, dk, dv.at[:, :16].set(0))):
+        assert mesh.sums_error(run, lost) > 1e-2
+
+
 def test_billion_in_pieces_equals_the_oracle(monkeypatch):
     monkeypatch.setattr(billion, "RATES", (1, 4))
     run = dataclasses.replace(billion.run_of(4 * 8192, 8, 2, "xla"), dtype=jnp.float32)
     result = billion.program(run, backward=True)(*run.arrays(4))
     assert mesh.worst_error(run, result[0], gradient=True) < 1e-5
+    assert mesh.sums_error(run, result[:3]) < 1e-5
 
 
 _PROFILE = """
