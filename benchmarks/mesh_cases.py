@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from benchmarks.plain_ring import attend_plainly
 from dilax.sharded import link_of, plan_of
@@ -91,6 +93,11 @@ def inputs(case: Case, length: int, axis: Any, dtype: Any, count: int = 4) -> An
     place = jnp.arange(length, dtype=jnp.int32)
     if axis is not None:
         place = local_positions(length, axis, case.layout)
+    return inputs_at(case, place, dtype, count)
+
+
+def inputs_at(case: Case, place: jax.Array, dtype: Any, count: int = 4) -> Any:
+    """The same of the rows at these positions."""
     head, dim = jnp.arange(case.heads), jnp.arange(case.head_dim)
     at = place[None, :, None, None], head[None, None, :, None], dim[None, None, None]
     return tuple(values(salt, *at, dtype) for salt in range(count))
@@ -246,14 +253,20 @@ def sums_error(run: Run, gradients: tuple[jax.Array, ...]) -> float:
     of out; logits are products, so the sum of key * gradient is that of query * gradient.
     """
     n = run.length // run.devices
+    size = math.gcd(n, 1 << 14)  # of a piece, whose numbers in float32 take little memory
 
-    def sums(dq, dk, dv):
-        f32 = jnp.float32
-        q, k, _, do = (x.astype(f32) for x in inputs(run.case, n, run.axis, run.dtype))
-        pairs = ((dv.astype(f32), do), (k * dk.astype(f32), q * dq.astype(f32)))
-        found = [[x.sum(1, keepdims=True) for x in pair] for pair in pairs]
-        found[1] = [x.sum(-1, keepdims=True) for x in found[1]]
-        return [jnp.concatenate(x, -1) for x in zip(*found, strict=True)]
+    def sums(*gradients):
+        place = local_positions(n, run.axis, run.case.layout)
+
+        def of_piece(i):
+            rows = lax.dynamic_slice_in_dim(place, i * size, size)
+            cut = [lax.dynamic_slice_in_dim(x, i * size, size, 1) for x in gradients]
+            numbers = *cut, *inputs_at(run.case, rows, run.dtype)
+            dq, dk, dv, q, k, _, do = (x.astype(jnp.float32) for x in numbers)
+            pairs = (dv, (k * dk).sum(-1, keepdims=True)), (do, (q * dq).sum(-1, keepdims=True))
+            return [jnp.concatenate(pair, -1).sum(1, keepdims=True) for pair in pairs]
+
+        return [x.sum(0) for x in lax.map(of_piece, jnp.arange(n // size))]
 
     found, wanted = (
         np.asarray(x, np.float64).sum(1) for x in jax.jit(run.place(sums, 3))(*gradients)
