@@ -10,15 +10,11 @@ from jax import lax
 
 from pallas_kernels import block_lists, block_schedule
 from pallas_kernels.block_backward import add_parts, write_tile
-from pallas_kernels.block_forward import (
-    LOG2E,
-    Options,
-    away_rows,
-    kept,
-    masked_scores,
-    walk,
-)
+from pallas_kernels.block_forward import LOG2E
 from pallas_kernels.block_lists import TILE_ROWS
+from pallas_kernels.block_schedule import Options
+from pallas_kernels.block_scores import kept, masked_scores
+from pallas_kernels.block_walk import away_rows, walk
 from pallas_kernels.compat import (
     COLUMN,
     ROW,

@@ -1,6 +1,5 @@
 """The forward kernel over block lists: one online softmax over the key blocks of a tile's list."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -10,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import block_lists, block_schedule, visits
+from pallas_kernels import block_lists, block_schedule
 from pallas_kernels.block_lists import TILE_ROWS
+from pallas_kernels.block_schedule import Options
+from pallas_kernels.block_scores import first_entry, kept, masked_scores
+from pallas_kernels.block_walk import away_rows, walk
 from pallas_kernels.compat import (
     COLUMN,
     ROW,
-    TILE,
     Sum,
     aligned_rows,
     launch,
@@ -25,166 +26,9 @@ from pallas_kernels.compat import (
     store,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
-from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 
 LOG2E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Static options of a kernel beside its `block_schedule.Plan`; overlap as in `Warpgroup`."""
-
-    scale: float
-    stages: int
-    overlap: bool
-    group: int
-    marks: Kinds
-    rate: float
-    interpret: bool
-
-
-def masked_scores(
-    plan: block_schedule.Plan,
-    s: jax.Array,
-    entry: block_lists.Entry,
-    row: Any,
-    start: Any,
-    shift: Any,
-) -> jax.Array:
-    """Scores `[home, away]` with -inf where the place of a pair hides it, if anything is hidden.
-
-    row, start: first home and away row. Blocks that lie wholly inside cost only the question.
-    """
-    if not plan.masks:
-        return s
-    rows, columns = s.shape
-    low, high = block_schedule.limits(plan, entry.band, shift)
-    end = jnp.minimum(high + row, plan.away_rows - 1)
-    edge = start + columns - 1 > end
-    if plan.banded:
-        edge |= start < low + row + rows - 1
-    if plan.lanes > 1:
-        edge |= entry.empty != 0
-
-    def masked() -> jax.Array:
-        limit = jnp.where(entry.empty != 0, 0, plan.away_rows) if plan.lanes > 1 else plan.away_rows
-        return jnp.where(
-            seen_pairs(plan, entry.band, row, start, s.shape, shift, limit), s, -jnp.inf
-        )
-
-    return lax.cond(edge, masked, lambda: s)
-
-
-def first_entry(plan: block_schedule.Plan, s: jax.Array) -> jax.Array:
-    """Scores with -inf beyond the first of the entries of a step."""
-    away = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
-    return jnp.where(away < plan.block, s, -jnp.inf)
-
-
-def seen_pairs(
-    plan: block_schedule.Plan,
-    band: Any,
-    row: Any,
-    start: Any,
-    shape: tuple[int, int],
-    shift: Any,
-    limit: Any,
-) -> jax.Array:
-    """Which pairs (home, away) of a tile see each other by their place; limit: away rows."""
-    away = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + start
-    seen = away < limit
-    home = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW) + row
-    if plan.ragged_keys:
-        seen &= lax.broadcast_in_dim(home, shape, [0]) < plan.home_rows
-    if plan.banded:
-        low, high = block_schedule.limits(plan, band, shift)
-        seen &= away >= lax.broadcast_in_dim(home + low, shape, [0])
-        seen &= away <= lax.broadcast_in_dim(home + high, shape, [0])
-    return seen
-
-
-def kept(
-    plan: block_schedule.Plan,
-    opt: Options,
-    keep: Any,
-    seed: Any,
-    starts: Any,
-    where: tuple[Any, Any, Any, Any],
-    shape: tuple[int, int],
-    marks: tuple[Marks, Marks],
-) -> jax.Array:
-    """Which pairs dropout keeps. where: (batch, query head, first home row, first away row).
-
-    marks: of home and away.
-    """
-    batch, head, row, start = where
-    home, away = (starts[1], starts[0]) if plan.transposed else (starts[0], starts[1])
-    visit: Any = visits.Visit(
-        first=0,
-        steps=0,
-        home_shift=home,
-        away_shift=away,
-        away_residue=0,
-        limit=0,
-        origin=0,
-        rate=1,
-        length=0,
-        home_step=1,
-    )
-    launch_: Any = plan
-    at = (batch, head, 0, row, start)
-    seeds, places = (seed[0], seed[1]), opt.marks.places(*marks)
-    return visits.kept(launch_, keep, opt.rate, seeds, visit, at, shape, places)
-
-
-def walk(plan: block_schedule.Plan, items: Any, entries: Any, cta: Any, visit: Any) -> None:
-    """The producer's way through a block's items: `visit(t, item, carry, loop)`.
-
-    What comes next is read from memory ahead of its use: the item after the next one, the first
-    entry of the next item, and the next entry of this one, so that copies never wait for it.
-    """
-    count = items[cta, 0, 0]
-
-    def first_entry(item: block_schedule.Item) -> Any:
-        batch, head, _ = block_schedule.place(plan, item.code)
-        at = jnp.minimum(item.begin, entries.shape[-1] // plan.together - 1)
-        where = block_schedule.list_place(plan, batch, head)
-        return block_schedule.load_entries(plan, entries, where, at)
-
-    def one(t: Any, state: Any) -> Any:
-        carry, item, following, current = state
-        later = block_schedule.item(items, cta, t + 2, count)
-        upcoming = first_entry(following)
-        batch, head, _ = block_schedule.place(plan, item.code)
-        where = block_schedule.list_place(plan, batch, head)
-        last = item.begin + lax.div(item.steps - 1, jnp.int32(plan.steps_per_entry))
-
-        def loop(step: Any, fill: Any) -> Any:
-            """Runs `step(j, entries, fill)` for the steps of the item; the new fill."""
-
-            def body(j: Any, state: Any) -> Any:
-                fill, entry = state
-                index, _ = block_schedule.entry_of(plan, j + 1)
-                at = jnp.minimum(item.begin + index, last)
-                ahead = block_schedule.load_entries(plan, entries, where, at)
-                return step(j, entry, fill), ahead
-
-            return lax.fori_loop(0, item.steps, body, (fill, current))[0]
-
-        return visit(t, item, carry, loop), following, later, upcoming
-
-    start = block_schedule.item(items, cta, 0, count)
-    second = block_schedule.item(items, cta, 1, count)
-    zero = (jnp.int32(0), jnp.int32(0))
-    lax.fori_loop(0, count, one, (zero, start, second, first_entry(start)))
-
-
-def away_rows(plan: block_schedule.Plan, packed: tuple[Any, ...], j: Any) -> list[Any]:
-    """The away rows of step j of an item, for each lane, or entry of the step."""
-    _, inside = block_schedule.entry_of(plan, j)
-    starts = [block_lists.decode(entry).block * plan.block + inside for entry in packed]
-    return [aligned_rows(start, plan.away // plan.width) for start in starts]
 
 
 def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> None:

@@ -21,8 +21,11 @@ from pallas_kernels import (
     gradient_queries,
 )
 from pallas_kernels.block_backward import add_parts, write_tile
-from pallas_kernels.block_forward import LOG2E, Options, kept, seen_pairs, walk
+from pallas_kernels.block_forward import LOG2E
 from pallas_kernels.block_lists import TILE_ROWS
+from pallas_kernels.block_schedule import Options
+from pallas_kernels.block_scores import kept, seen_pairs
+from pallas_kernels.block_walk import walk
 from pallas_kernels.compat import (
     COLUMN,
     ROW,

@@ -116,8 +116,8 @@ def _ctas(call: Call) -> int:
     return config.multiprocessors(call.device_kind)
 
 
-def _options(call: Call, query: Any, key: Any, tiles: config.Blocks) -> block_forward.Options:
-    return block_forward.Options(
+def _options(call: Call, query: Any, key: Any, tiles: config.Blocks) -> block_schedule.Options:
+    return block_schedule.Options(
         scale=call.scale * LOG2E,
         stages=tiles.stages,
         overlap=tiles.overlap,

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.block_lists import BLOCK_BITS, TILE_ROWS, Lists
+from pallas_kernels.marks import Kinds
 
 UNBOUNDED = 1 << 30
 ORDERS = ("row", "longest_first", "hilbert")
@@ -85,6 +86,19 @@ class Plan:
         lse; their probabilities would then be infinite.
         """
         return self.transposed and self.home_rows % TILE_ROWS != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Static options of a kernel beside its `block_schedule.Plan`; overlap as in `Warpgroup`."""
+
+    scale: float
+    stages: int
+    overlap: bool
+    group: int
+    marks: Kinds
+    rate: float
+    interpret: bool
 
 
 class Work(NamedTuple):
