@@ -125,15 +125,18 @@ def forward_blocks(
     return dataclasses.replace(blocks, overlap=head_dim > 64 or blocks.consumers > 2)
 
 
-def queries_blocks(head_dim: int, marks: int) -> Blocks | None:
+def queries_blocks(head_dim: int, marks: int, out_bytes: int = 2) -> Blocks | None:
     """Away (key) tile of the queries' gradient kernel, or None if none fits.
+
+    out_bytes: size of one gradient element.
 
     Example:
         >>> queries_blocks(128, marks=0)
         Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=1)
     """
     options = ((128, 2), *WIDE_TILES)
-    return _first_fit(options[head_dim > 128 :], head_dim * 2 * 3, 2 * 2 * head_dim + 4 * marks)
+    home_row, away_row = head_dim * (2 * 2 + out_bytes), 2 * 2 * head_dim + 4 * marks
+    return _first_fit(options[head_dim > 128 :], home_row, away_row)
 
 
 def keys_blocks(head_dim: int, marks: int, out_bytes: int = 2) -> Blocks | None:

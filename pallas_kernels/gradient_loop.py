@@ -77,6 +77,8 @@ class Keys:
         acc = plgpu.ACC((ROWS, memory.head_dim), jnp.float32)
         dk, dv = pl.run_scoped(body, acc, acc)
         plgpu.barrier_arrive(memory.k_free)
+        if self._doublings and sight.kept is None:
+            dv = dv * 2.0**-self._doublings
         return dk, dv, total
 
     def _step(self, sight: Sight, dk_acc: Any, dv_acc: Any, n: Any, _: None) -> None:
@@ -184,10 +186,10 @@ class Keys:
             weight = None
             if sight.kept is None:
                 values(p)
-                dp, x = value(), recomputed(p, memory.interpret).astype(jnp.float32)
+                dp, x = value(), self._single(p)
                 ds = x * dp
             else:
-                dp, x = value(), recomputed(p, memory.interpret).astype(jnp.float32)
+                dp, x = value(), self._single(p)
                 ds = jnp.abs(x) * (self._dropped(dp, x > 0) - self._delta(slot))
                 weight = self._dropped(x, x > 0).astype(dtype)
             ds = ds.astype(dtype)
@@ -203,9 +205,23 @@ class Keys:
         start = -self._delta(slot) if sight.kept is None else None
         from_start(gradients, shape, start, memory.interpret)
 
+    def _single(self, p: jax.Array) -> jax.Array:
+        """Probabilities in float32, of those kept in 16 bits."""
+        x = recomputed(p, self.memory.interpret).astype(jnp.float32)
+        return x * 2.0**-self._doublings if self._doublings else x
+
     def _end(self, slot: Any) -> None:
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(self.memory.free.at[slot])
+
+    @property
+    def _doublings(self) -> int:
+        """How often probabilities are doubled where they are kept in 16 bits.
+
+        Those of many keys lie below the normal numbers of float16; none is above 1.
+        """
+        narrow = queries_apart(self.memory.head_dim) and self.memory.k.dtype == jnp.float16
+        return 15 if narrow else 0
 
     def _me(self) -> tuple[Any, Any]:
         """The number of the warpgroup and its staging memory, inside a step."""
@@ -222,6 +238,7 @@ class Keys:
     def _probabilities(self, s: jax.Array, sight: Sight, me: Any, slot: Any) -> jax.Array:
         s = s if sight.marked is None else sight.marked(s, me, slot)
         lse = load(self.memory.lse.at[slot], COLUMN)
+        lse = lse - self._doublings if self._doublings else lse
         return jnp.exp2(s * self.scale - lax.broadcast_in_dim(lse, s.shape, [1]))
 
     def _dropped(self, x: jax.Array, seen: Any) -> jax.Array:

@@ -236,18 +236,18 @@ def run_backward(
         for number, plan in enumerate(groups(blocks, transposed)):
             yield plan, number > 0, _table(call, plan, arrays[0], arrays[1], number > 0)
 
-    def keys_dtype(blocks_of: Any) -> tuple[Any, Any]:
-        """(blocks, dtype of dk and dv)."""
+    def gradients_dtype(blocks_of: Any) -> tuple[Any, Any]:
+        """(blocks, dtype of the gradients between launches)."""
         wide = blocks_of(4) if call.wide else None
         if wide is not None:
             return wide, jnp.dtype(jnp.float32)
-        # Rounded after each launch: most keys take part in one or two branches.
+        # Rounded after each launch: most rows take part in one or two branches.
         return blocks_of(query.dtype.itemsize), jnp.dtype(query.dtype)
 
     padded = tuple(x[:, :, : sizes.padded_T] for x in (lse, delta))
     dq = dk = dv = None
     if fused is not None:
-        blocks, dtype = keys_dtype(lambda _: tiles.get("fused") or fused)
+        blocks, dtype = gradients_dtype(lambda _: tiles.get("fused") or fused)
         dq = jnp.zeros((query.shape[0], heads, sizes.padded_T, head_dim), jnp.float32)
         for plan, add, table in plans(blocks, True):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)
@@ -258,15 +258,16 @@ def run_backward(
         dq = dq.swapaxes(1, 2) * call.scale
         dq = dq if call.wide else dq.astype(query.dtype)
     else:
-        blocks = tiles.get("queries") or config.queries_blocks(head_dim, count)
+        blocks, dtype = gradients_dtype(
+            lambda size: tiles.get("queries") or config.queries_blocks(head_dim, count, size)
+        )
         for plan, add, table in plans(blocks, False):
             part = dataclasses.replace(options, stages=blocks.stages, add=add)
             with jax.named_scope(f"dilated_queries_gradient_{'_'.join(map(str, plan.rates))}"):
-                # Rounded after each launch: most queries take part in one or two branches.
                 dq = backward.queries_gradient(
-                    plan, part, table, arrays, lse, delta, dq, out_dtype=query.dtype, **shared
+                    plan, part, table, arrays, lse, delta, dq, out_dtype=dtype, **shared
                 )
-        blocks, dtype = keys_dtype(
+        blocks, dtype = gradients_dtype(
             lambda size: tiles.get("keys") or config.keys_blocks(head_dim, count, size)
         )
         for plan, add, table in plans(blocks, True):
@@ -279,4 +280,6 @@ def run_backward(
                 )
     if not call.wide:
         dk, dv = dk.astype(key.dtype), dv.astype(value.dtype)
+    elif fused is None:
+        dq = dq.astype(jnp.float32)
     return dq[:, : sizes.T, :, columns], dk[:, : sizes.S, :, columns], dv[:, : sizes.S, :, columns]

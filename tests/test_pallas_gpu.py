@@ -37,6 +37,8 @@ CASES = [
     KernelCase("three 128", **LONG, H=128, B=2),
     KernelCase("three causal 128", **LONG, H=128, causal=True),
     KernelCase("fp16", **LONG, H=48, dtype="float16"),
+    # Probabilities that float16 has no normal numbers for.
+    KernelCase("many keys fp16 128", (1 << 20,), (1,), T=300, S=40000, N=1, H=128, dtype="float16"),
     KernelCase("long lists", (256, 512, 1024), (1, 2, 4), T=8192, N=8),
     KernelCase("gqa", **LONG, K=2),
     KernelCase("mqa causal", **LONG, K=1, causal=True),

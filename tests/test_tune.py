@@ -51,6 +51,12 @@ def test_the_fastest_that_is_right_is_found():
     assert len(found[0].HEADER) <= len(lines[0])
 
 
+def test_what_runs_today_may_spill():
+    jobs = tune.Jobs(lambda kernel, tiles: tiles, {1: 70, 2: 70, 3: 71}.get, lambda t: 1.0, float)
+    reasons = [trial.reason for trial in tune.search("fused", [1, 2, 3], 1, jobs, 64)]
+    assert reasons == [None, None, "spills 71 bytes"]
+
+
 def test_more_spills_may_be_allowed():
     found, _ = trials(80)
     assert tune.best(found).tiles == SPILLING
@@ -77,9 +83,10 @@ def test_candidates_hold_what_runs_today(kernel):
 
 def test_what_the_assembler_prints_is_caught(capfd):
     with tune.assembler_output() as said:
-        os.write(1, b"8 bytes spill stores, 8 bytes spill loads\n")
-        os.write(2, b"24 bytes spill stores\n")
-    assert tune.spilled_bytes(said()) == 24
+        for stream, name, number in ((1, b"a", 8), (2, b"a", 24), (2, b"b", 32)):
+            line = b"info: Function properties for %s_mosaic_gpu_kernel\n    48 bytes stack frame, "
+            os.write(stream, line % name + b"%d bytes spill stores, 8 bytes spill loads\n" % number)
+    assert [tune.spilled_bytes(said(), name) for name in ("a", "b", "c")] == [24, 32, None]
     assert capfd.readouterr() == ("", "")
     assert "MOSAIC_GPU_DUMP_PTXAS" not in os.environ
 
