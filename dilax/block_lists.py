@@ -76,17 +76,22 @@ class BlockLists:
             return slot < self.counts[..., None]
         return self.flat().owners()[1].reshape(self.columns.shape)
 
+    @property
+    def begins(self) -> Any:
+        """int32 [rows] or [b, n, rows]: starts, also where all rows take as much room."""
+        if self.starts is not None:
+            return self.starts
+        return np.arange(self.counts.shape[2], dtype=np.int32) * np.int32(self.capacity)
+
     def flat(self) -> "Flat":
         """The same lists with all entries in one row."""
-        shape, band, starts = self.counts.shape, self.band_index, self.starts
-        if starts is None:
-            starts = np.arange(shape[2], dtype=np.int32) * np.int32(self.capacity)
+        shape, band = self.counts.shape, self.band_index
         size = math.prod(self.columns.shape[2:])
         before = np.arange(math.prod(shape[:2]), dtype=np.int32).reshape(*shape[:2], 1)
         return Flat(
             self.columns.reshape(-1),
             None if band is None else band.reshape(-1),
-            starts + before * np.int32(size),
+            self.begins + before * np.int32(size),
             self.counts,
         )
 
@@ -380,13 +385,12 @@ def window(lists: BlockLists, row: int, rows: int, column: int, columns: int) ->
     """
     xp: Any = np if lists.is_static else jnp
     if lists.starts is None:
-        starts = np.arange(lists.counts.shape[2], dtype=np.int32) * np.int32(lists.capacity)
-        shape = (*lists.counts.shape[:2], -1)
+        shape, band = lists.counts.shape, lists.band_index
         lists = dataclasses.replace(
             lists,
-            columns=lists.columns.reshape(shape),
-            band_index=None if lists.band_index is None else lists.band_index.reshape(shape),
-            starts=xp.broadcast_to(starts, lists.counts.shape),
+            columns=lists.columns.reshape(*shape[:2], -1),
+            band_index=None if band is None else band.reshape(*shape[:2], -1),
+            starts=xp.broadcast_to(lists.begins, shape),
             longest=lists.capacity,
         )
     starts, counts = (x[:, :, row : row + rows] for x in (lists.starts, lists.counts))

@@ -49,14 +49,16 @@ def visits(lists: BlockLists, list_row: np.ndarray, q_lead: int, k_lead: int) ->
         >>> visits(lists, np.array([0, 0]), 0, 0).columns.tolist()
         [0, 0, 1, 0, 1, 2]
     """
-    flat = lists.flat()
     if lists.is_static:  # without what no row keeps
-        kept = lists.kept()
+        kept, counts = lists.kept(), lists.counts
         # Nothing can be taken from an empty array.
-        column = kept.column if kept.column.size else np.zeros(1, np.int32)
-        band = kept.band if kept.column.size or kept.band is None else np.zeros(1, np.int32)
-        starts = np.cumsum(lists.counts, dtype=np.int32).reshape(lists.counts.shape) - lists.counts
-        flat = Flat(column, band, starts, lists.counts)
+        column, band = (
+            x if x is None else np.pad(x, (0, max(0, 1 - x.size))) for x in (kept.column, kept.band)
+        )
+        starts = np.cumsum(counts, dtype=np.int32).reshape(counts.shape) - counts
+        flat = Flat(column, band, starts, counts)
+    else:
+        flat = lists.flat()
     starts, counts = (x.reshape(-1, x.shape[-1])[list_row] for x in (flat.starts, flat.counts))
     size, limits = lists.block_size, lists.bands
     return Visits(flat.columns, flat.band_index, starts, counts, limits, size, q_lead, k_lead)

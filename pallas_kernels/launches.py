@@ -280,6 +280,4 @@ def run_backward(
                 )
     if not call.wide:
         dk, dv = dk.astype(key.dtype), dv.astype(value.dtype)
-    elif fused is None:
-        dq = dq.astype(jnp.float32)
     return dq[:, : sizes.T, :, columns], dk[:, : sizes.S, :, columns], dv[:, : sizes.S, :, columns]
