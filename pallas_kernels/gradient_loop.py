@@ -85,6 +85,9 @@ class Keys:
         """The step of tile n."""
         memory, slot = self.memory, self.memory.slot(n)
         plgpu.barrier_wait(memory.ready.at[slot])
+        if queries_apart(memory.head_dim):
+            stored = n >= memory.ds.shape[0]
+            pl.when(stored)(lambda: plgpu.barrier_wait(memory.ds_free.at[slot]))
         add = self._one_by_one if queries_apart(memory.head_dim) else self._at_once
         add = functools.partial(add, sight, dk_acc, dv_acc, slot)
         if sight.seen is None:

@@ -57,6 +57,7 @@ def scratch(head_dim: int, away: int, stages: int, dtype: Any, marks: int, inter
         plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
         plgpu.Barrier(num_arrivals=readers),
         plgpu.Barrier(num_barriers=stages, num_arrivals=readers),
+        plgpu.Barrier(num_barriers=stages),
     ]
 
 
@@ -69,7 +70,7 @@ class Memory:
     array: each takes at least 1024 bytes.) ds: ring of gradients of scores, in squares of 64. dq:
     of the queries, in two halves. staging: None except under the interpreter. Barriers: what is
     ready, and what is free again, of the items' (k) and the rings; ds_ready: both warpgroups stored
-    their gradients of scores.
+    their gradients of scores; ds_free: a third one has multiplied them.
     """
 
     k: Any
@@ -86,6 +87,7 @@ class Memory:
     ds_ready: Any
     k_free: Any
     free: Any
+    ds_free: Any
 
     @property
     def away(self) -> int:

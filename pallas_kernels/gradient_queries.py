@@ -58,6 +58,8 @@ class Queries:
         memory, slot = self.memory, self.memory.slot(n)
         plgpu.barrier_wait(memory.ready.at[slot])
         place = memory.place(slot)
+        # Of the rings it needs no more: the next tile may come before these products are done.
+        plgpu.barrier_arrive(memory.free.at[slot])
         plgpu.barrier_wait(memory.ds_ready.at[slot])
         for half in range(CONSUMERS):
 
@@ -67,7 +69,7 @@ class Queries:
 
             dq = pl.run_scoped(product, plgpu.ACC(memory.dq.shape[1:], jnp.float32))
             if half == CONSUMERS - 1:
-                plgpu.barrier_arrive(memory.free.at[slot])
+                plgpu.barrier_arrive(memory.ds_free.at[slot])
             # This half has left, of the step before.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             self.send(dq, place, half)
