@@ -54,6 +54,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
             consumers=CONSUMERS,
             scale=opt.scale,
             overlap=opt.overlap,
+            lazy=opt.lazy,
             q=q_smem.at[wg],
             k=of_lane(k_smem, wg),
             v=of_lane(v_smem, wg),

@@ -121,6 +121,7 @@ def _options(call: Call, query: Any, key: Any, tiles: config.Blocks) -> block_sc
         scale=call.scale * LOG2E,
         stages=tiles.stages,
         overlap=tiles.overlap,
+        lazy=tiles.lazy,
         group=query.shape[2] // key.shape[2],
         marks=call.marks,
         rate=call.rate,
@@ -137,7 +138,9 @@ def run_forward(
     blocks = _lists(call, lists)
     arrays = _pad_inputs(query, key, value)
     size, bytes_out, count = blocks.block_size, call.out_dtype.itemsize, call.marks.count
-    tiles = config.block_forward_blocks(arrays[0].shape[-1], size, bytes_out, count)
+    tiles = config.block_forward_blocks(
+        arrays[0].shape[-1], size, bytes_out, count, dropout=call.rate > 0.0
+    )
     plan = _plan(call, blocks, query, key, tiles.away, False)
     if not (plan.masks or count or call.rate):
         whole = config.block_forward_blocks(arrays[0].shape[-1], size, bytes_out, 0, whole=True)

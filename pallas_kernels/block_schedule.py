@@ -90,11 +90,15 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Static options of a kernel beside its `block_schedule.Plan`; overlap as in `Warpgroup`."""
+    """Static options of a kernel beside its `block_schedule.Plan`.
+
+    overlap, lazy: of the forward kernel, see `online_softmax.Warpgroup`.
+    """
 
     scale: float
     stages: int
     overlap: bool
+    lazy: bool
     group: int
     marks: Kinds
     rate: float

@@ -144,14 +144,17 @@ class Sum:
         # The barrier keeps arithmetic on the registers behind the wait.
         return jax.lax.optimization_barrier(self.accumulator[...])
 
-    def scale(self, factor: jax.Array) -> None:
-        """Multiplies every row by its factor."""
-        value = self.value()
-        value = value * jax.lax.broadcast_in_dim(factor, value.shape, [0])
+    def set(self, value: jax.Array) -> None:
+        """Replaces the sum, once all products are in it."""
         if self.stand_in is None:
             self.accumulator[...] = value
         else:
             self.stand_in[0][...] = value
+
+
+def times_rows(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x with every row multiplied by its factor."""
+    return x * jax.lax.broadcast_in_dim(factor, x.shape, [0])
 
 
 def with_sum(

@@ -15,6 +15,8 @@ CONSUMERS = 2
 TABLE_BYTES = 32 << 20
 # (away rows, stages, consumers) for heads of which little fits shared memory.
 WIDE_TILES = ((64, 2), (64, 1), (64, 2, 1), (64, 1, 1))
+# Heads up to which there are registers for 128 scores of a row beside their exponentials.
+LAZY = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Blocks:
     """Tile sizes of a kernel.
 
     away: rows of an away tile. stages: how many of them are in flight. consumers: warpgroups that
-    compute, with ROWS home rows each. overlap: see `forward.Options`. stagings: tiles of shared
-    memory that results leave from.
+    compute, with ROWS home rows each. overlap, lazy: see `online_softmax.Warpgroup`. stagings:
+    tiles of shared memory that results leave from.
     """
 
     away: int
@@ -31,6 +33,7 @@ class Blocks:
     consumers: int = CONSUMERS
     overlap: bool = False
     stagings: int = 1
+    lazy: bool = False
 
 
 def is_hopper(device_kind: str) -> bool:
@@ -97,7 +100,13 @@ def _first_fit(
 
 
 def forward_blocks(
-    head_dim: int, out_bytes: int, length: int, *, causal: bool, marks: int
+    head_dim: int,
+    out_bytes: int,
+    length: int,
+    *,
+    causal: bool,
+    marks: int,
+    dropout: bool = False,
 ) -> Blocks | None:
     """Tiles of the forward kernel, or None if none fits shared memory.
 
@@ -106,12 +115,16 @@ def forward_blocks(
 
     Example:
         >>> forward_blocks(128, 2, 2048, causal=True, marks=0)
-        Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1)
+        Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1, lazy=True)
     """
     # Small heads are bound by exponentials, not by products: more warpgroups or longer tiles help,
-    # overlap does not. 192 rows a tile waste too much of short segments.
+    # for which there are no registers where maxima are looked for rarely; with causality this is
+    # better. 192 rows a tile waste too much of short segments.
     options = ((128, 2), *WIDE_TILES)
-    if head_dim <= 64 and length >= 4096:
+    lazy = (causal or head_dim > 64) and head_dim <= LAZY and not (marks or dropout)
+    if lazy and head_dim <= 64:
+        options = ((128, 3), *options)
+    elif head_dim <= 64 and length >= 4096:
         options = ((128, 2, 3), *options)
     elif head_dim <= 64 and not causal:
         options = ((256, 2), *options)
@@ -122,7 +135,8 @@ def forward_blocks(
     blocks = _first_fit(options, head_dim * (2 + out_bytes), 2 * 2 * head_dim + 4 * marks)
     if blocks is None:
         return None
-    return dataclasses.replace(blocks, overlap=head_dim > 64 or blocks.consumers > 2)
+    overlap = head_dim > 64 or blocks.consumers > 2 or lazy
+    return dataclasses.replace(blocks, overlap=overlap, lazy=lazy)
 
 
 def queries_blocks(head_dim: int, marks: int, out_bytes: int = 2) -> Blocks | None:
@@ -132,7 +146,7 @@ def queries_blocks(head_dim: int, marks: int, out_bytes: int = 2) -> Blocks | No
 
     Example:
         >>> queries_blocks(128, marks=0)
-        Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=1)
+        Blocks(away=128, stages=2, consumers=2, overlap=False, stagings=1, lazy=False)
     """
     options = ((128, 2), *WIDE_TILES)
     home_row, away_row = head_dim * (2 * 2 + out_bytes), 2 * 2 * head_dim + 4 * marks
@@ -146,7 +160,7 @@ def keys_blocks(head_dim: int, marks: int, out_bytes: int = 2) -> Blocks | None:
 
     Example:
         >>> keys_blocks(64, marks=0)
-        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=2)
+        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=2, lazy=False)
     """
     per_row = 2 * 2 * head_dim + 4 * marks
     for consumers, stages, stagings in ((2, 2, 2), (2, 2, 1), (2, 1, 1), (1, 1, 1)):
@@ -165,18 +179,20 @@ def candidates(kernel: str, head_dim: int, marks: int = 0) -> tuple[Blocks, ...]
     """
     options = itertools.product((64, 128, 192, 256), (1, 2, 3, 4))
     if kernel == "forward":
-        kinds = [(c, overlap, 1) for c in (2, 3) for overlap in (False, True)]
+        kinds = [(c, overlap, 1, False) for c in (2, 3) for overlap in (False, True)]
+        kinds += [(2, overlap, 1, True) for overlap in (False, True) if head_dim <= LAZY]
     else:
-        kinds = [(2, False, n) for n in ((1, 2) if kernel == "keys" else (1,))]
+        kinds = [(2, False, n, False) for n in ((1, 2) if kernel == "keys" else (1,))]
     # Rows of 16-bit elements that a home row holds: what it reads, and what it is written from.
     held = {"forward": 2, "queries": 3, "keys": 2, "fused": 2}[kernel]
     found = []
-    for (away, stages), (consumers, overlap, stagings) in itertools.product(options, kinds):
+    for (away, stages), kind in itertools.product(options, kinds):
+        consumers, overlap, stagings, lazy = kind
         rows = held + (stagings if kernel == "keys" else 0)
         used = consumers * ROWS * rows * head_dim * 2
         used += away * stages * (2 * 2 * head_dim + 4 * marks)
         if used <= SHARED_BYTES and (kernel != "fused" or away == _fused_away(head_dim)):
-            found.append(Blocks(away, stages, consumers, overlap, stagings))
+            found.append(Blocks(away, stages, consumers, overlap, stagings, lazy))
     return tuple(found)
 
 
@@ -204,7 +220,7 @@ def fused_blocks(head_dim: int, marks: int = 1) -> Blocks | None:
 
     Example:
         >>> fused_blocks(128)
-        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
+        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1, lazy=False)
     """
     if head_dim > 64 and head_dim != 128:
         return None
@@ -217,7 +233,13 @@ def fused_blocks(head_dim: int, marks: int = 1) -> Blocks | None:
 
 
 def block_forward_blocks(
-    head_dim: int, block_size: int, out_bytes: int, marks: int, *, whole: bool = False
+    head_dim: int,
+    block_size: int,
+    out_bytes: int,
+    marks: int,
+    *,
+    dropout: bool = False,
+    whole: bool = False,
 ) -> Blocks | None:
     """Away (key) tile of the forward kernel over block lists, or None if none fits.
 
@@ -226,7 +248,7 @@ def block_forward_blocks(
 
     Example:
         >>> block_forward_blocks(128, 128, 2, marks=0)
-        Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1)
+        Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1, lazy=True)
     """
     home_row = head_dim * (2 + out_bytes)
     away_row = (2 * 2 * head_dim + 4 * marks) * lanes(block_size)
@@ -234,7 +256,10 @@ def block_forward_blocks(
     if whole and head_dim <= 64 and (block_size == 128 or block_size % 256 == 0):
         options = ((256, 2), *options)
     blocks = _first_fit(options, home_row, away_row)
-    return blocks and dataclasses.replace(blocks, overlap=head_dim > 64)
+    if blocks is None:
+        return None
+    lazy = head_dim <= LAZY and blocks.away <= 128 and not (marks or dropout)
+    return dataclasses.replace(blocks, overlap=head_dim > 64 or lazy, lazy=lazy)
 
 
 def block_queries_blocks(head_dim: int, block_size: int, marks: int) -> Blocks | None:
@@ -242,7 +267,7 @@ def block_queries_blocks(head_dim: int, block_size: int, marks: int) -> Blocks |
 
     Example:
         >>> block_queries_blocks(128, 64, marks=0)
-        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
+        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1, lazy=False)
     """
     away_row = (2 * 2 * head_dim + 4 * marks) * lanes(block_size)
     return _first_fit(_key_tiles(head_dim, block_size), head_dim * 2 * 3, away_row)
@@ -276,7 +301,7 @@ def block_keys_blocks(head_dim: int, block_size: int, marks: int) -> Blocks | No
 
     Example:
         >>> block_keys_blocks(128, 128, marks=0)
-        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1)
+        Blocks(away=64, stages=2, consumers=2, overlap=False, stagings=1, lazy=False)
     """
     away_row = (2 * 2 * head_dim + 8 + 4 * marks) * lanes(block_size)
     return _first_fit(

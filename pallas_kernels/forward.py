@@ -38,14 +38,15 @@ LOG2E = math.log2(math.e)
 class Options:
     """Static options of the forward kernel beside its `schedule.Launch`.
 
-    consumers: warpgroups that compute. overlap: a warpgroup's softmax runs while its last product
-    of probabilities and values does, at the price of registers. The others as in `backward`.
+    consumers: warpgroups that compute. overlap, lazy: see `online_softmax.Warpgroup`. The others
+    as in `backward`.
     """
 
     scale: float
     stages: int
     consumers: int
     overlap: bool
+    lazy: bool
     group: int
     carry: bool
     marks: Kinds
@@ -79,6 +80,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             consumers=consumers,
             scale=opt.scale,
             overlap=opt.overlap,
+            lazy=opt.lazy,
             q=q_smem.at[wg],
             k=k_smem,
             v=v_smem,

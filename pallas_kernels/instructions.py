@@ -374,6 +374,35 @@ def total_sums(x: jax.Array, interpret: bool) -> jax.Array:
     return emit(x)
 
 
+def above(sums: jax.Array, limit: float, interpret: bool) -> jax.Array:
+    """Whether a warp has `partial_sums`, all >= 0, above a limit, or that are no numbers.
+
+    The warps of a warpgroup may differ, so no matrix product, and no wait for one, may depend on
+    it. (The interpreter has no warps.)
+    """
+    if interpret:
+        return jnp.any(~(sums <= limit))
+    kind = plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=kind)
+    def emit(_: Any, rows: Any) -> Any:
+        int32 = mgpu_utils.ir.IntegerType.get_signless(32)
+        total = functools.reduce(
+            mgpu_utils.arith.addf, [_element(register, 0) for register in rows.registers.flat]
+        )
+        bound = np.float32(limit).view(np.uint32)
+        found = mgpu_utils.inline_ptx(
+            f"{{ .reg .pred p; setp.gtu.f32 p, $1, 0f{bound:08X};"
+            " vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }",
+            total,
+            result_types=int32,
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return emit(sums) != 0
+
+
 def _element(register: Any, i: int) -> Any:
     position = mgpu_utils.ir.DenseI64ArrayAttr.get([i])
     return mgpu_utils.vector.extract(register, dynamic_position=[], static_position=position)

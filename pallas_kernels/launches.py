@@ -146,7 +146,12 @@ def run_forward(
     length = min(schedule.rows_of(call.branches, max(query.shape[1], key.shape[1])))
     causal = call.causal or call.marks.causal
     blocks = dict(call.tiles).get("forward") or config.forward_blocks(
-        head, call.out_dtype.itemsize, length, causal=causal, marks=call.marks.count
+        head,
+        call.out_dtype.itemsize,
+        length,
+        causal=causal,
+        marks=call.marks.count,
+        dropout=call.rate > 0.0,
     )
     sizes = _sizes(call, query, key, blocks.consumers)
     q, k, v = _pad_inputs(
@@ -165,6 +170,7 @@ def run_forward(
             stages=blocks.stages,
             consumers=blocks.consumers,
             overlap=blocks.overlap,
+            lazy=blocks.lazy,
             group=q.shape[2] // k.shape[2],
             carry=out is not None,
             marks=call.marks,

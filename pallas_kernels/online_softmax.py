@@ -17,14 +17,17 @@ from pallas_kernels.compat import (
     plgpu,
     product,
     product_first,
+    times_rows,
     with_sum,
 )
 from pallas_kernels.config import ROWS
-from pallas_kernels.instructions import named_barrier, partial_sums, pin, total_sums
-from pallas_kernels.scores import softmax
+from pallas_kernels.instructions import above, named_barrier, partial_sums, pin, total_sums
+from pallas_kernels.scores import exponentials, softmax
 
 # First of the numbered hardware barriers of the turns; Mosaic's own allocation starts from 0.
 TURN = 8
+# What a thread's probabilities of a row may add up to before its maximum is looked for again.
+MOST = 256.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +47,10 @@ class Warpgroup:
     """One of the warpgroups that compute, with what it shares with the one that copies.
 
     number, consumers: which of how many. scale: of the scores, base 2. overlap: its softmax runs
-    while its last product of probabilities and values does, at the price of registers. q: its
-    queries; k, v: rings of tiles. marks: place in the rings -> what masks want to know of each key,
-    in registers. ready, free: barriers of (q, k, v).
+    while its last product of probabilities and values does, at the price of registers. lazy: it
+    keeps a row's maximum until probabilities get large, which saves to look for it in each tile;
+    for up to two, without dropout. q: its queries; k, v: rings of tiles. marks: place in the rings
+    -> what masks want to know of each key, in registers. ready, free: barriers of (q, k, v).
     stand_in: shared memory for `compat.with_sum` under the interpreter, else None.
     """
 
@@ -54,6 +58,7 @@ class Warpgroup:
     consumers: int
     scale: float
     overlap: bool
+    lazy: bool
     q: Any
     k: Any
     v: Any
@@ -107,6 +112,36 @@ class Warpgroup:
         p, m, alpha = softmax(tile.mask(s, marks), m, self.scale)
         return p, tile.drop(p, marks), m, alpha
 
+    def _weigh_lazily(self, s: Any, m: Any, mass: Any, n: Any, acc: Sum, tile: Tile) -> Any:
+        """Weighs the tile in slot n with the old maximum if that is good enough: (p, m, mass).
+
+        (Flash attention 4's rescaling with a threshold, without looking for the maximum at all.)
+        """
+        marks = self.marks(self.slot(n))
+        plgpu.barrier_arrive(self.free[1].at[self.slot(n)])
+        s = tile.mask(s, marks)
+        # Of a row that has seen nothing yet these are no numbers, or infinite.
+        p = exponentials(s, m, self.scale)
+        sums = partial_sums(p, self.interpret)
+        p, sums = lax.optimization_barrier((p, sums))
+        risen = above(sums, MOST, self.interpret)
+        pin(sums, self.interpret)
+        total = acc.value()
+        if self.overlap:
+            plgpu.barrier_arrive(self.free[2].at[self.slot(n - 1)])
+
+        def again() -> Any:
+            p, top, alpha = softmax(s, m, self.scale)
+            added = mass * alpha + partial_sums(p, self.interpret)
+            return p.astype(self.q.dtype), top, added, times_rows(total, alpha)
+
+        def same() -> Any:
+            return p.astype(self.q.dtype), m, mass + sums, total
+
+        p16, m, mass, total = lax.cond(risen, again, same)
+        acc.set(total)
+        return p16, m, mass
+
     def first(self, base: Any, total: Any, tile: Tile) -> Any:
         """The state after the first tile of base to total - 1: weighed, not yet added."""
         plgpu.barrier_wait(self.ready[0])
@@ -142,12 +177,14 @@ class Warpgroup:
             s = self._scores(n)
         # The next tile's queries arrive while this one finishes.
         pl.when(n + 1 == total)(lambda: plgpu.barrier_arrive(self.free[0]))
+        if self.lazy:
+            return *self._weigh_lazily(s, m, mass, n, acc, tile), n + 1
         p, dropped, m, alpha = self._weigh(s, m, n, tile)
         mass = mass * alpha + partial_sums(p, self.interpret)
         dropped, m, mass, alpha = lax.optimization_barrier((dropped, m, mass, alpha))
         if self.overlap:
             pin(mass, self.interpret)
-        acc.scale(alpha)
+        acc.set(times_rows(acc.value(), alpha))
         if self.overlap:
             plgpu.barrier_arrive(self.free[2].at[self.slot(n - 1)])
         return dropped.astype(self.q.dtype), m, mass, n + 1

@@ -17,8 +17,12 @@ def softmax(s: jax.Array, m: jax.Array, scale: float) -> tuple[jax.Array, jax.Ar
     top = jnp.maximum(m, s.max(axis=1) * scale)
     # A row that has seen nothing yet has maximum -inf; its exponents must not become NaN.
     safe = jnp.where(top == -jnp.inf, 0.0, top)
-    p = jnp.exp2(s * scale - lax.broadcast_in_dim(safe, s.shape, [0]))
-    return p, top, jnp.exp2(m - safe)
+    return exponentials(s, safe, scale), top, jnp.exp2(m - safe)
+
+
+def exponentials(s: jax.Array, m: jax.Array, scale: float) -> jax.Array:
+    """2 to the scores times scale, of each row less m."""
+    return jnp.exp2(s * scale - lax.broadcast_in_dim(m, s.shape, [0]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,13 @@ CASES = [
     KernelCase("dense", (1 << 20,), (1,), T=512),
     KernelCase("dense causal 128", (1 << 20,), (1,), T=640, H=128, causal=True),
     KernelCase("three warpgroups", (1 << 20,), (1,), T=4500, N=1),
-    KernelCase("three warpgroups causal", (4096,), (1,), T=4500, N=1, H=48, causal=True),
+    KernelCase("three warpgroups causal", (4096,), (1,), T=4500, N=1, H=48, causal=True, ids=True),
+    # Maxima are looked for only where they rise.
+    KernelCase("rising 128", (256, 1 << 20), (1, 2), T=1500, H=128, scale=1.0),
+    KernelCase("rising", (1 << 20,), (1,), T=1500, causal=True, scale=1.0),
+    KernelCase(
+        "rising fp16", (1 << 20,), (2,), T=3000, H=48, dtype="float16", causal=True, scale=1.0
+    ),
     KernelCase("segments", (256,), (1,), T=1024, H=128),
     KernelCase("dilated", (1024,), (4,), T=1024, H=64, N=4),
     KernelCase("three", **LONG),

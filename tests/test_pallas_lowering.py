@@ -239,8 +239,10 @@ SPILLS = {
     (64, False, False): 32,
     (64, False, True): 64,
     (64, True, True): 192,
+    (128, False, False): 56,
+    (128, True, False): 128,
     (128, False, True): 64,
-    (128, True, True): 64,
+    (128, True, True): 128,
 }
 TARGET = """
 gpu_device_info {
