@@ -3,7 +3,7 @@
     python benchmarks/gpu_blocks.py --out results [--parts windows,long] [--budget SECONDS]
 
 Parts, in this order: windows, long (1 % of 131072 tokens), fractions (100 to 1 % kept, and the
-plot), errors (beside the XLA path's, float64), adaptive (the router's time), few_heads, orders,
+plot), few_heads, errors (beside the XLA path's, float64), adaptive (the router's time), orders,
 more (causal, per head, blocks of 64), two_passes (the deterministic backward), checks (every
 option). Peers: dense cuDNN and its window, and where installed FlexAttention (torch) and the
 windows of FlashAttention-3 and tokamax. Rows are printed and written (blocks.md, blocks.json,
@@ -43,9 +43,9 @@ PARTS = (
     "windows",
     "long",
     "fractions",
+    "few_heads",
     "errors",
     "adaptive",
-    "few_heads",
     "orders",
     "more",
     "two_passes",
