@@ -88,39 +88,25 @@ def heads(N=4, K=2):
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"is_causal": True, "packed": True},
-        {"is_causal": True, "dropout": 0.3, "bias": True},
-    ],
-    ids=str,
-)
-def test_attention_in_an_order_equals_the_oracle_on_permuted_tokens(options, x64, rng):
-    order, causal = TokenOrder(GRID), options.get("is_causal", False)
-    q, k, v = heads()
-    rate = options.get("dropout", 0.0)
-    extra = {"dropout_key": KEY, "deterministic": False} if rate else {"deterministic": True}
-    if options.get("bias"):
-        extra |= dict(
-            zip(("bias_k", "bias_v"), jnp.asarray(rng.normal(size=(2, 2, 8))), strict=True)
-        )
-    masks = {}
-    if options.get("packed"):
-        masks = {
-            "q_segment_ids": jnp.asarray(rng.integers(0, 3, (2, 21)), jnp.int32),
-            "key_padding_mask": jnp.asarray(rng.random((2, 21)) < 0.8),
-        }
+def test_attention_in_an_order_equals_the_oracle_on_permuted_tokens(x64, rng):
+    """Causal, with dropout, masks and a key for all."""
+    order, (q, k, v) = TokenOrder(GRID), heads()
+    bias = dict(zip(("bias_k", "bias_v"), jnp.asarray(rng.normal(size=(2, 2, 8))), strict=True))
+    extra = {"dropout_key": KEY, "deterministic": False, "is_causal": True, **bias}
+    masks = {
+        "q_segment_ids": jnp.asarray(rng.integers(0, 3, (2, 21)), jnp.int32),
+        "key_padding_mask": jnp.asarray(rng.random((2, 21)) < 0.8),
+    }
     weights = jnp.asarray(rng.normal(size=q.shape)), jnp.asarray(rng.normal(size=q.shape[:3]))
-    attention = dilax.create_dilated_attention("hilbert", *SPEC, grid=GRID, dropout=rate)
+    attention = dilax.create_dilated_attention("hilbert", *SPEC, grid=GRID, dropout=0.3)
 
     def ours(q, k, v):
-        return attention(q, k, v, is_causal=causal, return_lse=True, **masks, **extra)
+        return attention(q, k, v, return_lse=True, **masks, **extra)
 
     def exact(q, k, v):
         p = order.positions
         out, lse = reference.dilated_attention(
-            q[:, p], k[:, p], v[:, p], *SPEC, is_causal=causal, q_positions=p, dropout_rate=rate,
+            q[:, p], k[:, p], v[:, p], *SPEC, q_positions=p, dropout_rate=0.3,
             **{name: x[:, p] for name, x in masks.items()}, **extra,
         )  # fmt: skip
         return out[:, order.inverse], lse[:, order.inverse]

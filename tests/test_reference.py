@@ -14,12 +14,9 @@ from tests.compare import assert_exact, assert_within
 ONE = ((64,), (1,))  # one branch, one segment: ordinary attention
 
 LIKE_JAX_NN = (
-    Case("scale", *ONE, options=(("scale", 0.4),)),
-    Case("gqa", *ONE, N=6, K=2, options=(("is_causal", True),)),
-    Case("mqa", *ONE, K=1),
-    Case("cross_causal", *ONE, T=9, S=20, options=(("is_causal", True),)),
-    Case("padding", *ONE, key_padding=True),
-    Case("ids_cross", *ONE, T=20, S=14, K=2, segment_ids="packed"),
+    Case("gqa_cross_causal", *ONE, T=9, S=20, N=6, K=2, options=(("is_causal", True),)),
+    Case("padding_scale", *ONE, key_padding=True, options=(("scale", 0.4),)),
+    Case("mqa_ids_cross", *ONE, T=20, S=14, K=1, segment_ids="packed"),
 )
 
 

@@ -244,7 +244,7 @@ def test_causal_sequence_parallel_is_not_wrong(rng, x64):
     """torchscale masks each shard of the queries as if it began where the gathered keys begin.
 
     Shards of 8 with segments shorter than one, across their edge, and longer: the queries of a
-    shard over all keys, and over one shard of the keys after the other, equal the whole.
+    shard over one shard of the keys after the other equal the whole.
     """
     q, k, v = _qkv(rng, 16)
     branches = {"segment_lengths": [5, 16], "dilation_rates": [2, 3], "is_causal": True}
@@ -261,7 +261,6 @@ def test_causal_sequence_parallel_is_not_wrong(rng, x64):
     exact = jax.jit(functools.partial(reference.dilated_attention, **branches))(q, k, v)
     whole = attend(everything, everything)
     assert_exact(whole, dilax.Partial(*exact))
-    assert_exact(joined([attend(queries, everything) for queries in SHARDS]), whole)
     hops = [dilax.merge(*(attend(queries, keys) for keys in SHARDS)) for queries in SHARDS]
     assert_exact(joined(hops), whole)
 
@@ -291,7 +290,6 @@ def test_dropout_does_not_act_in_evaluation(rng):
     same = LongNetDecoder(plain, rngs=nnx.Rngs(params=0, dropout=1))
     exact = nnx.jit(same)(x)
     run = nnx.jit(lambda model, x, rngs: model(x, rngs=rngs))
-    np.testing.assert_array_equal(nnx.jit(model)(x), exact)
     np.testing.assert_array_equal(run(model, x, nnx.Rngs(dropout=1)), exact)
     drop = nnx.jit(lambda model, x, rngs: model(x, deterministic=False, rngs=rngs))
     assert error(drop(model, x, nnx.Rngs(dropout=1)), exact) > 1e-2

@@ -119,7 +119,9 @@ def uv_command():
         return uv
     say("no Python >= 3.12 yet: trying to install uv")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, "uv"]
-    return uv if quiet(install)[0] == 0 and quiet([uv, "--version"])[0] == 0 else None
+    with locked(folder):
+        there = quiet([uv, "--version"])[0] == 0 or quiet(install)[0] == 0
+    return uv if there and quiet([uv, "--version"])[0] == 0 else None
 
 
 def find_python():
@@ -271,15 +273,16 @@ def test():
     Every step runs even if one before it failed. The last line printed is pytest's if all passed,
     else the list of what failed.
     """
-    folder = newest()
-    steps = [
-        (folder, "ruff", "check", "."),
-        (folder, "ruff", "format", "--check", "."),
-        (folder, "lint-imports"),
-        (folder, *PYTEST, "-m", "not gpu"),
-    ]
     with concurrent.futures.ThreadPoolExecutor() as beside:  # one processor, and downloads
-        making, types = beside.submit(oldest), beside.submit(run, folder, "pyright")
+        making = beside.submit(oldest)
+        folder = newest()
+        types = beside.submit(run, folder, "pyright")
+        steps = [
+            (folder, "ruff", "check", "."),
+            (folder, "ruff", "format", "--check", "."),
+            (folder, "lint-imports"),
+            (folder, *PYTEST, "-m", "not gpu"),
+        ]
         failed = [" ".join(step[1:]) for step in steps if run(*step)]
         if types.result():
             failed.append("pyright")
