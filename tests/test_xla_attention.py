@@ -37,10 +37,7 @@ TILED = (
         Case("tiled_decode", (64,), (1,), T=3, S=50, options=(*CAUSAL, ("q_start", 47))),
         (2, 8, 40),
     ),
-    *(
-        (BY_NAME[name], (3, 4, 30))
-        for name in ("packed_causal", "cross_ids", "gqa_heads_odd", "all_masks")
-    ),
+    *((BY_NAME[name], (3, 4, 30)) for name in ("cross_ids", "all_masks")),
 )  # fmt: skip
 
 
