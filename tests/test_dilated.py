@@ -107,7 +107,11 @@ def dense(case):
 
 
 # Starts only move integers, and scales are those of test_tile_loop.
-IN_ALL_DTYPES = (pytest.param("gqa_causal_blocked", marks=pytest.mark.newest), "packed_causal")
+IN_ALL_DTYPES = (
+    pytest.param("plain", marks=pytest.mark.newest),
+    pytest.param("gqa_causal_blocked", marks=pytest.mark.newest),
+    "packed_causal",
+)
 
 
 @pytest.mark.parametrize("name", IN_ALL_DTYPES)

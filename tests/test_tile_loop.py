@@ -121,7 +121,7 @@ def test_as_optimised_for_a_user():
     """Some tests of numbers in low precision, with LLVM's optimiser on (conftest turns it off)."""
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "optimization_level" not in f]
     environ = os.environ | {"XLA_FLAGS": " ".join([*flags, "--xla_backend_optimization_level=3"])}
-    chosen = "exp2 or nan_is or stay_below or (lower_precision and gqa)"
+    chosen = "exp2 or nan_is or stay_below or (lower_precision and plain)"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen),
