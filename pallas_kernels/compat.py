@@ -133,6 +133,7 @@ class Sum:
             plgpu.wgmma(self.accumulator, left, right)
             return
         total, staging = self.stand_in
+        staging = staging.at[:, pl.ds(0, left.shape[1])]
         staging[...] = left
         plgpu.commit_smem()
         total[...] = total[...] + product(staging, right, total.shape, lambda: None)

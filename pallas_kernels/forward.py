@@ -114,25 +114,44 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 v = visits.visit(plan, geometry, branch, mask, *where)
                 return v, rows_of(plan, v, row)
 
-            first = visits.first_branch(plan, geometry, mask, *where)
-            seen = (*visit(first), (*at, first), home)
-            state = loop.first(base, total, tile_at(jnp.int32(0), *seen))
-
-            def one_branch(branch: Any, state: Any, acc: Sum) -> Any:
+            def steps(branch: Any, begin: Any, end: Any, state: Any, acc: Sum) -> Any:
                 seen = (*visit(branch), (*at, branch), home)
 
                 def step(j: Any, state: Any) -> Any:
                     return loop.step(state, acc, total, tile_at(j, *seen))
 
-                return lax.fori_loop(jnp.where(branch == first, 1, 0), seen[0].steps, step, state)
+                return lax.fori_loop(begin, end, step, state)
+
+            first = visits.first_branch(plan, geometry, mask, *where)
+            state = loop.first(
+                base, total, tile_at(jnp.int32(0), *visit(first), (*at, first), home)
+            )
 
             def all_branches(acc: Sum) -> Any:
-                body = functools.partial(one_branch, acc=acc)
-                if branches == 1:
-                    return loop.last(body(0, state), acc)
-                return loop.last(lax.fori_loop(0, branches, body, state), acc)
+                def one_branch(branch: Any, state: Any) -> Any:
+                    begin = jnp.where(branch == first, 1, 0)
+                    return steps(branch, begin, visit(branch)[0].steps, state, acc)
 
-            return loop.with_sum(all_branches)
+                if branches == 1:
+                    return loop.last(one_branch(0, state), acc)
+                return loop.last(lax.fori_loop(0, branches, one_branch, state), acc)
+
+            def perhaps_half(acc: Sum) -> Any:
+                """As `all_branches`, of one; the last tile is half a tile if no more is seen."""
+                v, rows = visit(0)
+                end = v.steps - 1
+                middle = v.first + v.away_shift + end * bkv + bkv // 2
+                half = (end > 0) & (rows.end <= middle)
+                done = steps(0, 1, v.steps - jnp.where(half, 1, 0), state, acc)
+                tile = tile_at(end, v, rows, (*at, 0), home)
+                return lax.cond(
+                    half, lambda: loop.last_half(done, acc, tile), lambda: loop.last(done, acc)
+                )
+
+            # Of the tile on the diagonal the first of two warpgroups sees half.
+            halves = plan.causal and branches == 1 and bkv == 2 * ROWS and opt.lazy and opt.overlap
+            plain = not (opt.marks.count or opt.rate)
+            return loop.with_sum(perhaps_half if halves and plain else all_branches)
 
         def one_item(t: Any, state: Any) -> Any:
             base, current = state

@@ -26,6 +26,8 @@ from pallas_kernels.scores import exponentials, softmax
 
 # First of the numbered hardware barriers of the turns; Mosaic's own allocation starts from 0.
 TURN = 8
+# In place of the maximum of a row that has seen nothing.
+LEAST = float(jnp.finfo(jnp.float32).min)
 # What a thread's probabilities of a row may add up to before its maximum is looked for again.
 MOST = 256.0
 
@@ -48,9 +50,10 @@ class Warpgroup:
 
     number, consumers: which of how many. scale: of the scores, base 2. overlap: its softmax runs
     while its last product of probabilities and values does, at the price of registers. lazy: it
-    keeps a row's maximum until probabilities get large, which saves to look for it in each tile;
-    for up to two, without dropout. q: its queries; k, v: rings of tiles. marks: place in the rings
-    -> what masks want to know of each key, in registers. ready, free: barriers of (q, k, v).
+    keeps a row's maximum until probabilities get large, which saves to look for it in each tile
+    but holds scores and probabilities at once. q: its queries; k, v: rings of tiles. marks: place
+    in the rings -> what masks want to know of each key, in registers. ready, free: barriers of
+    (q, k, v).
     stand_in: shared memory for `compat.with_sum` under the interpreter, else None.
     """
 
@@ -120,8 +123,8 @@ class Warpgroup:
         marks = self.marks(self.slot(n))
         plgpu.barrier_arrive(self.free[1].at[self.slot(n)])
         s = tile.mask(s, marks)
-        # Of a row that has seen nothing yet these are no numbers, or infinite.
-        p = exponentials(s, m, self.scale)
+        # Of a row that has seen nothing yet: infinite where it sees something, else 0.
+        p = exponentials(s, jnp.maximum(m, LEAST), self.scale)
         sums = partial_sums(p, self.interpret)
         p, sums = lax.optimization_barrier((p, sums))
         risen = above(sums, MOST, self.interpret)
@@ -133,10 +136,13 @@ class Warpgroup:
         def again() -> Any:
             p, top, alpha = softmax(s, m, self.scale)
             added = mass * alpha + partial_sums(p, self.interpret)
-            return p.astype(self.q.dtype), top, added, times_rows(total, alpha)
+            return weights(p), top, added, times_rows(total, alpha)
 
         def same() -> Any:
-            return p.astype(self.q.dtype), m, mass + sums, total
+            return weights(p), m, mass + sums, total
+
+        def weights(p: jax.Array) -> jax.Array:
+            return tile.drop(p, marks).astype(self.q.dtype)
 
         p16, m, mass, total = lax.cond(risen, again, same)
         acc.set(total)
@@ -198,6 +204,36 @@ class Warpgroup:
         self.pass_turn()
         result = acc.value()
         plgpu.barrier_arrive(self.free[2].at[self.slot(n - 1)])
+        return result, m, total_sums(mass, self.interpret)
+
+    def last_half(self, state: Any, acc: Sum, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `step` and `last`, of a tile of whose second half nothing is seen; overlaps."""
+        p16, m, mass, n = state
+        slot, before, half = self.slot(n), self.slot(n - 1), self.k.shape[1] // 2
+        plgpu.barrier_wait(self.ready[1].at[slot])
+        plgpu.barrier_wait(self.ready[2].at[before])
+        self.await_turn()
+
+        def begin_more() -> None:
+            acc.add(p16, self.v.at[before])
+            self.pass_turn()
+
+        keys = self.k.at[slot, pl.ds(0, half)].transpose((1, 0))
+        s = product_first(self.q, keys, (ROWS, half), begin_more)
+        plgpu.barrier_arrive(self.free[0])
+        plgpu.barrier_arrive(self.free[1].at[slot])
+        p, m, alpha = softmax(tile.mask(s, None), m, self.scale)
+        mass = mass * alpha + partial_sums(p, self.interpret)
+        p, m, mass, alpha = lax.optimization_barrier((p, m, mass, alpha))
+        pin(mass, self.interpret)
+        acc.set(times_rows(acc.value(), alpha))
+        plgpu.barrier_arrive(self.free[2].at[before])
+        plgpu.barrier_wait(self.ready[2].at[slot])
+        self.await_turn()
+        acc.add(p.astype(self.q.dtype), self.v.at[slot, pl.ds(0, half)])
+        self.pass_turn()
+        result = acc.value()
+        plgpu.barrier_arrive(self.free[2].at[slot])
         return result, m, total_sums(mass, self.interpret)
 
     def with_sum(self, body: Callable[[Sum], Any]) -> Any:

@@ -30,13 +30,14 @@ class Rows:
     """A warpgroup's rows of queries, as one branch sees them.
 
     row: the first one. dilated: the dilated row of each, `[ROWS]`. low, high: the away rows that
-    all of them see.
+    all of them see. end: of those that any of them sees.
     """
 
     row: Any
     dilated: jax.Array
     low: Any
     high: Any
+    end: Any
 
 
 def rows_of(plan: schedule.Launch, v: visits.Visit, row: Any) -> Rows:
@@ -44,8 +45,8 @@ def rows_of(plan: schedule.Launch, v: visits.Visit, row: Any) -> Rows:
     iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
     first = row * v.home_step + v.home_shift
     _, high = visits.row_bounds(plan, v.length, first)
-    low, _ = visits.row_bounds(plan, v.length, first + (ROWS - 1) * v.home_step)
-    return Rows(row, (iota + row) * v.home_step + v.home_shift, low, high)
+    low, end = visits.row_bounds(plan, v.length, first + (ROWS - 1) * v.home_step)
+    return Rows(row, (iota + row) * v.home_step + v.home_shift, low, high, end)
 
 
 def mask_scores(plan: schedule.Launch, v: visits.Visit, rows: Rows, start: Any, s: Any) -> Any:

@@ -181,7 +181,7 @@ def test_processes_that_disagree_say_so(config, tmp_path):
     lines = [arguments(config, "--mesh", "data=4", "--batch-size", x) for x in ("4", "3")]
     with processes(tmp_path, *lines) as both:
         for process in both:
-            _, err = process.communicate(timeout=90)
+            _, err = process.communicate(timeout=180)
             assert process.returncode == 2, err
             assert "error: batch_size: wanted the same on every process" in err
 
