@@ -359,7 +359,7 @@ class AdaptiveAttention(nnx.Module):
                 return None
             batch = np.repeat(np.arange(examples // len(of_rows)), len(of_rows))
             of_rows = np.tile(of_rows, (examples // len(of_rows), 1))[..., None]
-            rows = row_bits(seed, batch[:, None, None], np.array(heads), of_rows)
+            rows = row_bits(seed, batch[:, None, None], np.array(heads)[None, None], of_rows)
             return rows, column_bits(seed, of_rows, number)[None]
 
         def attend(q, k, v, ids, heads, kv_heads, places, *, number):
