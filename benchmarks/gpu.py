@@ -2,11 +2,14 @@
 
     python benchmarks/gpu.py --out results [--parts bars,sweep] [--budget SECONDS] [--join DIR]
 
-Results of the bars and of GigaPath's shape are compared with float64, dense ones with cuDNN's. A
-peer that is not installed (flash_attn3_jax, tokamax) has a row that says so. Writes DIR/table.md,
-DIR/table.json and DIR/time.png, a row as soon as it is there. The exit status is 0 only if no part
-failed or was left out. --join adds the rows of an earlier run, --lower only lowers every program
-for CUDA: on any machine this library's, the peers' where their libraries are.
+Out and gradients of all that is timed are checked, those of `bars` in `errors`: this library's on
+branches against float64, beside what XLA errs; cuDNN's dense ones, its composed path and
+torchscale's arithmetic against float64 too; other dense ones against cuDNN's; of `sweep` some rows
+of out and dq against float64 on the host. A peer that is not installed (flash_attn3_jax, tokamax)
+has a row that says so. Writes DIR/table.md, DIR/table.json and DIR/time.png, a row as soon as it is
+there. The exit status is 0 only if no part failed or was left out. --join adds the rows of an
+earlier run, --lower only lowers every program for CUDA: on any machine this library's, the peers'
+where their libraries are.
 """
 
 import argparse
@@ -23,10 +26,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import gpu_checks, gpu_torch
 from benchmarks import gpu_peers as peers
-from benchmarks.gpu_lab import HEADS, Lab, Program, Shape, Step, deviation, record, record_memory
+from benchmarks.gpu_lab import (
+    HEADS,
+    Lab,
+    Program,
+    Shape,
+    Step,
+    deviation,
+    out_and_gradients,
+    record,
+    record_memory,
+    results,
+    rows_deviation,
+)
 from benchmarks.gpu_table import OURS, Row, read_rows
 from benchmarks.turns import in_turns
 
@@ -103,8 +119,7 @@ def _run_once(executables: Iterable[Any], arrays: Any) -> None:
 def checked(lab: Lab, shape: Shape, who: str) -> Step:
     """Out and gradients against float64, beside what the XLA path errs in the same dtype."""
     programs = (
-        Program(shape, who, "forward"),
-        Program(shape, who, "both"),
+        *out_and_gradients(shape, who),
         Program(shape, "xla", "all"),
         Program(shape, "xla float64", "all"),
     )
@@ -112,14 +127,15 @@ def checked(lab: Lab, shape: Shape, who: str) -> Step:
     def run(forward: Any, both: Any, xla: Any, exact: Any) -> None:
         arrays = shape.inputs()
         right = exact(*arrays)
-        ours = deviation((forward(*arrays), *both(*arrays)), right)
+        ours = deviation(results((forward, both), arrays), right)
         theirs = deviation(xla(*arrays), right)
-        row = Row(shape.name, f"{who}, checked", error=max(ours))
-        row.ratio = max(a / b if b else math.inf for a, b in zip(ours, theirs, strict=True))
+        ratios = [a / b if b else math.inf for a, b in zip(ours, theirs, strict=True)]
+        row = Row(shape.name, f"{who}, checked", error=float(np.max(ours)))
+        row.ratio = float(np.max(ratios))  # NaN if one of them is
         names = zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True)
         row.note = ", ".join(f"{name} {a:.1e} (XLA {b:.1e})" for name, a, b in names)
         lab.add(row)
-        if not row.ratio <= 2.0:  # also if it is not a number
+        if not row.ratio <= 2.0:
             lab.fail(f"{shape.name}, {who}", f"errs {row.ratio:.2f} times as much as the XLA path")
 
     return Step(f"{shape.name}, {who}, float64", programs, run)
@@ -127,17 +143,25 @@ def checked(lab: Lab, shape: Shape, who: str) -> Step:
 
 def compared(lab: Lab, shape: Shape, who: str, peer: str) -> Step:
     """Out and gradients against those of a peer."""
-    programs = tuple(Program(shape, name, w) for name in (who, peer) for w in ("forward", "both"))
+    programs = (*out_and_gradients(shape, who), *out_and_gradients(shape, peer))
 
-    def run(forward: Any, both: Any, peer_forward: Any, peer_both: Any) -> None:
+    def run(forward: Any, both: Any, *theirs: Any) -> None:
         arrays = shape.inputs()
-        found = (forward(*arrays), *both(*arrays))
-        wrong = max(deviation(found, (peer_forward(*arrays), *peer_both(*arrays))))
-        lab.add(Row(shape.name, f"{who}, compared", error=wrong, note=f"with {peer}"))
-        if not wrong < 0.05:
-            lab.fail(f"{shape.name}, {who}", f"differs from {peer} by {wrong:.1e}")
+        found, right = results((forward, both), arrays), results(theirs, arrays)
+        lab.compare(shape, who, peer, deviation(found, right))
 
     return Step(f"{shape.name}, {who}, beside {peer}", programs, run)
+
+
+def rows_compared(lab: Lab, shape: Shape, who: str) -> Step:
+    """Sampled rows of out and dq against float64, where all of it would take too long."""
+
+    def run(forward: Any, both: Any) -> None:
+        arrays = shape.inputs()
+        wrong = rows_deviation(shape, arrays, forward(*arrays), both(*arrays)[0])
+        lab.compare(shape, who, f"float64, {len(wrong) // 2} rows of out and dq", wrong)
+
+    return Step(f"{shape.name}, {who}, rows", out_and_gradients(shape, who), run)
 
 
 def absent(lab: Lab, shape: Shape, who: str) -> Step:
@@ -166,17 +190,22 @@ def bars(lab: Lab) -> list[Step]:
 
 
 def errors(lab: Lab) -> list[Step]:
-    """The calls of `bars` against float64, and everybody's dense ones against cuDNN."""
-    steps = [checked(lab, longnet(H, causal), OURS) for H, causal in CALLS]
+    """The calls of `bars`: ours and cuDNN's against float64, other dense ones against cuDNN's."""
+    kinds = [OURS, DETERMINISTIC] if peers.has_switch() else [OURS]
+    steps = [checked(lab, longnet(H, causal), who) for H, causal in CALLS for who in kinds]
     for H, causal in CALLS:
-        found = [OURS, *filter(peers.installed, peers.others(H))]
-        steps += [compared(lab, dense(H, causal), who, "cudnn") for who in found]
+        whole, found = dense(H, causal), [OURS, *filter(peers.installed, peers.others(H))]
+        steps.append(compared(lab, whole, "cudnn", "xla float64"))
+        steps += [compared(lab, whole, who, "cudnn") for who in found]
+        steps.append(gpu_torch.dense_compared(lab, whole))
     return steps
 
 
 def composed(lab: Lab) -> list[Step]:
-    """LongNet from gathers, cuDNN and merges."""
-    return [measured(lab, longnet(H, causal), "composed cudnn") for H, causal in CALLS]
+    """LongNet from gathers, cuDNN and merges: its times, then its results."""
+    who, shapes = "composed cudnn", [longnet(H, causal) for H, causal in CALLS]
+    steps = [measured(lab, shape, who) for shape in shapes]
+    return steps + [compared(lab, shape, who, "float64 with fixed weights") for shape in shapes]
 
 
 def determinism(lab: Lab) -> list[Step]:
@@ -211,24 +240,29 @@ def _same_bits(a: Any, b: Any) -> Any:
 
 def giga(lab: Lab) -> list[Step]:
     """GigaPath's shape beside torchscale's arithmetic and dense attention, both by torch."""
-    steps = []
+    times, checks = [], []
     for T in (10000, 45000):
         shape = gigapath(T)
-        steps += [measured(lab, shape, OURS), gpu_torch.torchscale(lab, shape)]
-        steps += [gpu_torch.dense(lab, shape), checked(lab, shape, OURS)]
-    return steps
+        times += [measured(lab, shape, OURS), gpu_torch.torchscale(lab, shape)]
+        times.append(gpu_torch.dense(lab, shape))
+        checks += [checked(lab, shape, OURS), gpu_torch.torchscale_compared(lab, shape)]
+        checks.append(gpu_torch.dense_compared(lab, shape))
+    return times + checks
 
 
 def sweep(lab: Lab) -> list[Step]:
     """Time and memory against T, 4k to 1M tokens, H = 64: LongNet's branches, and dense."""
-    ours, others = [], []
+    ours, others, checks = [], [], []
     for power in range(12, 21):
         T = 1 << power
         name, lists = f"sweep H=64 T={T}", tuple((w, r) for w, r in LONGNET if w <= T)
-        ours.append(measured(lab, Shape(name, lists, T, 64), OURS))
+        dilated, whole = Shape(name, lists, T, 64), Shape(name, ((T, 1),), T, 64)
+        ours.append(measured(lab, dilated, OURS))
+        checks.append(rows_compared(lab, dilated, OURS))
         if T <= DENSE_SWEEP:
-            others.append(measured(lab, Shape(name, ((T, 1),), T, 64), "cudnn"))
-    return ours + others
+            others.append(measured(lab, whole, "cudnn"))
+            checks.append(rows_compared(lab, whole, "cudnn"))
+    return ours + others + checks
 
 
 # In the order in which they run; bars before what repeats their programs.
@@ -264,7 +298,7 @@ def lower(lab: Lab, parts: list[str]) -> None:
     for program in dict.fromkeys(programs):
         name = f"{program.shape.name}, {program.who}, {program.work}"
         try:
-            with jax.enable_x64(program.who == "xla float64"):
+            with jax.enable_x64(program.exact):
                 program.traced().lower(lowering_platforms=("cuda",))
             lab.say(f"lowered: {name}")
         except Exception as problem:  # all of them are tried

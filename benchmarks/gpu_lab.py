@@ -16,9 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import gpu_peers as peers
 from benchmarks import gpu_table
+from benchmarks.rows import exact_row, keys_of, relative
 from benchmarks.turns import in_turns
 
 HEADS = 16
@@ -77,8 +79,24 @@ class Program:
     def compiled(self) -> Any:
         """The executable, for the device that is there."""
         # The setting belongs to a thread, so it is made here, where the pool runs this.
-        with jax.enable_x64(self.who == "xla float64"):
+        with jax.enable_x64(self.exact):
             return self.traced().lower().compile()
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes in float64."""
+        return "float64" in self.who
+
+
+def out_and_gradients(shape: Shape, who: str) -> tuple[Program, ...]:
+    """The programs of what is compared: those that are timed, or one that runs in float64."""
+    whole = Program(shape, who, "all")
+    return (whole,) if whole.exact else tuple(Program(shape, who, w) for w in ("forward", "both"))
+
+
+def results(executables: Iterable[Callable], arrays: Iterable[Any]) -> list[Any]:
+    """out, dq, dk, dv from the executables of `out_and_gradients`."""
+    return jax.tree.leaves([run(*arrays) for run in executables])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +157,13 @@ class Lab:
         said = problem if isinstance(problem, str) else f"{type(problem).__name__}: {problem}"
         self.failed.append(f"{name}: {' '.join(said.split())[:300]}")
         self.say(f"FAILED {self.failed[-1]}")
+
+    def compare(self, shape: Shape, who: str, peer: str, wrong: Iterable[float]) -> None:
+        """Adds a row with the largest deviation from a peer, which fails from 0.05 on."""
+        worst = float(np.max(list(wrong)))  # NaN if one of them is
+        self.add(gpu_table.Row(shape.name, f"{who}, compared", error=worst, note=f"with {peer}"))
+        if not worst < 0.05:
+            self.fail(f"{shape.name}, {who}", f"differs from {peer} by {worst:.1e}")
 
     def part(self, name: str, steps: list[Step]) -> None:
         """Compiles what the steps need, all at once, then runs them one by one."""
@@ -214,8 +239,35 @@ def deviation(found: Iterable[Any], exact: Iterable[Any]) -> list[float]:
     """Largest deviation of each array over the largest value of the exact one."""
 
     def one(a: Any, b: Any) -> Any:
-        return abs(a.astype(b.dtype) - b).max() / abs(b).max()
+        wrong = abs(a.astype(b.dtype) - b)
+        # XLA's maximum may pass over a NaN, on a CPU even if there is nothing else.
+        return jnp.where(jnp.isnan(wrong), jnp.inf, wrong).max() / abs(b).max()
 
     with jax.enable_x64(True):
         pairs = zip(found, exact, strict=True)
         return [float(jax.jit(one)(jnp.asarray(a), jnp.asarray(b))) for a, b in pairs]
+
+
+def rows_deviation(
+    shape: Shape, arrays: Iterable[jax.Array], out: jax.Array, dq: jax.Array, samples: int = 8
+) -> list[float]:
+    """Deviations of sampled rows of out and dq from float64 on the host, over their lengths.
+
+    Only these rows and the keys that they see leave the device.
+    """
+    rng = np.random.default_rng(shape.T)
+    at, heads = rng.integers(shape.T, size=samples), rng.integers(HEADS, size=samples)
+    # Few rows are in the branches of high rates; the heads of these keep them at every rate.
+    heads[::2] = at[::2] % HEADS
+    branches = [(w, r, 0, peers.offsets(HEADS, r)) for w, r in shape.lists]
+    seen = [keys_of(branches, *row, shape.T, shape.causal) for row in zip(at, heads, strict=True)]
+    counts = [len(place) for place in seen]
+    q, k, v, do = arrays
+    queries = (np.asarray(x[0, at, heads]) for x in (q, do, out, dq))
+    places = 0, np.concatenate(seen), np.repeat(heads, counts)
+    keys = (np.split(np.asarray(x[places]), np.cumsum(counts)[:-1]) for x in (k, v))
+    wrong = []
+    for q, do, *found, k, v in zip(*queries, *keys, strict=True):
+        exact = exact_row(q, do, k, v)
+        wrong += [relative(a.astype(np.float64), b) for a, b in zip(found, exact, strict=True)]
+    return wrong

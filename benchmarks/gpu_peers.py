@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import dilax
 from dilax import xla_attention
 from dilax.spec import Branch
 from pallas_kernels import flash
@@ -38,6 +39,10 @@ def attention(who: str, shape: Any) -> Callable:
             return xla(lists, causal, shape.dtype)
         case "xla float64":
             return xla(lists, causal, "float64")
+        case "float64 with fixed weights":
+            return fixed_weights(lists, causal)
+        case "torchscale in float64":
+            return fixed_weights(lists, causal, head_offset="blocked", pad_mode="zeros")
     return optional(who, causal)
 
 
@@ -68,6 +73,23 @@ def xla(lists: Lists, causal: bool, dtype: str) -> Callable:
         branches = tuple(Branch(w, r, 0, offsets(q.shape[2], r)) for w, r in lists)
         q, k, v = (x.astype(dtype) for x in (q, k, v))
         return xla_attention.attend(q, k, v, branches=branches, is_causal=causal).out.astype(dtype)
+
+    return attend
+
+
+def fixed_weights(lists: Lists, causal: bool, **options: Any) -> Callable:
+    """Branches in float64 under weights without a gradient, as peers merge them.
+
+    out and the gradient of v are the exact ones, those of q and k are not.
+    """
+    options |= {"is_causal": causal, "implementation": "xla", "return_lse": True}
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.astype("float64") for x in (q, k, v))
+        parts = [dilax.dilated_attention(q, k, v, [w], [r], **options) for w, r in lists]
+        outs, lses = (jnp.stack(x) for x in zip(*parts, strict=True))
+        weights = jax.nn.softmax(jax.lax.stop_gradient(lses), axis=0)
+        return (outs * weights[..., None]).sum(0)
 
     return attend
 

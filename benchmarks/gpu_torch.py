@@ -1,23 +1,75 @@
 """The rows of `gpu.py` that PyTorch gives: its dense attention, and torchscale's arithmetic."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from benchmarks import gpu_peers as peers
-from benchmarks.gpu_lab import HEADS, Lab, Shape, Step, timed
+from benchmarks.gpu_lab import (
+    HEADS,
+    Lab,
+    Shape,
+    Step,
+    deviation,
+    out_and_gradients,
+    results,
+    timed,
+)
 from benchmarks.gpu_table import Row
+
+DENSE, TORCHSCALE = "dense torch SDPA", "torchscale arithmetic"
 
 
 def dense(lab: Lab, shape: Shape) -> Step:
     """Dense attention over all T, whatever the shape's lists."""
-    everything = Shape(shape.name, ((shape.T, 1),), shape.T, shape.H, shape.causal, shape.dtype)
-    return _step(lab, everything, "dense torch SDPA", lambda t: peers.torch_dense(t, shape.causal))
+    return _step(lab, _everything(shape), DENSE, lambda t: peers.torch_dense(t, shape.causal))
 
 
 def torchscale(lab: Lab, shape: Shape) -> Step:
     """The shape's lists with torchscale's operations."""
-    return _step(lab, shape, "torchscale arithmetic", lambda t: peers.torchscale(t, shape.lists))
+    return _step(lab, shape, TORCHSCALE, lambda t: peers.torchscale(t, shape.lists))
+
+
+def dense_compared(lab: Lab, shape: Shape) -> Step:
+    """What `dense` times against cuDNN's result."""
+    whole = _everything(shape)
+    return _compared(lab, whole, DENSE, lambda t: peers.torch_dense(t, shape.causal), "cudnn")
+
+
+def torchscale_compared(lab: Lab, shape: Shape) -> Step:
+    """What `torchscale` times against the same in float64: its heads, padding and weights."""
+    make = functools.partial(peers.torchscale, lists=shape.lists)
+    return _compared(lab, shape, TORCHSCALE, make, "torchscale in float64")
+
+
+def _everything(shape: Shape) -> Shape:
+    return dataclasses.replace(shape, lists=((shape.T, 1),))
+
+
+def _compared(lab: Lab, shape: Shape, who: str, make: Callable[[Any], Callable], peer: str) -> Step:
+    def run(*theirs: Any) -> None:
+        arrays = shape.inputs()
+        lab.compare(shape, who, peer, deviation(outcome(make, arrays), results(theirs, arrays)))
+
+    return Step(f"{shape.name}, {who}, beside {peer}", out_and_gradients(shape, peer), run)
+
+
+def outcome(make: Callable[[Any], Callable], arrays: Iterable[jax.Array]) -> list[jax.Array]:
+    """out, dq, dk, dv of a function of torch tensors, on JAX's arrays where they lie."""
+    import torch
+
+    *leaves, do = (torch.from_dlpack(x) for x in arrays)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = make(torch)(*leaves)
+    found = [x.detach().contiguous() for x in (out, *torch.autograd.grad(out, leaves, do))]
+    if out.is_cuda:  # JAX, whose memory this is, does not know what torch still runs
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return [jnp.from_dlpack(x) for x in found]
 
 
 def _step(lab: Lab, shape: Shape, who: str, make: Callable[[Any], Callable]) -> Step:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.plain_ring import attend_plainly
+from benchmarks.rows import exact_row, keys_of, relative
 from dilax.sharded import link_of, plan_of
 from dilax.sharded_local import XLA, choose_local
 from dilax.spec import as_spec, branches_of, within
@@ -202,26 +203,14 @@ class Run:
 
 def oracle(run: Run, position: int, head: int) -> tuple[np.ndarray, np.ndarray]:
     """out and the gradient of the query of one row, in float64."""
-    dim, scale = np.arange(run.case.head_dim)[None], run.case.head_dim**-0.5
-    found = []
-    for w, r, first, offsets in run.branches:
-        offset = offsets[head - first]
-        if position % w % r == offset:
-            place = position // w * w + np.arange(offset, w, r)
-            end = min(position + 1 if run.case.causal else run.length, run.length)
-            found.append(place[place < end])
-    place, one = np.concatenate(found)[:, None], np.array([[head]])
+    dim, one = np.arange(run.case.head_dim)[None], np.array([[head]])
+    place = keys_of(run.branches, position, head, run.length, run.case.causal)[:, None]
 
     def rows(salt: int, at: np.ndarray) -> np.ndarray:
-        return values(salt, at, one, dim, run.dtype, np).astype(np.float64)
+        return values(salt, at, one, dim, run.dtype, np)
 
     q, do = (rows(salt, np.array([[position]]))[0] for salt in (0, 3))
-    k, v = rows(1, place), rows(2, place)
-    logits = k @ q * scale
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
-    out = p @ v
-    return out, (p * (v @ do - do @ out)) @ k * scale
+    return exact_row(q, do, rows(1, place), rows(2, place))
 
 
 def worst_error(run: Run, result: jax.Array, gradient: bool, samples: int = 4) -> float:
@@ -240,7 +229,7 @@ def worst_error(run: Run, result: jax.Array, gradient: bool, samples: int = 4) -
 
     def error(one: tuple) -> float:
         position, head, found = one
-        return _relative(found, oracle(run, position, head)[int(gradient)])
+        return relative(found, oracle(run, position, head)[int(gradient)])
 
     with ThreadPoolExecutor() as pool:
         return max(pool.map(error, rows))
@@ -272,12 +261,8 @@ def sums_error(run: Run, gradients: tuple[jax.Array, ...]) -> float:
         np.asarray(x, np.float64).sum(1) for x in jax.jit(run.place(sums, 3))(*gradients)
     )
     return max(
-        _relative(found[..., part], wanted[..., part]) for part in (slice(-1), slice(-1, None))
+        relative(found[..., part], wanted[..., part]) for part in (slice(-1), slice(-1, None))
     )
-
-
-def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 def useful_flops(run: Run) -> float:

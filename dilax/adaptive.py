@@ -1,5 +1,6 @@
 """Adaptive block-sparse attention: a router that learns which key blocks each query block needs."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from dilax._types import refuse
 from dilax.adaptive_branches import attend_branch
 from dilax.attention import checkpointed
-from dilax.block_sparse import block_sparse_attention, refuse_branch_options
+from dilax.block_sparse import attend_lists, refuse_branch_options
 from dilax.checks import (
     check_bool,
     check_choice,
@@ -22,7 +23,7 @@ from dilax.checks import (
     check_ratio,
     segment_ids_of,
 )
-from dilax.dropout import seed_bits
+from dilax.dropout import column_bits, row_bits, seed_bits
 from dilax.order import TokenOrder
 from dilax.partial import merge
 from dilax.router import QUERY_FEATURES, Route, Routing, route
@@ -312,7 +313,7 @@ class AdaptiveAttention(nnx.Module):
             positions = np.tile(positions, repeats).astype(np.int32)
         with jax.named_scope("dilax.router"):
             found = route(query, key, *weights, routing, *ids)
-        out, lse = block_sparse_attention(
+        out, lse = attend_lists(
             query,
             key,
             value,
@@ -324,7 +325,6 @@ class AdaptiveAttention(nnx.Module):
             q_positions=None if positions is None else jnp.asarray(positions),
             dropout_rate=self.dropout,
             implementation=self.implementation,
-            return_lse=True,
             **options,
         )
         said: Any = {
@@ -350,22 +350,34 @@ class AdaptiveAttention(nnx.Module):
         spec = as_spec(self.segment_lengths, self.dilation_rates)
         branches = branches_of(spec, N, self.combine, self.head_offset)
         losses = []
+        drops = self.dropout > 0 and not said["deterministic"]
+        seed = seed_bits(dropout_key) if drops else None
 
-        def attend(q, k, v, ids, heads, kv_heads, places):
+        def bits(number, heads, of_rows, examples):
+            """The hash of what is dropped, of where rows lie in the whole sequence."""
+            if seed is None:
+                return None
+            batch = np.repeat(np.arange(examples // len(of_rows)), len(of_rows))
+            of_rows = np.tile(of_rows, (examples // len(of_rows), 1))[..., None]
+            rows = row_bits(seed, batch[:, None, None], np.array(heads)[None, None], of_rows)
+            return rows, column_bits(seed, of_rows, number)[None]
+
+        def attend(q, k, v, ids, heads, kv_heads, places, *, number):
             mine = weights[0][np.array(heads)], weights[1][np.array(kv_heads)]
-            drop = None if dropout_key is None else jax.random.fold_in(dropout_key, len(losses))
             of_rows = None if order is None else np.where(places < 0, -1, order.positions[places])
-            more: Any = said | {"positions": of_rows, "dropout_key": drop}
-            out, lse, loss = self._attend(q, k, v, ids, mine, **more)
+            dropped = bits(number, heads, places if of_rows is None else of_rows, len(q))
+            more: Any = said | {"positions": of_rows, "dropout_key": dropout_key}
+            out, lse, loss = self._attend(q, k, v, ids, mine, **more, dropout_bits=dropped)
             losses.append((loss, len(q) * len(kv_heads) * -(-q.shape[1] // self.block_size)))
             return out, lse
 
         parts = [
-            attend_branch(attend, within(branch, T), query, key, value, ids) for branch in branches
+            attend_branch(
+                functools.partial(attend, number=number), within(branch, T), query, key, value, ids
+            )
+            for number, branch in enumerate(branches)
         ]
-        drop = (0.0, None, len(branches))
-        if self.dropout > 0 and not said["deterministic"]:
-            drop = (self.dropout, seed_bits(dropout_key), len(branches))
+        drop = (self.dropout if drops else 0.0, seed, len(branches))
         place = np.arange(T)[None] if order is None else order.positions[None]
         parts += extra_keys(query, self._scale, place, drop, **extra)
         out, lse = merge(*parts)

@@ -134,6 +134,43 @@ def block_sparse_attention(
         )
 
 
+def attend_lists(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lists: BlockLists,
+    *,
+    dropout_bits: tuple[jax.Array, jax.Array] | None = None,
+    bias_k: jax.Array | None = None,
+    bias_v: jax.Array | None = None,
+    zero_attn: bool = False,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """out and lse of `block_sparse_attention` over lists, without branches.
+
+    dropout_bits: as in `union_attention`.
+    """
+    whole: Any = {"combine": "lse", "head_offset": "interleaved", "pad_mode": "mask"}
+    whole |= {"average_branches": None, "q_start": 0, "k_start": 0}
+    return union_attention(
+        query,
+        key,
+        value,
+        None,
+        None,
+        key_padding_mask=None,
+        kv_positions=None,
+        bias_k=bias_k,
+        bias_v=bias_v,
+        zero_attn=zero_attn,
+        return_lse=True,
+        blocks=lambda *_: whole_lists(query, key, lists, False, 0, 0),
+        dropout_bits=dropout_bits,
+        **whole,
+        **options,
+    )
+
+
 def refuse_branch_options(dilation_rates, combine, head_offset, average_branches) -> None:
     """Refuse options of branches where there are none."""
     for name, x, default in (

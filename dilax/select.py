@@ -86,6 +86,8 @@ def unsupported(
         why = "a branch's rows lie a rate apart, and a list names blocks of neighbours"
         return (f"its kernels take no block lists inside dilated branches: {why}",)
     options.pop("order", None)  # any order will do
+    if options.pop("dropout_bits", None) is not None:
+        return ("its kernels drop by one batch, head and branch, not by those of many segments",)
     module = _kernels(options)
     kernels = sibling(f"pallas_kernels.{module}")
     if kernels is None:

@@ -62,11 +62,13 @@ def union_attention(
     return_lse: bool,
     blocks: Blocks | None = None,
     visiting_order: str = "longest_first",
+    dropout_bits: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
     """One softmax over the union of the branches' keys; arguments as in `dilax.dilated_attention`.
 
     blocks: makes the block lists of the branches, once everything else is checked; with it
-    segment_lengths may be None, for one sequence without segments.
+    segment_lengths may be None, for one sequence without segments. dropout_bits: where dropout
+    acts, in place of the key's, as in `xla_attention.attend`.
     """
     check_qkv(query, key, value)
     T, N = query.shape[1:3]
@@ -124,6 +126,8 @@ def union_attention(
         options |= {"q_positions": positions[0], "kv_positions": positions[1]}
     if blocks is not None:
         options["order"] = visiting_order
+    if dropout_bits is not None:
+        options |= {"dropout_seed": None, "dropout_bits": dropout_bits}
     attend = choose(implementation, query, key, value, **options)
     arrays = {
         name: x

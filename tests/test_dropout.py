@@ -156,3 +156,16 @@ def test_seed_may_be_traced(x64, rng):
     found = jax.jit(run)(KEY)
     for key in (KEY, jax.random.key_data(KEY)):
         assert_exact(found, jax.jit(functools.partial(run, key))())
+
+
+@pytest.mark.newest
+def test_a_router_inside_branches_drops_the_same_pairs(x64, rng):
+    """One that keeps every block; segments, residues and heads are examples and heads inside."""
+    q = jnp.asarray(rng.normal(size=(2, 136, 4, 8)))
+    k, v = (jnp.asarray(rng.normal(size=(2, 136, 2, 8))) for _ in range(2))
+    branches = {"segment_lengths": [24, 136], "dilation_rates": [2, 3]}
+    sizes = {"num_kv_heads": 2, "sparsity_ratio": 1.0, "block_size": 64}
+    options = {"is_causal": True, "deterministic": False, "dropout_key": KEY}
+    found = dilax.AdaptiveAttention(4, 8, **sizes, **branches, dropout=RATE)(q, k, v, **options)
+    right = dilax.dilated_attention(q, k, v, **branches, dropout_rate=RATE, **options)
+    assert_exact(found, right)

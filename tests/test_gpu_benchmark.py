@@ -4,8 +4,11 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
-from benchmarks import gpu, gpu_checks, gpu_lab, gpu_table, turns
+from benchmarks import gpu, gpu_checks, gpu_lab, gpu_table, gpu_torch, turns
 from benchmarks.gpu_table import OURS, Row
 
 TINY = gpu_lab.Shape("tiny", ((32, 2),), 32, 16, True, "float32")
@@ -102,12 +105,113 @@ def test_a_peer_that_is_missing_has_its_row(tmp_path, monkeypatch):
 
 def test_the_sweep_has_both_directions(tmp_path):
     steps = gpu.sweep(gpu_lab.Lab(tmp_path, 900.0, "a card"))
-    programs = [p for step in steps for p in step.programs]
+    programs = dict.fromkeys(p for step in steps for p in step.programs)
     for work in ("forward", "both"):
         lengths = [p.shape.T for p in programs if p.who == OURS and p.work == work]
         assert lengths == [1 << power for power in range(12, 21)]
         dense = [p.shape.T for p in programs if p.who == "cudnn" and p.work == work]
         assert dense == [T for T in lengths if T <= gpu.DENSE_SWEEP]
+
+
+def test_every_result_that_is_timed_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.peers, "installed", lambda who: True)
+    lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
+    parts = (gpu.bars, gpu.errors, gpu.composed, gpu.giga, gpu.sweep)
+    steps = [step for part in parts for step in part(lab)]
+    # Steps that are timed take programs that fail; torch's have none.
+    timed = {f"{p.shape.name}, {p.who}" for step in steps if not step.alone for p in step.programs}
+    timed |= {step.name for step in steps if not step.programs}
+    assert {name.partition(", ")[2] for name in timed} >= {gpu_torch.DENSE, gpu_torch.TORCHSCALE}
+    checked = {step.name.rpartition(", ")[0] for step in steps if step.alone and step.programs}
+    assert timed == checked
+
+
+def broken(kind):
+    """The attention of the XLA path, made wrong."""
+
+    def make(who, shape):
+        right = gpu.peers.xla(shape.lists, shape.causal, shape.dtype)
+        if kind == "out":
+            return lambda q, k, v: right(q, k, v) + 1.0
+        factor = {"gradient": 1.1, "nan": float("nan")}[kind]
+        return lambda q, k, v: right(q, k, v - factor * (v - jax.lax.stop_gradient(v)))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["out", "gradient", "nan"])
+def test_a_peer_with_wrong_results_fails(kind, tmp_path, monkeypatch):
+    attention, wrong = gpu.peers.attention, broken(kind)
+    monkeypatch.setattr(
+        gpu.peers,
+        "attention",
+        lambda who, shape: (wrong if who == "wrong" else attention)(who, shape),
+    )
+    lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
+    who = f"{TINY.name}, wrong"
+    lab.part("errors", [gpu.compared(lab, TINY, "wrong", "xla float64")])
+    assert [name.partition(": ")[0] for name in lab.failed] == [who]
+    lab.part("errors", [gpu.checked(lab, TINY, "wrong")])
+    assert [name.partition(": ")[0] for name in lab.failed] == [who] * 2
+    lab.part("errors", [gpu.compared(lab, TINY, "xla", "xla float64")])
+    assert len(lab.failed) == 2
+    assert [row.who for row in lab.rows] == ["wrong, compared", "wrong, checked", "xla, compared"]
+
+
+BRANCHES = gpu_lab.Shape("branches", ((32, 1), (64, 2), (128, 4)), 128, 16, True, "float32")
+
+
+def test_the_composed_path_keeps_its_weights_fixed(tmp_path, monkeypatch):
+    """As torchscale does: out is the exact one, but not the gradients of q and k."""
+    attend = jax.nn.dot_product_attention
+
+    def on_cpu(*args, implementation, **options):
+        return attend(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
+    who = "composed cudnn"
+    lab.part("composed", [gpu.compared(lab, BRANCHES, who, "float64 with fixed weights")])
+    (row,) = lab.rows
+    assert lab.failed == []
+    assert 0 < (row.error or 0) < 1e-5
+    found, exact = (
+        gpu_lab.Program(BRANCHES, name, "all").compiled()(*BRANCHES.inputs())
+        for name in (who, "xla float64")
+    )
+    out, dq, dk, dv = gpu_lab.deviation(found, exact)
+    assert max(out, dv) < 1e-5
+    assert min(dq, dk) > 0.05
+
+
+def test_results_of_torch_are_compared(tmp_path, monkeypatch):
+    """torch is not here: in its place, what it should give, and that with a wrong gradient."""
+    peer = "torchscale in float64"
+    right = gpu_lab.Program(BRANCHES, peer, "all").compiled()(*BRANCHES.inputs())
+    lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
+    for factor in (1.0, 1.1):
+        given = [*right[:3], factor * right[3]]
+        monkeypatch.setattr(gpu_torch, "outcome", lambda make, arrays, given=given: given)
+        lab.part("gigapath", [gpu_torch.torchscale_compared(lab, BRANCHES)])
+    assert [row.error for row in lab.rows] == pytest.approx([0.0, 0.1])
+    (failed,) = lab.failed
+    assert failed.startswith(f"branches, {gpu_torch.TORCHSCALE}: differs from {peer}")
+
+
+def test_a_wrong_row_is_noticed(tmp_path):
+    shape = dataclasses.replace(BRANCHES, causal=False)
+    lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
+    lab.part("sweep", [gpu.rows_compared(lab, shape, "xla")])
+    (row,) = lab.rows
+    assert lab.failed == []
+    assert 0 < (row.error or 0) < 1e-5
+    arrays = shape.inputs()
+    out, dq, *_ = gpu_lab.Program(shape, "xla", "all").compiled()(*arrays)
+    # Rows of many sampled ones: one wrong row shows, in out or in dq.
+    count = 1024
+    assert np.max(gpu_lab.rows_deviation(shape, arrays, out, dq, count)) < 1e-5
+    for bad in ((out.at[0, 77].multiply(1.1), dq), (out, dq.at[0, 77].set(jnp.nan))):
+        assert not np.max(gpu_lab.rows_deviation(shape, arrays, *bad, count)) < 0.05
 
 
 def test_slow_functions_have_fewer_turns(monkeypatch):

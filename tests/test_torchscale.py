@@ -13,6 +13,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import dilax
+from benchmarks import gpu_peers
+from benchmarks.gpu_lab import Shape
 from dilax import reference
 from dilax.longnet import LongNetDecoder, LongNetEncoder
 from dilax.longnet_config import LongNetConfig
@@ -63,6 +65,15 @@ def test_golden_attention(name, attention, x64):
         result = jax.jit(attend)(*(case[x] for x in ("query", "key", "value")))
         out = result if attention is dilax.dilated_attention else result[0]
         assert_exact(jnp.asarray(out), case["out"])
+
+
+def test_the_benchmark_checks_torch_with_what_torchscale_gives(x64):
+    with np.load(DATA / "torchscale_ragged_tail.npz") as case:
+        lists = zip(case["segment_lengths"].tolist(), case["dilation_rates"].tolist(), strict=True)
+        T, _, H = case["query"].shape[1:]
+        attend = gpu_peers.attention("torchscale in float64", Shape("", tuple(lists), T, H))
+        out = jax.jit(attend)(*(jnp.asarray(case[x]) for x in ("query", "key", "value")))
+        assert_exact(out, case["out"])
 
 
 @functools.cache
