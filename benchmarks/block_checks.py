@@ -38,6 +38,7 @@ class Check:
     traced: bool = False
     split: int | None = None
     apart: float = 0.0  # mean of queries and, negated, of keys: logits lie far below 0
+    rises: bool = False  # later keys are longer, and every other 16 queries: maxima rise for some
 
 
 def checks(smoke: bool) -> list[Check]:
@@ -47,7 +48,7 @@ def checks(smoke: bool) -> list[Check]:
         small = peers.global_local(4, 1, 0, block_size=64)
         triangle = peers.from_mask(np.tri(2, dtype=bool)[None, None])
         return [
-            Check("window", peers.window(256, 100), 256, 256, 16, 1, 1),
+            Check("window", peers.window(256, 100), 256, 256, 16, 1, 1, rises=True),
             Check("pairs", triangle, 256, 256, 16, 1, 1, traced=True),
             Check(
                 "split", small, 230, 250, 16, 1, 1, ids=True, positions=True, traced=True, split=1
@@ -84,6 +85,8 @@ def checks(smoke: bool) -> list[Check]:
         Check("block 256 traced", coarse, 1000, 1000, 96, 2, 2, 2, traced=True),
         Check("ids ragged", random(6, 0.6), 700, 768, 128, ids=True),
         Check("logits below", random(6, 0.6), 700, 700, 128, apart=4.0),
+        Check("rising", random(9, 0.5, block_size=256), 1900, 2304, 128, rises=True),
+        Check("rising window", window(1100, 500), 1100, 1100, 64, rises=True),
         Check("dropout", random(6, 0.6, True), 700, 700, 64, 4, 2, rate=0.2),
         Check("carry starts", random(5, 0.6, True), 600, 640, 64, starts=(200, 130), carry=True),
         Check("positions", random(6, 0.6, True), 700, 740, 128, 4, 2, 2, positions=True, rate=0.2),
@@ -150,6 +153,9 @@ def prepare_check(c: Check) -> tuple[Any, tuple, Callable]:
 
     a = {"q": draw(c.B, c.T, c.N, c.H, mean=c.apart)}
     a["k"] = draw(c.B, c.S, c.K, c.H, mean=-c.apart)
+    if c.rises:
+        a["q"] *= np.where(np.arange(c.T) // 16 % 2, 4.0, 1.0)[:, None, None]
+        a["k"] *= np.exp2(np.floor(np.linspace(-2.0, 2.9, c.S)))[:, None, None]
     a |= {"v": draw(*a["k"].shape), "do": draw(*a["q"].shape), "dlse": draw(c.B, c.T, c.N)}
     a |= {"old_out": draw(*a["q"].shape), "old_lse": draw(c.B, c.T, c.N) + 4}
     a["old_lse"][:, ::3] = -np.inf
