@@ -85,7 +85,7 @@ def checks(smoke: bool) -> list[Check]:
         Check("block 256 traced", coarse, 1000, 1000, 96, 2, 2, 2, traced=True),
         Check("ids ragged", random(6, 0.6), 700, 768, 128, ids=True),
         Check("logits below", random(6, 0.6), 700, 700, 128, apart=4.0),
-        Check("rising", random(9, 0.5, block_size=256), 1900, 2304, 128, rises=True),
+        Check("rising", random(9, 0.5, block_size=256), 2200, 2304, 128, rises=True),
         Check("rising window", window(1100, 500), 1100, 1100, 64, rises=True),
         Check("dropout", random(6, 0.6, True), 700, 700, 64, 4, 2, rate=0.2),
         Check("carry starts", random(5, 0.6, True), 600, 640, 64, starts=(200, 130), carry=True),

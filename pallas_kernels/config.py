@@ -118,12 +118,12 @@ def forward_blocks(
         Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1, lazy=True)
     """
     # Small heads are bound by exponentials, not by products: more warpgroups or longer tiles help,
-    # for which there are no registers where maxima are looked for rarely; with causality this is
-    # better. 192 rows a tile waste too much of short segments.
+    # for which there are no registers where maxima are looked for rarely; with causality that, and
+    # shorter tiles, is better. 192 rows a tile waste too much of short segments.
     options = ((128, 2), *WIDE_TILES)
     lazy = (causal or head_dim > 64) and head_dim <= LAZY and not (marks or dropout)
     if lazy and head_dim <= 64:
-        options = ((128, 3), *options)
+        options = ((64, 4, 3) if length >= 4096 else (128, 3), *options)
     elif head_dim <= 64 and length >= 4096:
         options = ((128, 2, 3), *options)
     elif head_dim <= 64 and not causal:
@@ -179,20 +179,20 @@ def candidates(kernel: str, head_dim: int, marks: int = 0) -> tuple[Blocks, ...]
     """
     options = itertools.product((64, 128, 192, 256), (1, 2, 3, 4))
     if kernel == "forward":
-        kinds = [(c, overlap, 1, False) for c in (2, 3) for overlap in (False, True)]
-        kinds += [(2, overlap, 1, True) for overlap in (False, True) if head_dim <= LAZY]
+        lazy = (False, True) if head_dim <= LAZY else (False,)
+        kinds = [(*x, 1, z) for *x, z in itertools.product((2, 3), (False, True), lazy)]
     else:
         kinds = [(2, False, n, False) for n in ((1, 2) if kernel == "keys" else (1,))]
     # Rows of 16-bit elements that a home row holds: what it reads, and what it is written from.
     held = {"forward": 2, "queries": 3, "keys": 2, "fused": 2}[kernel]
     found = []
     for (away, stages), kind in itertools.product(options, kinds):
-        consumers, overlap, stagings, lazy = kind
+        consumers, _, stagings, _ = kind
         rows = held + (stagings if kernel == "keys" else 0)
         used = consumers * ROWS * rows * head_dim * 2
         used += away * stages * (2 * 2 * head_dim + 4 * marks)
         if used <= SHARED_BYTES and (kernel != "fused" or away == _fused_away(head_dim)):
-            found.append(Blocks(away, stages, consumers, overlap, stagings, lazy))
+            found.append(Blocks(away, stages, *kind))
     return tuple(found)
 
 

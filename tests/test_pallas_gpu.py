@@ -34,6 +34,7 @@ CASES = [
     # Maxima are looked for only where they rise.
     KernelCase("rising 128", (256, 1 << 20), (1, 2), T=1500, H=128, scale=1.0),
     KernelCase("rising", (1 << 20,), (1,), T=1500, causal=True, scale=1.0),
+    KernelCase("rising in three", (1 << 20,), (1,), T=4500, N=1, causal=True, scale=1.0),
     KernelCase(
         "rising fp16", (1 << 20,), (2,), T=3000, H=48, dtype="float16", causal=True, scale=1.0
     ),
