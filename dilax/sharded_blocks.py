@@ -19,7 +19,13 @@ from dilax.checks import (
     check_scale,
     segment_ids_of,
 )
-from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
+from dilax.select import (
+    IMPLEMENTATIONS,
+    check_block_size,
+    check_implementation,
+    sibling,
+    unsupported,
+)
 from dilax.sharded import (
     LAYOUTS,
     axis_sizes_of,
@@ -156,6 +162,7 @@ def choose_block_local(
     implementation, query, key, value, plan: BlockPlan, make, marks, scale, drops
 ) -> Local:
     """The attention that runs on each device: the named one, or the first that takes the calls."""
+    check_block_size(implementation, plan.block_size)
     reasons = {}
     for name in IMPLEMENTATIONS if implementation is None else (implementation,):
         if name == "xla":
