@@ -79,7 +79,8 @@ def sharded_block_sparse_attention(
             `dilax.block_sparse_attention`, causality and dropout go by them, and every key block of
             the pattern moves.
         is_causal, scale, dropout_rate, dropout_key, deterministic: as in `dilax.dilated_attention`.
-        implementation: of the attention on one device, as in `dilax.sharded_dilated_attention`.
+        implementation: of the attention on one device, as in `dilax.sharded_dilated_attention`;
+            blocks other than of 64 or a multiple of 128 need "xla".
         return_lse: return (out, lse), lse [B, T, N].
 
     Returns:
