@@ -28,7 +28,7 @@ from dilax.order import TokenOrder
 from dilax.partial import merge
 from dilax.router import QUERY_FEATURES, Route, Routing, route
 from dilax.router_signal import TARGETS, kept_mass, kl_loss, straight_through
-from dilax.select import check_implementation
+from dilax.select import check_block_size, check_implementation
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of, within
 from dilax.union import check_extra_keys, extra_keys, placed_by_xla
 
@@ -55,7 +55,7 @@ class AdaptiveAttention(nnx.Module):
             each branch, in blocks of the places that it has after dilation, with the same weights
             everywhere; heads share blocks where they keep the same places.
         sparsity_ratio: the share of admissible blocks that a row keeps, in (0, 1]; at least one.
-        block_size: tokens of a block.
+        block_size: tokens of a block: 64 or a multiple of 128 (any, with implementation="xla").
         query_feature: "first", the first query of a block; "previous", the mean of the block before
             it; "mean", that of the block, which knows its later tokens and is refused in a causal
             call. None: "first" if causal, else "mean".
@@ -149,6 +149,7 @@ class AdaptiveAttention(nnx.Module):
         check_bool("add_zero_attn", add_zero_attn)
         checkpointed(abs, use_gradient_checkpointing)
         check_implementation(implementation)
+        check_block_size(implementation, block_size)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.sparsity_ratio, self.block_size = sparsity_ratio, block_size
         self.query_feature, self.loss_target = query_feature, loss_target

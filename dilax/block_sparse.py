@@ -57,6 +57,7 @@ def block_sparse_attention(
         pattern: a `SparsePatternConfig`, a pattern of `dilax.patterns`, the name of a preset, or
             `BlockLists`, static or traced (one per branch if there are segments, for the
             ceil(W / R) places of a segment; where W is longer than the sequence they are cut).
+            Blocks of 64 or a multiple of 128 (any, with implementation="xla").
         segment_lengths, dilation_rates: None, or branches as in `dilax.dilated_attention`: the
             pattern then applies inside each branch, in blocks of the places that a segment has
             after dilation, and is cut where a segment is short; window sizes count such places.

@@ -28,7 +28,7 @@ from dilax.kind_options import SEGMENT_LENGTHS, implementation_of, pattern_of, s
 from dilax.mesh_plan import placed_call, sharding_on
 from dilax.names import Kind, find_kind
 from dilax.router import Routing, budgets
-from dilax.select import IMPLEMENTATIONS, device_of, unsupported
+from dilax.select import IMPLEMENTATIONS, check_block_size, device_of, unsupported
 from dilax.spec import Combine, HeadOffset, as_spec, branches_of
 
 
@@ -179,6 +179,8 @@ def explain(
     if ordered:
         options["q_positions"] = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     named = implementation_of(row, implementation, use_flash_attn)
+    if row.adaptive or made is not None:
+        check_block_size(named, router["block_size"] if made is None else made.block_size)
     axes = {"axis_name": axis_name, "batch_axis": batch_axis, "head_axis": head_axis}
     axes |= {"layout": layout, "method": method}
     sharding = sharding_on(kind, row, devices, mesh, ring_size, **axes)

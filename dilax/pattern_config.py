@@ -38,7 +38,7 @@ class SparsePatternConfig:
             diagonal one always; 1 is dense. None: the sizes decide, or 0.1 where there are none.
             (The presets of the names "global_local" and "hierarchical" have sizes: ask `describe`
             what a pattern keeps.)
-        block_size: tokens of a block, a multiple of 64.
+        block_size: tokens of a block, 64 or a multiple of 128.
         window_size: instead of a ratio, in tokens: for local_window and global_local the window,
             exact to the token; for dilated_sparse as many blocks as it fills; for hierarchical how
             far everything is kept, in whole blocks. An int, or for the first two (left, right).
@@ -71,8 +71,9 @@ class SparsePatternConfig:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, plain(f.name, getattr(self, f.name)))
         size = self.block_size
-        if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % 64:
-            raise refuse("block_size", "64, 128 or another multiple of 64", size)
+        fits = size == 64 or (isinstance(size, int) and size > 0 and size % 128 == 0)
+        if isinstance(size, bool) or not isinstance(size, int) or not fits:
+            raise refuse("block_size", "64 or a multiple of 128", size)
         for name, default, types in (
             (
                 "window_size",

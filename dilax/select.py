@@ -54,6 +54,13 @@ def sibling(module: str) -> ModuleType | None:
     return importlib.import_module(module)
 
 
+def check_block_size(implementation: str | None, block_size: int) -> None:
+    """Refuse blocks that no kernel takes, unless XLA is named: it takes any."""
+    if implementation != "xla" and block_size != 64 and block_size % 128:
+        wanted = "64 or a multiple of 128, or implementation='xla', which takes any"
+        raise refuse("block_size", wanted, block_size)
+
+
 def device_of(x: Any) -> Any:
     """The `jax.Device` that will compute on x: where x lies, or, for a tracer, JAX's default."""
     if isinstance(x, jax.Array) and not isinstance(x, Tracer):
@@ -122,6 +129,9 @@ def choose(
         UnsupportedError: the named implementation cannot take the call, with its reasons.
     """
     check_implementation(implementation)
+    blocks = options.get("blocks", ())
+    for lists in blocks if isinstance(blocks, tuple) else (blocks,):
+        check_block_size(implementation, lists.block_size)
     reasons = {}
     for name in IMPLEMENTATIONS if implementation is None else (implementation,):
         reasons[name] = unsupported(name, query, key, value, **options)

@@ -19,7 +19,13 @@ from dilax.checks import (
     check_scale,
     segment_ids_of,
 )
-from dilax.select import IMPLEMENTATIONS, check_implementation, sibling, unsupported
+from dilax.select import (
+    IMPLEMENTATIONS,
+    check_block_size,
+    check_implementation,
+    sibling,
+    unsupported,
+)
 from dilax.sharded import (
     LAYOUTS,
     axis_sizes_of,
@@ -73,7 +79,8 @@ def sharded_block_sparse_attention(
             `dilax.block_sparse_attention`, causality and dropout go by them, and every key block of
             the pattern moves.
         is_causal, scale, dropout_rate, dropout_key, deterministic: as in `dilax.dilated_attention`.
-        implementation: of the attention on one device, as in `dilax.sharded_dilated_attention`.
+        implementation: of the attention on one device, as in `dilax.sharded_dilated_attention`;
+            blocks other than of 64 or a multiple of 128 need "xla".
         return_lse: return (out, lse), lse [B, T, N].
 
     Returns:
@@ -156,6 +163,7 @@ def choose_block_local(
     implementation, query, key, value, plan: BlockPlan, make, marks, scale, drops
 ) -> Local:
     """The attention that runs on each device: the named one, or the first that takes the calls."""
+    check_block_size(implementation, plan.block_size)
     reasons = {}
     for name in IMPLEMENTATIONS if implementation is None else (implementation,):
         if name == "xla":

@@ -18,6 +18,8 @@ from tests.compare import assert_exact
 
 B, T, N, K, H, SIZE = 2, 90, 4, 2, 8, 16
 ROWS = -(-T // SIZE)
+# No kernel takes blocks as small as these.
+adaptive = functools.partial(dilax.AdaptiveAttention, implementation="xla")
 
 
 def heads(rng, t=T):
@@ -41,7 +43,7 @@ def dense(q, k, v, zero_attn=False):
 def made(rng, **options):
     """A router whose projections are no identities."""
     options = {"sparsity_ratio": 0.5, "block_size": SIZE, "num_kv_heads": K} | options
-    router = dilax.AdaptiveAttention(N, H, param_dtype=jnp.float64, **options)
+    router = adaptive(N, H, param_dtype=jnp.float64, **options)
     for weight in (router.q_weight, router.k_weight):
         weight[...] = jnp.asarray(rng.normal(size=weight.shape))
     return router
@@ -265,8 +267,8 @@ def test_inside_branches_each_segment_is_routed_for_itself(rng, x64):
         *((i, 2, np.arange(i, N, 2), t) for i in (0, 1)),
     ):
         rows, theirs = slice(first, min(first + width, t), step), mine // 2 if step == 2 else [0, 1]
-        alone = dilax.AdaptiveAttention(len(mine), H, num_kv_heads=2, sparsity_ratio=0.5,
-                                        block_size=4, param_dtype=jnp.float64)  # fmt: skip
+        alone = adaptive(len(mine), H, num_kv_heads=2, sparsity_ratio=0.5, block_size=4,
+                         param_dtype=jnp.float64)  # fmt: skip
         alone.q_weight[...] = router.q_weight[...][mine]
         alone.k_weight[...] = router.k_weight[...][np.array(theirs)]
         q, k, v = (x[:, rows][:, :, np.array(n)] for x, n in zip(arrays, (mine, theirs, theirs),
@@ -402,7 +404,7 @@ def test_a_router_learns_which_block_holds_what_a_query_needs(rng):
     q[:, :, 0, 0, :4] = names[np.roll(mine, 7, axis=1)]
     q, k = (jnp.asarray(x.reshape(8, -1, 1, H), jnp.float32) for x in (q, k))
     options = {"block_size": SIZE, "query_feature": "first", "attention_scale": 1.0}
-    router = dilax.AdaptiveAttention(1, H, sparsity_ratio=0.25, **options)
+    router = adaptive(1, H, sparsity_ratio=0.25, **options)
 
     def kept(router):
         lists = router.route(q, k).lists
@@ -436,9 +438,9 @@ def test_the_selector_knows_its_names(name):
     sizes = {"seq_len": 4096, "dtype": "bfloat16", "device_kind": "NVIDIA H100 80GB HBM3"}
     assert dilax.explain(name, **sizes).implementation == "pallas"
     if name == "adaptive":
-        said = dilax.explain(name, **sizes, sparsity_ratio=0.3, block_size=96)
+        said = dilax.explain(name, **sizes, sparsity_ratio=0.3, block_size=64, head_dim=184)
         assert "30% of them" in said.variant
-        assert said.implementation == "xla"  # no kernel takes such blocks
+        assert said.implementation == "xla"  # no kernel takes such heads with such blocks
     wrong = {"sparsity_ratio": 2.0, "block_size": 0}
     own = {"sparsity_ratio": 0.3, "block_size": 64} if name == "adaptive_standard" else {}
     for option, x in ({"pattern_type": "local_window"} | wrong | own).items():
@@ -449,8 +451,9 @@ def test_the_selector_knows_its_names(name):
 def test_a_module_with_a_router_is_attention_between_projections(rng):
     x = jnp.asarray(rng.normal(size=(1, 40, 32)), jnp.float32)
     layer = dilax.create_multihead_dilated_attention(
-        "adaptive", 32, 4, block_size=SIZE, sparsity_ratio=0.5, use_gradient_checkpointing=True
-    )
+        "adaptive", 32, 4, block_size=SIZE, sparsity_ratio=0.5, use_gradient_checkpointing=True,
+        implementation="xla",
+    )  # fmt: skip
 
     @nnx.jit
     def run(layer):
@@ -567,7 +570,7 @@ def test_wrong_arguments_are_refused_by_name(name, options, call, rng):
     x = np.zeros((B, T, N, H), np.float32)
 
     def use():
-        made = dilax.AdaptiveAttention(N, H, **({"num_kv_heads": K, "block_size": SIZE} | options))
+        made = adaptive(N, H, **({"num_kv_heads": K, "block_size": SIZE} | options))
         made(x, x[:, :, :K], x[:, :, :K], **(call or {}))
 
     with pytest.raises(ValueError, match=rf"^{name}: wanted"):
@@ -576,7 +579,7 @@ def test_wrong_arguments_are_refused_by_name(name, options, call, rng):
 
 def test_shapes_that_do_not_fit_are_refused():
     x = jnp.zeros((1, 32, 4, 8))
-    router = dilax.AdaptiveAttention(4, 8, block_size=SIZE)
+    router = adaptive(4, 8, block_size=SIZE)
     for name, arrays in (
         ("query", (x[:, :, :2], x[:, :, :2], x[:, :, :2])),
         ("key", (x, x[:, :, :2], x[:, :, :2])),
@@ -599,8 +602,9 @@ def test_everything_kept_is_dense_whatever_the_ids(rng):
     q, k, v = (jnp.asarray(rng.normal(size=(2, 64, 2, 8)), jnp.float32) for _ in range(3))
     ids = [[1] * 32 + [0] + [1] * 31, [1] * 20 + [2] * 16 + [1] * 28]
     said = {"is_causal": True, "q_segment_ids": jnp.asarray(ids, jnp.int32)}
-    layer = dilax.AdaptiveAttention(2, 8, block_size=16, sparsity_ratio=1.0)
+    layer = adaptive(2, 8, block_size=16, sparsity_ratio=1.0)
     whole = dilax.patterns.LocalWindow(1.0, block_size=16)
     found = jax.jit(lambda *x: layer(*x, deterministic=True, **said))(q, k, v)
-    wanted = jax.jit(lambda *x: dilax.block_sparse_attention(*x, whole, **said))(q, k, v)
+    blocks = functools.partial(dilax.block_sparse_attention, implementation="xla", **said)
+    wanted = jax.jit(lambda *x: blocks(*x, whole))(q, k, v)
     np.testing.assert_allclose(found, wanted, atol=1e-5)

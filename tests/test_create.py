@@ -213,7 +213,7 @@ def test_use_flash_attn_raises_where_it_cannot_run():
         ("ring_size", True, "None or 1"),
         ("ring_size", "1", "None or 1"),
         ("sparsity_ratio", 0.0, "(0, 1]"),
-        ("block_size", 100, "multiple of 64"),
+        ("block_size", 100, "64 or a multiple of 128"),
         ("pattern_type", "learned", "'local_window' or"),
         ("pattern", "learned", "one of local"),
         ("need_speed", 0, "True or False"),

@@ -141,7 +141,9 @@ def test_a_window_of_a_grid_by_block_lists_is_causal_by_positions(x64):
     lists = from_mask(window_blocks(order, (3, 3), 4), 4)
     p = order.positions
     out = jax.jit(
-        lambda *x: dilax.block_sparse_attention(*x, lists, is_causal=True, q_positions=p)
+        lambda *x: dilax.block_sparse_attention(
+            *x, lists, is_causal=True, q_positions=p, implementation="xla"
+        )
     )(q[:, p], k[:, p], v[:, p])
     mask = np.asarray(token_mask(lists, 21, 21))[0, 0] & (p[:, None] >= p)
     logits = jnp.einsum("BTNH,BSNH->BNTS", q[:, p], k[:, p]) * 8**-0.5

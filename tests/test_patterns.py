@@ -290,7 +290,7 @@ def test_presets_have_the_density_they_are_shown_with():
         ("global_tokens: wanted None with a spars", {"pattern_type": "global_local",
                                                      "sparsity_ratio": 0.1, "global_tokens": 1}),
         ("pattern_type: wanted 'local_window' or .*, got 'learned'", {"pattern_type": "learned"}),
-        ("block_size: wanted 64, 128 or another multiple of 64, got 96", {"block_size": 96}),
+        ("block_size: wanted 64 or a multiple of 128, got 192", {"block_size": 192}),
         ("block_size: wanted .*, got 0", {"block_size": 0}),
         ("window_size: wanted a positive int", {"window_size": 0}),
         ("window_size: wanted an int that is not", {"window_size": (-1, 3)}),

@@ -1,5 +1,6 @@
 """Which implementation is taken, with reasons; kernels that are wrong, absent or shadowed."""
 
+import functools
 import importlib.util
 import sys
 import types
@@ -10,6 +11,7 @@ import pytest
 
 import dilax
 from dilax import UnsupportedError, dropout, reference, select, xla_attention
+from dilax.patterns import LocalWindow
 from tests.compare import assert_exact
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -49,6 +51,47 @@ def test_on_a_cpu_xla_runs_and_pallas_says_why_not():
 def test_unknown_implementations_are_refused(name):
     with pytest.raises(ValueError, match=r"^implementation: wanted None or one of"):
         select.choose(name, X, X, X, **OPTIONS)
+
+
+def block_calls(**options):
+    """Calls with blocks that no kernel takes, each a function without arguments."""
+    pattern, auto = LocalWindow(0.5, block_size=96), jax.sharding.AxisType.Auto
+    x = jax.ShapeDtypeStruct((1, 384, 4, 16), jnp.float32)
+    mesh = jax.sharding.AbstractMesh((2,), ("sequence",), axis_types=(auto,))
+    part = jax.P(None, "sequence")
+    whole = functools.partial(dilax.block_sparse_attention, pattern=pattern, **options)
+    inside = functools.partial(whole, segment_lengths=(96, 384), dilation_rates=(1, 2))
+    sharded = functools.partial(
+        dilax.sharded_block_sparse_attention, pattern=pattern, axis_name="sequence", **options
+    )
+    sharded = jax.shard_map(sharded, mesh=mesh, in_specs=(part,) * 3, out_specs=part)
+    created = {"embed_dim": 64, "num_heads": 4, "block_size": 100}
+    said = {"seq_len": 384, "pattern": pattern, "segment_lengths": None}
+    return {
+        "whole": lambda: jax.eval_shape(whole, x, x, x),
+        "inside": lambda: jax.eval_shape(inside, x, x, x),
+        "sharded": lambda: jax.eval_shape(sharded, x, x, x),
+        "adaptive": lambda: dilax.AdaptiveAttention(4, 16, block_size=100, **options),
+        "created": lambda: dilax.create_block_sparse_attention("adaptive", **created, **options),
+        "explained": lambda: dilax.explain("block_sparse", **said, **options),
+        "routed": lambda: dilax.explain("adaptive", seq_len=384, block_size=100, **options),
+    }
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("name", block_calls())
+def test_blocks_that_no_kernel_takes_need_xla_by_name(name):
+    for options in ({}, {"implementation": "pallas"}):
+        with pytest.raises(ValueError, match=r"^block_size: wanted 64 or a multiple of 128, or"):
+            block_calls(**options)[name]()
+    block_calls(implementation="xla")[name]()
+
+
+def test_a_config_has_blocks_that_a_kernel_takes():
+    assert dilax.SparsePatternConfig(block_size=384).block_size == 384
+    for size in (96, 192, 64.0, True, -128):
+        with pytest.raises(ValueError, match=r"^block_size: wanted 64 or a multiple of 128, got"):
+            dilax.SparsePatternConfig(block_size=size)
 
 
 def test_kernels_run_where_they_can(monkeypatch, on_gpu, x64):

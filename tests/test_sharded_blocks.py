@@ -54,6 +54,7 @@ def placed(name, devices, mesh=None, **options):
             v,
             pattern_of(name),
             axis_name="sequence",
+            implementation="xla",  # the only one for such blocks
             **dict(zip(MARKS, marks, strict=False)),
             **options,
         )
@@ -113,8 +114,8 @@ def test_equals_one_device(name, devices, causal, layout, ids, drops, x64):
     options = options_of(causal, drops)
 
     def one(q, k, v, *ids):
-        masks = {"q_segment_ids": ids[0]} if ids else {}
-        return dilax.block_sparse_attention(q, k, v, pattern_of(name), **masks, **options)
+        more = {"implementation": "xla"} | ({"q_segment_ids": ids[0]} if ids else {})
+        return dilax.block_sparse_attention(q, k, v, pattern_of(name), **more, **options)
 
     assert moves(name, devices, is_causal=causal, layout=layout, packed=ids) == (name == "block")
     wanted = with_gradients(one)(*arrays)

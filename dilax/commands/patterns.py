@@ -18,7 +18,7 @@ class PatternOptions:
     sparsity_ratio: float | None = None
     """Of a pattern type: the share of admissible blocks kept."""
     block_size: int | None = None
-    """Of a pattern type: tokens of a block, a multiple of 64."""
+    """Of a pattern type: tokens of a block, 64 or a multiple of 128."""
     window_size: int | tuple[int | None, int | None] | None = None
     """Of a pattern type: tokens of the window, or those to the left and to the right."""
     global_tokens: int | tuple[int, int] | None = None
