@@ -150,7 +150,8 @@ def explain(
     segments, rates = segments_of(row, segment_lengths, dilation_rates)
     if row.adaptive and segments is not None:
         wanted = (
-            f"None with kind {kind!r}: a segment is a call of its own, explain one by its length"
+            f"None with kind {kind!r}: a segment is a call of its own, explain one by its"
+            " length (with dropout XLA runs)"
         )
         raise refuse("segment_lengths", wanted, segment_lengths)
     variant = "block_sparse_attention" if segments is None else "dilated_attention"

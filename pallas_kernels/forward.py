@@ -149,9 +149,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 )
 
             # Of the tile on the diagonal the first of two warpgroups sees half. (Larger heads gain
-            # nothing, and have no registers left.)
+            # nothing, and have no registers left. Before a gap the last row is not the one that
+            # sees most.)
             halves = plan.causal and branches == 1 and bkv == 2 * ROWS and opt.lazy and opt.overlap
-            plain = not (opt.marks.count or opt.rate) and head_dim <= ROWS
+            plain = not (opt.marks.count or opt.rate or plan.gaps) and head_dim <= ROWS
             return loop.with_sum(perhaps_half if halves and plain else all_branches)
 
         def one_item(t: Any, state: Any) -> Any:

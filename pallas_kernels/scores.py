@@ -30,7 +30,7 @@ class Rows:
     """A warpgroup's rows of queries, as one branch sees them.
 
     row: the first one. dilated: the dilated row of each, `[ROWS]`. low, high: the away rows that
-    all of them see. end: of those that any of them sees.
+    all of them see. end: of those that any of them sees, without gaps.
     """
 
     row: Any

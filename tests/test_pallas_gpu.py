@@ -58,6 +58,7 @@ CASES = [
     KernelCase("no rate 1", (128,), (2,), T=256, H=64),
     KernelCase("rate above heads", (512,), (8,), T=512, H=64),
     KernelCase("odd rates", (120, 360), (1, 3), T=720, H=64, N=3, causal=True),
+    KernelCase("gaps causal", (601,), (3,), T=1300, causal=True),
     KernelCase("rates that divide nothing", (100, 250), (3, 4), T=700, N=4, causal=True),
     # Without dropout: rows of one key then have an out that 16 bits cannot hold, so that delta, and
     # their gradient, which is 0, are off by its rounding.

@@ -38,6 +38,8 @@ CASES = [
     ),
     # Logits so large that maxima rise between tiles of keys.
     KernelCase("causal gqa", (128, 256), (1, 2), T=136, H=16, N=2, K=1, causal=True, scale=2.0),
+    # A segment ends inside a warpgroup's rows, whose last ones lie in a gap.
+    KernelCase("gaps causal", (601,), (3,), T=610, H=16, N=1, causal=True, deterministic=True),
     # One pass, of both branches at once.
     KernelCase("ids 128", (48, 1 << 20), (1, 2), T=72, S=136, H=128, N=2, K=1, ids=True, rate=0.2),
     KernelCase(
