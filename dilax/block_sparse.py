@@ -153,23 +153,24 @@ def attend_lists(
     """
     whole: Any = {"combine": "lse", "head_offset": "interleaved", "pad_mode": "mask"}
     whole |= {"average_branches": None, "q_start": 0, "k_start": 0}
-    return union_attention(
-        query,
-        key,
-        value,
-        None,
-        None,
-        key_padding_mask=None,
-        kv_positions=None,
-        bias_k=bias_k,
-        bias_v=bias_v,
-        zero_attn=zero_attn,
-        return_lse=True,
-        blocks=lambda *_: whole_lists(query, key, lists, False, 0, 0),
-        dropout_bits=dropout_bits,
-        **whole,
-        **options,
-    )
+    with jax.named_scope("dilax.block_sparse_attention"):
+        return union_attention(
+            query,
+            key,
+            value,
+            None,
+            None,
+            key_padding_mask=None,
+            kv_positions=None,
+            bias_k=bias_k,
+            bias_v=bias_v,
+            zero_attn=zero_attn,
+            return_lse=True,
+            blocks=lambda *_: whole_lists(query, key, lists, False, 0, 0),
+            dropout_bits=dropout_bits,
+            **whole,
+            **options,
+        )
 
 
 def refuse_branch_options(dilation_rates, combine, head_offset, average_branches) -> None:

@@ -153,11 +153,6 @@ class Sum:
             self.stand_in[0][...] = value
 
 
-def times_rows(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """x with every row multiplied by its factor."""
-    return x * jax.lax.broadcast_in_dim(factor, x.shape, [0])
-
-
 def with_sum(
     body: Callable[[Sum], Any], shape: tuple[int, int], stand_in: tuple[Any, Any] | None
 ) -> Any:

@@ -179,8 +179,8 @@ def candidates(kernel: str, head_dim: int, marks: int = 0) -> tuple[Blocks, ...]
     """
     options = itertools.product((64, 128, 192, 256), (1, 2, 3, 4))
     if kernel == "forward":
-        lazy = (False, True) if head_dim <= LAZY else (False,)
-        kinds = [(*x, 1, z) for *x, z in itertools.product((2, 3), (False, True), lazy)]
+        choices = itertools.product((2, 3), (False, True), {False, head_dim <= LAZY})
+        kinds = [(consumers, overlap, 1, lazy) for consumers, overlap, lazy in choices]
     else:
         kinds = [(2, False, n, False) for n in ((1, 2) if kernel == "keys" else (1,))]
     # Rows of 16-bit elements that a home row holds: what it reads, and what it is written from.

@@ -17,7 +17,6 @@ from pallas_kernels.compat import (
     plgpu,
     product,
     product_first,
-    times_rows,
     with_sum,
 )
 from pallas_kernels.config import ROWS
@@ -136,7 +135,7 @@ class Warpgroup:
         def again() -> Any:
             p, top, alpha = softmax(s, m, self.scale)
             added = mass * alpha + partial_sums(p, self.interpret)
-            return weights(p), top, added, times_rows(total, alpha)
+            return weights(p), top, added, _scaled(total, alpha)
 
         def same() -> Any:
             return weights(p), m, mass + sums, total
@@ -190,7 +189,7 @@ class Warpgroup:
         dropped, m, mass, alpha = lax.optimization_barrier((dropped, m, mass, alpha))
         if self.overlap:
             pin(mass, self.interpret)
-        acc.set(times_rows(acc.value(), alpha))
+        acc.set(_scaled(acc.value(), alpha))
         if self.overlap:
             plgpu.barrier_arrive(self.free[2].at[self.slot(n - 1)])
         return dropped.astype(self.q.dtype), m, mass, n + 1
@@ -226,7 +225,7 @@ class Warpgroup:
         mass = mass * alpha + partial_sums(p, self.interpret)
         p, m, mass, alpha = lax.optimization_barrier((p, m, mass, alpha))
         pin(mass, self.interpret)
-        acc.set(times_rows(acc.value(), alpha))
+        acc.set(_scaled(acc.value(), alpha))
         plgpu.barrier_arrive(self.free[2].at[before])
         plgpu.barrier_wait(self.ready[2].at[slot])
         self.await_turn()
@@ -239,6 +238,11 @@ class Warpgroup:
     def with_sum(self, body: Callable[[Sum], Any]) -> Any:
         """Runs `body` with a sum that is zero."""
         return with_sum(body, (ROWS, self.q.shape[-1]), self.stand_in)
+
+
+def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x with every row multiplied by its factor."""
+    return x * lax.broadcast_in_dim(factor, x.shape, [0])
 
 
 def nothing_seen(head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:

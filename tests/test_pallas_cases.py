@@ -11,7 +11,8 @@ import pytest
 
 from dilax import dropout, xla_attention
 from dilax.spec import DilatedSpec, branches_of
-from pallas_kernels import flash
+from pallas_kernels import config, flash
+from pallas_kernels.support import padded_head
 from tests.compare import assert_within, error
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -42,6 +43,7 @@ class KernelCase:
     dtype: str = "bfloat16"
     scale: float | None = None
     deterministic: bool = False
+    tiles_of: int | None = None  # forward tiles of segments with so many rows
     apart: float = 0.0  # mean of query and, negated, of key: logits lie far below 0
 
     @property
@@ -132,7 +134,11 @@ def _run(
 def run_kernel(case: KernelCase, repeats: int = 0) -> dict[str, Any]:
     """What the kernels give for a case."""
     starts = tuple(jnp.int32(s) for s in case.starts) if case.traced else None
-    extra = {"keep": dropout, "deterministic": case.deterministic}
+    extra: dict[str, Any] = {"keep": dropout, "deterministic": case.deterministic}
+    if case.tiles_of:
+        sizes = (padded_head(case.H), jnp.dtype(case.dtype).itemsize, case.tiles_of)
+        tiles = config.forward_blocks(*sizes, causal=case.causal, marks=0)
+        extra["tiles"] = {"forward": tiles}
     return _run(case, flash.attend, jnp.dtype(case.dtype), starts, repeats, **extra)
 
 

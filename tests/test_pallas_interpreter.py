@@ -40,6 +40,19 @@ CASES = [
     KernelCase("causal gqa", (128, 256), (1, 2), T=136, H=16, N=2, K=1, causal=True, scale=2.0),
     # A segment ends inside a warpgroup's rows, whose last ones lie in a gap.
     KernelCase("gaps causal", (601,), (3,), T=610, H=16, N=1, causal=True, deterministic=True),
+    # Three warpgroups with tiles of 64 keys.
+    KernelCase(
+        "long causal",
+        (1 << 20,),
+        (1,),
+        T=260,
+        H=16,
+        N=1,
+        causal=True,
+        scale=2.0,
+        tiles_of=4096,
+        deterministic=True,
+    ),
     # One pass, of both branches at once.
     KernelCase("ids 128", (48, 1 << 20), (1, 2), T=72, S=136, H=128, N=2, K=1, ids=True, rate=0.2),
     KernelCase(
@@ -98,7 +111,7 @@ for case in {cases!r}:
 print("checked")
 """
 # Cases of one process share its start and what jax compiles for all of them.
-TOGETHER = (CASES[:3], CASES[3:])
+TOGETHER = (CASES[:4], CASES[4:])
 
 
 @pytest.mark.parametrize(
