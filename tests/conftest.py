@@ -40,8 +40,8 @@ def rng() -> np.random.Generator:
 
 
 def pytest_collection_modifyitems(config, items):
-    """What needs a GPU, and the long table of placements, run when -m names them."""
-    for marker in ("gpu", "mesh_table"):
+    """What needs a GPU or its compiler, and the long table of placements, run if -m names them."""
+    for marker in ("aot", "gpu", "mesh_table"):
         if marker in (config.option.markexpr or ""):
             continue
         unasked = {item for item in items if item.get_closest_marker(marker)}
