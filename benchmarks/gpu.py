@@ -243,9 +243,9 @@ def giga(lab: Lab) -> list[Step]:
     times, checks = [], []
     for T in (10000, 45000):
         shape = gigapath(T)
-        times += [measured(lab, shape, OURS), gpu_torch.torchscale(lab, shape)]
+        times += [measured(lab, shape, OURS), *gpu_torch.torchscale(lab, shape)]
         times.append(gpu_torch.dense(lab, shape))
-        checks += [checked(lab, shape, OURS), gpu_torch.torchscale_compared(lab, shape)]
+        checks += [checked(lab, shape, OURS), *gpu_torch.torchscale_compared(lab, shape)]
         checks.append(gpu_torch.dense_compared(lab, shape))
     return times + checks
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -184,50 +183,5 @@ def torch_dense(torch: Any, causal: bool) -> Callable:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
             run = torch.nn.functional.scaled_dot_product_attention
             return run(q, k, v, is_causal=causal).transpose(1, 2)
-
-    return attend
-
-
-def torchscale(torch: Any, lists: Lists) -> Callable:
-    """torchscale's arithmetic on torch tensors: pad, gather, flash, scatter, weigh by lse."""
-
-    def branch(q: Any, k: Any, v: Any, w: int, r: int) -> tuple[Any, Any]:
-        _, T, N, H = q.shape
-        w = min(w, T)
-        segments, rows, width = -(-T // w), -(-w // r), -(-N // r)
-
-        def gather(x: Any) -> Any:
-            x = torch.nn.functional.pad(x, (0, 0, 0, width * r - N, 0, segments * w - T))
-            x = x.reshape(segments, w, width * r, H)
-            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, rows * r - w))
-            x = x.reshape(segments, rows, r, r, width, H)
-            x = torch.diagonal(x, dim1=2, dim2=3)  # segments, rows, width, H, r
-            return x.permute(0, 4, 2, 1, 3).reshape(segments, r * width, rows, H)
-
-        q, k, v = (gather(x) for x in (q, k, v))
-        scale = 1 / math.sqrt(H)
-        if q.is_cuda:
-            flash = torch.ops.aten._scaled_dot_product_flash_attention
-            out, lse, *_ = flash(q, k, v, 0.0, False, False, scale=scale)
-        else:
-            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            out, lse = flash(q, k, v, 0.0, False, scale=scale)
-
-        def scatter(x: Any, fill: float) -> Any:
-            x = x.reshape(segments, r, width, rows, -1).permute(0, 3, 2, 4, 1)
-            y = torch.full(
-                (segments, rows, r, r, width, x.shape[3]), fill, dtype=x.dtype, device=x.device
-            )
-            torch.diagonal(y, dim1=2, dim2=3).copy_(x)
-            y = y.reshape(segments, rows * r, r * width, -1)[:, :w]
-            return y.reshape(1, segments * w, r * width, -1)[:, :T, :N]
-
-        return scatter(out, 0.0), scatter(lse[..., None], -1e8)
-
-    def attend(q: Any, k: Any, v: Any) -> Any:
-        parts = [branch(q, k, v, w, r) for w, r in lists]
-        with torch.no_grad():
-            weights = torch.softmax(torch.stack([lse for _, lse in parts]), dim=0)
-        return sum(out * w.to(out.dtype) for (out, _), w in zip(parts, weights, strict=True))
 
     return attend

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import gpu_peers as peers
+from benchmarks import torchscale_peer
 from benchmarks.gpu_lab import (
     HEADS,
     Lab,
@@ -21,7 +22,12 @@ from benchmarks.gpu_lab import (
 )
 from benchmarks.gpu_table import Row
 
-DENSE, TORCHSCALE = "dense torch SDPA", "torchscale arithmetic"
+DENSE = "dense torch SDPA"
+# Of each, how the arithmetic is written.
+TORCHSCALE = {
+    "torchscale arithmetic": torchscale_peer.original,
+    "torchscale arithmetic, rewritten": torchscale_peer.rewritten,
+}
 
 
 def dense(lab: Lab, shape: Shape) -> Step:
@@ -29,9 +35,9 @@ def dense(lab: Lab, shape: Shape) -> Step:
     return _step(lab, _everything(shape), DENSE, lambda t: peers.torch_dense(t, shape.causal))
 
 
-def torchscale(lab: Lab, shape: Shape) -> Step:
-    """The shape's lists with torchscale's operations."""
-    return _step(lab, shape, TORCHSCALE, lambda t: peers.torchscale(t, shape.lists))
+def torchscale(lab: Lab, shape: Shape) -> list[Step]:
+    """The shape's lists with torchscale's operations, as it runs them and rewritten."""
+    return [_step(lab, shape, who, _on_lists(shape, make)) for who, make in TORCHSCALE.items()]
 
 
 def dense_compared(lab: Lab, shape: Shape) -> Step:
@@ -40,10 +46,16 @@ def dense_compared(lab: Lab, shape: Shape) -> Step:
     return _compared(lab, whole, DENSE, lambda t: peers.torch_dense(t, shape.causal), "cudnn")
 
 
-def torchscale_compared(lab: Lab, shape: Shape) -> Step:
+def torchscale_compared(lab: Lab, shape: Shape) -> list[Step]:
     """What `torchscale` times against the same in float64: its heads, padding and weights."""
-    make = functools.partial(peers.torchscale, lists=shape.lists)
-    return _compared(lab, shape, TORCHSCALE, make, "torchscale in float64")
+    return [
+        _compared(lab, shape, who, _on_lists(shape, make), "torchscale in float64")
+        for who, make in TORCHSCALE.items()
+    ]
+
+
+def _on_lists(shape: Shape, make: Callable[..., Callable]) -> Callable[[Any], Callable]:
+    return functools.partial(make, lists=shape.lists)
 
 
 def _everything(shape: Shape) -> Shape:

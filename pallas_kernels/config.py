@@ -118,10 +118,11 @@ def forward_blocks(
         Blocks(away=128, stages=2, consumers=2, overlap=True, stagings=1, lazy=True)
     """
     # Small heads are bound by exponentials, not by products: more warpgroups or longer tiles help,
-    # for which there are no registers where maxima are looked for rarely; with causality that, and
-    # shorter tiles, is better. 192 rows a tile waste too much of short segments.
+    # for which there are no registers where maxima are looked for rarely; with causality or short
+    # segments that, and shorter tiles, is better. 192 rows a tile waste too much of short segments.
     options = ((128, 2), *WIDE_TILES)
-    lazy = (causal or head_dim > 64) and head_dim <= LAZY and not (marks or dropout)
+    lazy = causal or head_dim > 64 or length < 2048
+    lazy = lazy and head_dim <= LAZY and not (marks or dropout)
     if lazy and head_dim <= 64:
         options = ((64, 4, 3) if length >= 4096 else (128, 3), *options)
     elif head_dim <= 64 and length >= 4096:

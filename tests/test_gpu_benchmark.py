@@ -121,7 +121,7 @@ def test_every_result_that_is_timed_is_checked(tmp_path, monkeypatch):
     # Steps that are timed take programs that fail; torch's have none.
     timed = {f"{p.shape.name}, {p.who}" for step in steps if not step.alone for p in step.programs}
     timed |= {step.name for step in steps if not step.programs}
-    assert {name.partition(", ")[2] for name in timed} >= {gpu_torch.DENSE, gpu_torch.TORCHSCALE}
+    assert {name.partition(", ")[2] for name in timed} >= {gpu_torch.DENSE, *gpu_torch.TORCHSCALE}
     checked = {step.name.rpartition(", ")[0] for step in steps if step.alone and step.programs}
     assert timed == checked
 
@@ -192,10 +192,11 @@ def test_results_of_torch_are_compared(tmp_path, monkeypatch):
     for factor in (1.0, 1.1):
         given = [*right[:3], factor * right[3]]
         monkeypatch.setattr(gpu_torch, "outcome", lambda make, arrays, given=given: given)
-        lab.part("gigapath", [gpu_torch.torchscale_compared(lab, BRANCHES)])
-    assert [row.error for row in lab.rows] == pytest.approx([0.0, 0.1])
-    (failed,) = lab.failed
-    assert failed.startswith(f"branches, {gpu_torch.TORCHSCALE}: differs from {peer}")
+        lab.part("gigapath", gpu_torch.torchscale_compared(lab, BRANCHES))
+    assert [row.error for row in lab.rows] == pytest.approx([0.0, 0.0, 0.1, 0.1])
+    assert len(lab.failed) == len(gpu_torch.TORCHSCALE)
+    for failed, who in zip(lab.failed, gpu_torch.TORCHSCALE, strict=True):
+        assert failed.startswith(f"branches, {who}: differs from {peer}")
 
 
 def test_a_wrong_row_is_noticed(tmp_path):
