@@ -96,7 +96,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
     items, geometry, seed_ref, q_ref, do_ref, lse_ref, delta_ref = (next(it) for _ in range(7))
     k_refs = {r: next(it) for r in views}
     v_refs = {r: next(it) for r in views}
-    q_marks, k_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
+    q_marks, k_marks = opt.marks.take(it), [opt.marks.take(it) for _ in views]
     dq_ref = next(it)
     q_smem, do_smem, k_smem, v_smem, dq_smem, mark_smem, ds_smem = (next(it) for _ in range(7))
     q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free = it
@@ -204,15 +204,24 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
             begin = fill
             for branch in range(branches):
                 v, rate = visit(branch, mask, residue, tile), plan.rates[branch]
+                ids = k_marks[plan.away_view(branch)]
+                ordered = visits.before(v, ids[0].shape[-1]) if ids else 0
 
-                def step(j: Any, i: Any, v: Any = v, rate: int = rate) -> Any:
+                def step(
+                    j: Any,
+                    i: Any,
+                    v: Any = v,
+                    rate: int = rate,
+                    ids: Any = ids,
+                    ordered: Any = ordered,
+                ) -> Any:
                     slot = lax.rem(i, jnp.int32(opt.stages))
                     rows = aligned_rows(v.first + j * bkv, bkv)
                     at, reused = (b, rows, v.away_residue, kv_head), i >= opt.stages
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                     plgpu.copy_gmem_to_smem(k_refs[rate].at[at], k_smem.at[slot], k_ready.at[slot])
-                    marked = (b, v.away_residue, rows)
-                    opt.marks.bring(k_marks[rate], marked, mark_smem, slot, k_ready.at[slot])
+                    marked = (b, aligned_rows(ordered + v.first + j * bkv, bkv))
+                    opt.marks.bring(ids, marked, mark_smem, slot, k_ready.at[slot])
                     pl.when(i == begin)(load_home)
                     pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
                     plgpu.copy_gmem_to_smem(v_refs[rate].at[at], v_smem.at[slot], v_ready.at[slot])

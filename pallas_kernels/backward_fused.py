@@ -26,7 +26,6 @@ from pallas_kernels.backward import Options, seen_pairs
 from pallas_kernels.backward_keys import operands_of
 from pallas_kernels.compat import (
     COLUMN,
-    ROW,
     add_to_global,
     aligned_rows,
     launch,
@@ -36,20 +35,16 @@ from pallas_kernels.compat import (
 )
 from pallas_kernels.config import CONSUMERS, ROWS
 from pallas_kernels.forward import LOG2E
-from pallas_kernels.instructions import store_tile
+from pallas_kernels.instructions import load_rows, store_tile, take_view
 from pallas_kernels.marks import Marks
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
-    views = sorted(set(plan.rates))
     it = iter(refs)
-    items, part, geometry, seed_ref, k_ref, v_ref = (next(it) for _ in range(6))
-    q_refs = {r: next(it) for r in views}
-    do_refs = {r: next(it) for r in views}
-    lse_refs = {r: next(it) for r in views}
-    delta_refs = {r: next(it) for r in views}
-    k_marks, q_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
-    dq_refs = _queries_refs(views, it, opt.interpret)
+    items, part, geometry, words, seed_ref, k_ref, v_ref = (next(it) for _ in range(7))
+    q_refs, do_refs, lse_refs, delta_refs = ([next(it) for _ in plan.away_views] for _ in range(4))
+    k_marks, q_marks = opt.marks.take(it), [opt.marks.take(it) for _ in plan.away_views]
+    dq_refs = _queries_refs(plan.views, it, opt.interpret)
     dk_ref, dv_ref, out_smem = next(it), next(it), next(it)
     memory = gradient_memory.Memory(*it)
     queries = gradient_queries.Queries(memory, dq_refs)
@@ -58,7 +53,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     count, bq = items[cta, 0, 0], plan.block_away
     kv_heads, branches = plan.heads // opt.group, len(plan.rates)
     # Rows of the queries' gradient: the interpreter's is a view `[B, N, T / rate, rate, H]`.
-    dq_rows = math.prod(dq_refs[views[0]].shape[2:-1])
+    dq_rows = math.prod(dq_refs[plan.views[0]].shape[2:-1])
+    plan, continues = visits.running(plan, words, opt.add)
+    if plan.series:
+        take_view(words[schedule.VIEW], plan.series, opt.interpret)
 
     def visit(branch: Any, head: Any, residue: Any, tile: Any) -> visits.Visit:
         return visits.visit(plan, geometry, branch, part[head, residue], residue, tile)
@@ -92,7 +90,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
             def marks(me: Any, slot: Any) -> tuple[Marks, Marks]:
                 b, _, _, row, local = home(me)
-                own = opt.marks.of_rows(k_marks, (b, pl.ds(row, ROWS), local), ROW)
+                at = (b, row, local)
+                own = opt.marks.read(
+                    k_marks, lambda ref: load_rows(ref, at, plan.stride, opt.interpret)
+                )
                 return own, opt.marks.load(functools.partial(memory.mark, slot), COLUMN)
 
             def marked(s: jax.Array, me: Any, slot: Any) -> jax.Array:
@@ -132,10 +133,20 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 piece = tile[:, first : first + width].astype(smem.dtype)
                 store_tile(smem, piece, opt.interpret)
                 plgpu.commit_smem()
-                if opt.add:
-                    add_to_global(smem, at, opt.interpret)
-                else:
-                    plgpu.copy_smem_to_gmem(smem, at)
+                if not plan.series:
+                    leave(smem, at, opt.add)
+                    continue
+                for adds in (False, True):
+
+                    @pl.when(continues == adds)
+                    def _(at: Any = at, adds: bool = adds) -> None:
+                        leave(smem, at, adds)
+
+        def leave(smem: Any, at: Any, adds: bool) -> None:
+            if adds:
+                add_to_global(smem, at, opt.interpret)
+            else:
+                plgpu.copy_smem_to_gmem(smem, at)
 
         lax.fori_loop(0, count, one_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
@@ -161,19 +172,22 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             memory.bring_home(t, home, steps, b, kv_head, residue, tile, local)
 
             def member(m: Any, fill: Any, branch: int) -> Any:
-                head, rate = kv_head * opt.group + m, plan.rates[branch]
+                head, number = kv_head * opt.group + m, plan.away_view(branch)
+                view = words[schedule.VIEW] if plan.series else number
+                lse_ref, delta_ref = lse_refs[number], delta_refs[number]
                 v = visit(branch, head, residue, tile)
                 limits = (*unmasked(plan, v, tile, home_end(plan, local)), *hidden(plan, v, tile))
                 plane = (b * plan.heads + head) * dq_rows + v.away_residue
+                ordered = visits.before(v, lse_ref.shape[-1])
 
                 def step(j: Any, i: Any) -> Any:
                     start = v.first + j * bq
                     rows = aligned_rows(start, bq)
-                    at, vector = (b, rows, v.away_residue, head), (b, head, v.away_residue, rows)
-                    place = gradient_memory.Place(start, *limits, plane, rate, branch, head)
-                    marks = [ref.at[b, v.away_residue, rows] for ref in q_marks[rate]]
-                    tiles = (q_refs[rate].at[at], marks, do_refs[rate].at[at])
-                    vectors = (lse_refs[rate].at[vector], delta_refs[rate].at[vector])
+                    at, vector = (b, rows, v.away_residue, head), aligned_rows(ordered + start, bq)
+                    place = gradient_memory.Place(start, *limits, plane, view, branch, head)
+                    marks = [ref.at[b, vector] for ref in q_marks[number]]
+                    tiles = (q_refs[number].at[at], marks, do_refs[number].at[at])
+                    vectors = (ref.at[b, head, vector] for ref in (lse_ref, delta_ref))
                     memory.bring(i, place, *tiles, *vectors)
                     return i + 1
 
@@ -196,8 +210,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
 def home_end(plan: schedule.Launch, local: Any) -> Any:
     """Rows of keys that exist of a residue, or None where tiles end with them."""
-    ragged = plan.home % (plan.stride * plan.block_home)
-    return schedule.home_end(plan, local) if ragged else None
+    return schedule.home_end(plan, local) if plan.ragged else None
 
 
 def unmasked(plan: schedule.Launch, v: visits.Visit, tile: Any, end: Any = None) -> tuple[Any, Any]:
@@ -225,7 +238,7 @@ def hidden(plan: schedule.Launch, v: visits.Visit, tile: Any) -> tuple[Any, Any]
     return low - v.away_shift - plan.block_away, high - v.away_shift
 
 
-def _queries_refs(views: list[int], it: Any, interpret: bool) -> dict[int, Any]:
+def _queries_refs(views: Sequence[int], it: Any, interpret: bool) -> dict[int, Any]:
     """Where the queries' gradient of each view is added: one array, see `fused_gradients`."""
     if interpret:
         return {r: next(it) for r in views}
@@ -242,6 +255,7 @@ def fused_gradients(
     grads: tuple[jax.Array, jax.Array | None, jax.Array | None],
     *,
     out_dtype: Any,
+    continues: bool,
     starts: jax.Array,
     seed: jax.Array,
     marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
@@ -250,33 +264,46 @@ def fused_gradients(
     """All gradients of one launch.
 
     arrays, lse, delta, marks as in `keys_gradient`. grads: (dq, dk, dv); dq float32 `[B, N, T', H]`
-    without the scale, added to; dk and dv added to when opt.add.
+    without the scale, added to; dk and dv given when opt.add, and added to when this launch
+    continues them.
     """
-    query, key, _, _ = arrays
-    dq, dk, dv = grads
-    views = sorted(set(plan.rates))
-    head_dim, dtype = query.shape[-1], query.dtype
-    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, marks)
+    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, marks, continues)
+    given = grads if opt.add else grads[:1]
+    return _run(schedule.program(plan), opt, keep, jnp.dtype(out_dtype), operands, given)
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _run(
+    plan: schedule.Launch,
+    opt: Options,
+    keep: Any,
+    out_dtype: Any,
+    operands: list[jax.Array],
+    grads: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`fused_gradients`; traced once for all launches of a series. grads: dq, and the others."""
+    dq, *others = grads
+    shape, dtype = operands[5].shape, operands[5].dtype
+    head_dim = shape[-1]
     # Float32 leaves by columns: there is no room for all of it.
     width = head_dim * 2 // jnp.dtype(out_dtype).itemsize
     scratch = [shared_tile((CONSUMERS, ROWS, width), out_dtype)]
     scratch += gradient_memory.scratch(
         head_dim, plan.block_away, opt.stages, dtype, opt.marks.count, opt.interpret
     )
-    shape = (key.shape[0], key.shape[1] // plan.stride, plan.stride, *key.shape[2:])
     # The interpreter has no additions to strided rows of one array, so there it is one a view.
     inplace = [dq]
     if opt.interpret:
         planes = (*dq.shape[:2], -1)
-        inplace = [jnp.zeros_like(dq).reshape(*planes, r, head_dim) for r in views]
-    inplace += [dk.reshape(shape), dv.reshape(shape)] if opt.add else []
-    types = [] if opt.add else [jax.ShapeDtypeStruct(shape, out_dtype)] * 2
+        inplace = [jnp.zeros_like(dq).reshape(*planes, r, head_dim) for r in plan.views]
+    inplace += [x.reshape(shape) for x in others]
+    types = [] if others else [jax.ShapeDtypeStruct(shape, out_dtype)] * 2
     *added, dk, dv = launch(
         functools.partial(_body, plan, opt, keep),
         operands,
         types,
         scratch,
-        ctas=table.shape[0],
+        ctas=operands[0].shape[0],
         threads=CONSUMERS + 1 + config.queries_apart(head_dim),
         name="dilated_gradients",
         reductions=False,
@@ -284,4 +311,5 @@ def fused_gradients(
     )
     if opt.interpret:
         added = [sum((x.reshape(dq.shape) for x in added), dq)]
-    return added[0], dk.reshape(key.shape), dv.reshape(key.shape)
+    dk, dv = (x.reshape(shape[0], -1, *shape[3:]) for x in (dk, dv))
+    return added[0], dk, dv

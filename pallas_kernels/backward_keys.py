@@ -25,18 +25,18 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import ROWS
-from pallas_kernels.forward import LOG2E, mark_views, view
+from pallas_kernels.forward import LOG2E, by_residue, mark_views, view
 
 
 def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     views = sorted(set(plan.rates))
     it = iter(refs)
-    items, part, geometry, seed_ref, k_ref, v_ref = (next(it) for _ in range(6))
+    items, part, geometry, _, seed_ref, k_ref, v_ref = (next(it) for _ in range(7))
     q_refs = {r: next(it) for r in views}
     do_refs = {r: next(it) for r in views}
-    lse_refs = {r: next(it) for r in views}
-    delta_refs = {r: next(it) for r in views}
-    k_marks, q_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
+    lse_refs = [next(it) for _ in views]
+    delta_refs = [next(it) for _ in views]
+    k_marks, q_marks = opt.marks.take(it), [opt.marks.take(it) for _ in views]
     dk_ref, dv_ref = next(it), next(it)
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = (next(it) for _ in range(6))
     out_smem, mark_smem, p_smem = (next(it) for _ in range(3))
@@ -164,20 +164,21 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
 
             def member(m: Any, fill: Any, branch: int) -> Any:
                 head, rate = kv_head * opt.group + m, plan.rates[branch]
-                v = visit(branch, head, residue, tile)
+                v, number = visit(branch, head, residue, tile), plan.away_view(branch)
+                lse_ref, delta_ref, ids = lse_refs[number], delta_refs[number], q_marks[number]
+                ordered = visits.before(v, lse_ref.shape[-1])
 
                 def step(j: Any, i: Any) -> Any:
                     slot = lax.rem(i, jnp.int32(opt.stages))
                     rows = aligned_rows(v.first + j * bq, bq)
                     at, reused = (b, rows, v.away_residue, head), i >= opt.stages
-                    vector = (b, head, v.away_residue, rows)
+                    vector = aligned_rows(ordered + v.first + j * bq, bq)
                     pl.when(reused)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                     ready = q_ready.at[slot]
                     plgpu.copy_gmem_to_smem(q_refs[rate].at[at], q_smem.at[slot], ready)
-                    plgpu.copy_gmem_to_smem(lse_refs[rate].at[vector], lse_smem.at[slot], ready)
-                    plgpu.copy_gmem_to_smem(delta_refs[rate].at[vector], delta_smem.at[slot], ready)
-                    marked = (b, v.away_residue, rows)
-                    opt.marks.bring(q_marks[rate], marked, mark_smem, slot, ready)
+                    plgpu.copy_gmem_to_smem(lse_ref.at[b, head, vector], lse_smem.at[slot], ready)
+                    plgpu.copy_gmem_to_smem(delta_ref.at[b, head, vector], delta_smem.at[slot], ready)
+                    opt.marks.bring(ids, (b, vector), mark_smem, slot, ready)
                     pl.when(reused)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                     plgpu.copy_gmem_to_smem(
                         do_refs[rate].at[at], do_smem.at[slot], do_ready.at[slot]
@@ -198,11 +199,6 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     pl.when(wg == consumers)(produce)
 
 
-def by_residue(x: jax.Array, rate: int) -> jax.Array:
-    """`[B, N, T]` as `[B, N, rate, T / rate]`."""
-    return x.reshape(*x.shape[:2], x.shape[2] // rate, rate).swapaxes(2, 3)
-
-
 def operands_of(
     plan: schedule.Launch,
     table: np.ndarray,
@@ -211,17 +207,23 @@ def operands_of(
     starts: jax.Array,
     seed: jax.Array,
     marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
+    continues: bool,
 ) -> list[jax.Array]:
-    """What a kernel with keys at home reads, in order. vectors: lse and delta."""
+    """What a kernel with keys at home reads, in order. vectors: lse and delta.
+
+    Marks of queries are cut to the length of those: away vectors of a kernel have one length.
+    """
     query, key, value, do = arrays
-    views = sorted(set(plan.rates))
     part = schedule.participation(plan).astype(np.int32)
+    part = np.pad(part, ((0, 0), (0, plan.home_view - part.shape[1])))
     operands = [jnp.asarray(table), jnp.asarray(part)]
-    operands += [jnp.asarray(schedule.kernel_table(plan, starts)), seed]
-    operands += [view(key, plan.stride), view(value, plan.stride)]
-    operands += [view(x, r) for x in (query, do) for r in views]
-    operands += [by_residue(x, r) for x in vectors for r in views]
-    return operands + mark_views(plan, marks[1], marks[0])
+    operands += [jnp.asarray(schedule.kernel_table(plan, starts))]
+    operands += [jnp.asarray(schedule.words(plan, continues)), seed]
+    operands += [view(x, plan.home_view) for x in (key, value)]
+    operands += [view(x, r) for x in (query, do) for r in plan.away_views]
+    operands += [y for x in vectors for y in by_residue(plan, [x])]
+    away = [x[:, : vectors[0].shape[-1]] for x in marks[0]]
+    return operands + mark_views(plan, marks[1], away)
 
 
 def keys_gradient(
@@ -247,7 +249,7 @@ def keys_gradient(
     query, key, _, _ = arrays
     dk, dv = grads
     head_dim, dtype = query.shape[-1], query.dtype
-    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, marks)
+    operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, marks, opt.add)
     bq, stages, consumers = plan.block_away, opt.stages, plan.block_home // ROWS
     vectors = plgpu.SMEM((stages, bq), jnp.float32)
     scratch = [

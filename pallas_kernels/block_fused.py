@@ -133,7 +133,7 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 limits = block_schedule.unmasked(plan, *at_home)
                 limits += block_schedule.hidden(plan, *at_home)
                 plane = (b * heads + head) * dq_rows
-                place = gradient_memory.Place(start, *limits, plane, 1, entry.band, head)
+                place = gradient_memory.Place(start, *limits, plane, 0, entry.band, head)
                 marks = [ref.at[b, rows] for ref in q_marks]
                 vectors = (lse_ref.at[vector], delta_ref.at[vector])
                 memory.bring(i, place, q_ref.at[at], marks, do_ref.at[at], *vectors)

@@ -21,7 +21,7 @@ class Place(NamedTuple):
     start: its first row in its view. low, high: the first and last start of a tile that all rows of
     keys see whole. early, late: the last start of one that the second warpgroup's keys do not see
     at all, and the first that the first one's do not. plane: the row of the queries' gradient that
-    row 0 of the view adds to. rate: of the view. branch, head: for what is rarely needed.
+    row 0 of the view adds to. view: its number. branch, head: for what is rarely needed.
     """
 
     start: Any
@@ -30,7 +30,7 @@ class Place(NamedTuple):
     early: Any
     late: Any
     plane: Any
-    rate: Any
+    view: Any
     branch: Any
     head: Any
 

@@ -52,7 +52,7 @@ class Queries:
         other = jnp.int32(half * ROWS)
         row, column = (zero, other) if queries_apart(memory.head_dim) else (other, zero)
         at = (place.plane, place.start + row, column)
-        add_rows(memory.dq.at[half], self.targets, place.rate, at, memory.interpret)
+        add_rows(memory.dq.at[half], self.targets, place.view, at, memory.interpret)
 
     def _step(self, n: Any, _: None) -> None:
         memory, slot = self.memory, self.memory.slot(n)

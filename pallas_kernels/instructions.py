@@ -19,43 +19,153 @@ from pallas_kernels.compat import (
     TILE,
     add_to_global,
     aligned_rows,
+    load,
     mgpu,
     mgpu_launch,
     mgpu_utils,
     pl,
     plgpu,
     shared_kind,
+    store,
     tiling_of,
 )
+from pallas_kernels.config import ROWS
 
 # A numbered hardware barrier that neither Mosaic, which counts from 0, nor the turns use.
 MEETING = 14
+# What llvm.getelementptr takes for an index that is a value.
+DYNAMIC = -(1 << 31)
+
+
+def take_view(number: Any, rates: Sequence[int], interpret: bool) -> None:
+    """Makes tiles of arrays `[B, T / r, r, N, H]` come from and go to `[B, T / rate, rate, N, H]`.
+
+    In all of the kernel that follows, whatever their static r; rate = rates[number], number an
+    int32 scalar. The two differ in the descriptors of copies only: example, residue and head lie
+    where they were. The interpreter's arrays have one view.
+    """
+    if interpret or len(rates) == 1:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def emit(context: Any, view: Any) -> None:
+        method, chosen = context._get_tma_desc, view.registers[()]
+
+        def described(ref: Any, transforms: Any, *args: Any, **options: Any) -> Any:
+            if mgpu_utils.ir.MemRefType(ref.type).rank != len("BTrNH"):
+                return method(ref, transforms, *args, **options)
+
+            def one(rate: int) -> Any:
+                return method(ref, (_Viewed(rate), *transforms), *args, **options)
+
+            return _one_of(context, one, rates, chosen)
+
+        context._get_tma_desc = described
+
+    emit(number)
+
+
+def _one_of(
+    context: Any, descriptor: Callable[[int], Any], rates: Sequence[int], number: Any
+) -> Any:
+    """The address of the descriptor of rates[number]; they lie one after the other."""
+    begin, known = context.scratch.next_offset, [descriptor(rate) for rate in rates]
+    made = context.scratch.next_offset - begin
+    if made not in (0, len(rates) * mgpu_launch.TMA_DESCRIPTOR_BYTES):
+        raise NotImplementedError(f"{len(rates)} copy descriptors took {made} bytes")
+    llvm, ir = mgpu_utils.llvm, mgpu_utils.ir
+    size = mgpu_utils.c(mgpu_launch.TMA_DESCRIPTOR_BYTES, number.type)
+    return llvm.getelementptr(
+        known[0].type,
+        known[0],
+        [mgpu_utils.arith.muli(number, size)],
+        [DYNAMIC],
+        ir.IntegerType.get_signless(8),
+        llvm.GEPNoWrapFlags.none,
+    )
+
+
+def load_rows(ref: Any, at: tuple[Any, ...], stride: Any, interpret: bool) -> jax.Array:
+    """Loads 64 rows of `[..., rows, stride]`; at: indices, the first row, the residue.
+
+    stride: where it is traced, of a reference whose last two axes have other sizes, but as many
+    elements.
+    """
+    *index, row, residue = at
+    if interpret or isinstance(stride, int):
+        return load(ref.at[(*index, pl.ds(row, ROWS), residue)], ROW)
+    kind = plgpu.ShapeDtypeStruct((ROWS,), ref.dtype, ROW)
+    count = len(index)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), ROW, *(plgpu.Layout.WG_SPLAT,) * count), return_type=kind
+    )
+    def emit(_: Any, source: Any, places: Any, *index: Any) -> Any:
+        values = [mgpu_utils.memref.load(source, i) for i in _elements(places, index)]
+        return _row_array(values, values[0].type, places.is_signed if integer else None)
+
+    integer = jnp.issubdtype(ref.dtype, jnp.integer)
+    return emit(ref, _places(row, residue, stride), *index)
+
+
+def store_rows(ref: Any, at: tuple[Any, ...], stride: Any, rows: jax.Array, interpret: bool) -> None:
+    """Stores 64 rows where `load_rows` takes them from."""
+    *index, row, residue = at
+    if interpret or isinstance(stride, int):
+        store(ref.at[(*index, pl.ds(row, ROWS), residue)], rows)
+        return
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), ROW, ROW, *(plgpu.Layout.WG_SPLAT,) * len(index))
+    )
+    def emit(_: Any, target: Any, array: Any, places: Any, *index: Any) -> None:
+        registers = array.registers.flat
+        for register, i in zip(registers, _elements(places, index), strict=True):
+            mgpu_utils.memref.store(_element(register, 0), target, i)
+
+    emit(ref, rows, _places(row, residue, stride), *index)
+
+
+def _places(row: Any, residue: Any, stride: Any) -> jax.Array:
+    iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+    return (iota + row) * stride + residue
+
+
+def _elements(places: Any, index: Sequence[Any]) -> list[list[Any]]:
+    """Indices of the elements that a thread holds: a row's place counts on from row 0."""
+    arith, kind = mgpu_utils.arith, mgpu_utils.ir.IndexType.get()
+    first = [arith.index_cast(kind, x.registers[()]) for x in index]
+    first.append(mgpu_utils.c(0, kind))
+    return [
+        [*first, arith.index_cast(kind, _element(register, 0))]
+        for register in places.registers.flat
+    ]
 
 
 def add_rows(
-    smem: Any, refs: dict[int, Any], rate: Any, at: tuple[Any, ...], interpret: bool
+    smem: Any, refs: dict[int, Any], view: Any, at: tuple[Any, ...], interpret: bool
 ) -> None:
     """Adds a float32 shared tile to rows of global memory that lie `rate` apart (in any order).
 
     The warpgroup's threads meet before; each called `see_stores` after it stored its part.
 
     refs: by rate, `[B, N, T, H]`, all the same array; under the interpreter, which cannot add to
-    strided rows of one array, arrays `[B, N, T / rate, rate, H]`. rate: which of them, may be
-    traced. at: int32 scalars (plane, row of the view, column), plane = (b * N + n) * T + residue.
+    strided rows of one array, arrays `[B, N, T / rate, rate, H]`. view: the number of one of them,
+    may be traced. at: int32 scalars (plane, row of the view, column), plane = (b * N + n) * T + residue.
     Rows past the end are left out.
     """
     plane, row, column = at
     if interpret:
-        for one, ref in refs.items():
+        for number, ref in enumerate(refs.values()):
             _, heads, rows, view, _ = ref.shape
             length = jnp.int32(rows * view)
             residue, rest = lax.rem(plane, length), lax.div(plane, length)
             example, head = lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads))
             rows, width = aligned_rows(row, smem.shape[0]), smem.shape[1]
             window = ref.at[example, head, rows, residue, pl.ds(column, width)]
-            pl.when(rate == one)(functools.partial(add_to_global, smem, window, True))
+            pl.when(view == number)(functools.partial(add_to_global, smem, window, True))
         return
-    _add_rows(smem, next(iter(refs.values())), tuple(refs), jnp.int32(rate), at)
+    _add_rows(smem, next(iter(refs.values())), tuple(refs), jnp.int32(view), at)
 
 
 def _add_rows(smem: Any, ref: Any, rates: Sequence[int], wanted: Any, at: tuple[Any, ...]) -> None:
@@ -73,14 +183,12 @@ def _add_rows(smem: Any, ref: Any, rates: Sequence[int], wanted: Any, at: tuple[
         )
 
         def descriptor(original: Any, transforms: Any, *args: Any, **options: Any) -> Any:
-            chosen = None
-            for rate in rates:
+            def one(rate: int) -> Any:
                 strided = _Strided(rate, tuple(ref.shape))
                 those = tuple(strided if isinstance(t, _Strided) else t for t in transforms)
-                one = original(those, *args, **options)
-                same = arith.cmpi(arith.CmpIPredicate.eq, number, mgpu_utils.c(rate, number.type))
-                chosen = one if chosen is None else arith.select(same, one, chosen)
-            return chosen
+                return original(those, *args, **options)
+
+            return _one_of(context, one, rates, number)
 
         mgpu_utils.warpgroup_barrier()
         # One copy whose descriptor is chosen: each copy costs 100 to 300 cycles, even one whose
@@ -117,7 +225,7 @@ def _descriptors(context: Any, chosen: Callable[..., Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        del context._get_tma_desc
+        context._get_tma_desc = method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +260,42 @@ class _Strided(mgpu_launch.MemRefTransform):
         del shape
         batch, heads, length, head = self.shape
         return batch * heads * length, 1, length // self.rate, head
+
+    def transform_index(self, idx: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(idx)
+
+    def transform_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
+
+    def batch(self, leading_rank: int) -> Any:
+        del leading_rank
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class _Viewed(mgpu_launch.MemRefTransform):
+    """`[B, M, r, N, H]` as `[B, M x r / rate, rate, N, H]`, ahead of a descriptor's transforms."""
+
+    rate: int
+
+    def apply(self, ref: Any) -> Any:
+        ir, kind = mgpu_utils.ir, mgpu_utils.ir.MemRefType(ref.type)
+        sizes = list(self.transform_gmem_shape(kind.shape))
+        strides = list(mgpu_utils.get_contiguous_strides(sizes))
+        return mgpu_utils.memref.reinterpret_cast(
+            ir.MemRefType.get(sizes, kind.element_type, None, kind.memory_space),
+            ref,
+            [],
+            [],
+            [],
+            static_offsets=[0],
+            static_sizes=sizes,
+            static_strides=strides,
+        )
+
+    def transform_gmem_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        batch, rows, stride, *rest = shape
+        return batch, rows * stride // self.rate, self.rate, *rest
 
     def transform_index(self, idx: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(idx)
@@ -408,13 +552,13 @@ def _element(register: Any, i: int) -> Any:
     return mgpu_utils.vector.extract(register, dynamic_position=[], static_position=position)
 
 
-def _row_array(values: Sequence[Any], dtype: Any) -> Any:
+def _row_array(values: Sequence[Any], dtype: Any, is_signed: bool | None = None) -> Any:
     vector = mgpu_utils.ir.VectorType.get((1,), dtype)
     registers = np.empty((1, 1, len(values), 1, 1), dtype=object)
     for i, value in enumerate(values):
         registers[0, 0, i, 0, 0] = mgpu_utils.vector.broadcast(vector, value)
     return mgpu.FragmentedArray(
-        _registers=registers, _layout=mgpu.WGMMA_ROW_LAYOUT, _is_signed=None
+        _registers=registers, _layout=mgpu.WGMMA_ROW_LAYOUT, _is_signed=is_signed
     )
 
 

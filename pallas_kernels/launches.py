@@ -120,6 +120,26 @@ def _table(call: Call, plan: schedule.Launch, query: Any, key: Any, skip: bool) 
     )
 
 
+def _tables(call: Call, plans: list[schedule.Launch], query: Any, key: Any, carry: bool) -> Any:
+    """(plan, whether it continues what others left, its work lists) of launches in order.
+
+    carry: whether the first one does. Lists of a series are of one shape.
+    """
+    continues = [carry or number > 0 for number in range(len(plans))]
+    tables = [
+        _table(call, plan, query, key, skip) for plan, skip in zip(plans, continues, strict=True)
+    ]
+    items = max((t.shape[1] for p, t in zip(plans, tables, strict=True) if p.series), default=0)
+    for plan, skip, table in zip(plans, continues, tables, strict=True):
+        more = items - table.shape[1] if plan.series else 0
+        yield plan, skip, np.pad(table, ((0, 0), (0, more), (0, 0)))
+
+
+def _groups(whole: schedule.Launch) -> list[schedule.Launch]:
+    """The launches of all branches."""
+    return [config.subset(whole, group) for group in config.partition(whole)]
+
+
 def _blocks(call: Call) -> int:
     if call.interpret:
         # The interpreter cannot add to memory that two blocks share.
@@ -163,8 +183,12 @@ def run_forward(
     if carry is not None:
         (out,) = _pad_inputs(sizes, (carry[0].astype(call.out_dtype),), (sizes.padded_T,))
         lse = _rows(carry[1], sizes.rows, -jnp.inf)
-    for group in config.partition(whole):
-        plan = config.subset(whole, group)
+    plans = schedule.in_series(_groups(whole), q.shape[0] * q.shape[2], call.interpret)
+    if plans[0].series and out is None:
+        # A series continues what its first launch, too, is handed.
+        out = jax.lax.empty(q.shape, call.out_dtype)
+        lse = jnp.full((q.shape[0], q.shape[2], sizes.rows), -jnp.inf, jnp.float32)
+    for plan, continues, table in _tables(call, plans, q, k, carry is not None):
         options = forward.Options(
             scale=call.scale * LOG2E,
             stages=blocks.stages,
@@ -181,7 +205,7 @@ def run_forward(
             out, lse = forward.forward(
                 plan,
                 options,
-                _table(call, plan, q, k, options.carry),
+                table,
                 q,
                 k,
                 v,
@@ -189,6 +213,7 @@ def run_forward(
                 lse,
                 out_dtype=call.out_dtype,
                 lse_shape=(q.shape[0], q.shape[2], sizes.rows),
+                continues=continues,
                 starts=starts,
                 seed=seed,
                 marks=marks,
@@ -233,14 +258,12 @@ def run_backward(
     columns, tiles, count = slice(sizes.head_dim), dict(call.tiles), call.marks.count
     fused = None if call.deterministic else config.fused_blocks(head_dim, count)
 
-    def groups(blocks: config.Blocks, transposed: bool) -> Any:
-        whole = launch_of(call, heads, sizes.T, sizes.S, blocks, transposed)
-        for group in config.partition(whole):
-            yield config.subset(whole, group)
-
     def plans(blocks: config.Blocks, transposed: bool) -> Any:
-        for number, plan in enumerate(groups(blocks, transposed)):
-            yield plan, number > 0, _table(call, plan, arrays[0], arrays[1], number > 0)
+        found = _groups(launch_of(call, heads, sizes.T, sizes.S, blocks, transposed))
+        if fused is not None:
+            items = query.shape[0] * key.shape[2]
+            found = schedule.in_series(found, items, call.interpret)
+        return _tables(call, found, arrays[0], arrays[1], False)
 
     def gradients_dtype(blocks_of: Any) -> tuple[Any, Any]:
         """(blocks, dtype of the gradients between launches)."""
@@ -255,11 +278,22 @@ def run_backward(
     if fused is not None:
         blocks, dtype = gradients_dtype(lambda _: tiles.get("fused") or fused)
         dq = jnp.zeros((query.shape[0], heads, sizes.padded_T, head_dim), jnp.float32)
-        for plan, add, table in plans(blocks, True):
-            part = dataclasses.replace(options, stages=blocks.stages, add=add)
+        for plan, continues, table in plans(blocks, True):
+            if plan.series and dk is None:
+                # A series adds to what its first launch, too, is handed.
+                dk, dv = (jax.lax.empty(x.shape, dtype) for x in arrays[1:3])
+            part = dataclasses.replace(options, stages=blocks.stages, add=dk is not None)
             with jax.named_scope(f"dilated_gradients_{'_'.join(map(str, plan.rates))}"):
                 dq, dk, dv = backward_fused.fused_gradients(
-                    plan, part, table, arrays, *padded, (dq, dk, dv), out_dtype=dtype, **shared
+                    plan,
+                    part,
+                    table,
+                    arrays,
+                    *padded,
+                    (dq, dk, dv),
+                    out_dtype=dtype,
+                    continues=continues,
+                    **shared,
                 )
         dq = dq.swapaxes(1, 2) * call.scale
         dq = dq if call.wide else dq.astype(query.dtype)

@@ -53,6 +53,11 @@ class Kinds:
         """Marks of rows of the references; where: the place of the rows in each."""
         return self.load(lambda i: refs[i].at[where], layout)
 
+    def read(self, refs: Sequence[Any], read: Callable[[Any], jax.Array]) -> Marks:
+        """Marks of rows that `read` takes from each of the references."""
+        found = [read(ref) for ref in refs]
+        return Marks(found[0] if self.ids else None, found[-1] if self.positions else None)
+
     def rings(self, *shape: int) -> Any:
         """Shared memory for the marks of away rows `[..., stages, away]`, None for no marks.
 

@@ -37,6 +37,9 @@ class Launch:
     home, away: number of positions on either side.
     home_start, away_start: absolute position of the first one, or None (traced).
     transposed: home rows are keys (gradients of keys and values), not queries.
+    series: the strides of the launches that run one program, one after the other, each of one
+        branch; () if it has a program of its own. In the kernel of a series its rates, lengths,
+        numbers and stride are int32 scalars, see `visits.running`.
     """
 
     rates: tuple[int, ...]
@@ -53,6 +56,7 @@ class Launch:
     transposed: bool
     block_home: int
     block_away: int
+    series: tuple[int, ...] = ()
 
     @property
     def gaps(self) -> bool:
@@ -67,12 +71,46 @@ class Launch:
     @property
     def tiles(self) -> int:
         """Tiles of one residue class."""
-        return -(-self.home_rows // self.block_home)
+        return self.tiles_of(self.stride)
 
     @property
     def heads(self) -> int:
         """Query heads."""
         return len(self.offsets[0])
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """The rates by which rows of arrays are taken, in the order of a view's number."""
+        return self.series or tuple(sorted(set(self.rates)))
+
+    @property
+    def home_view(self) -> int:
+        """By what home arrays are viewed as `[rows, stride]` in operands."""
+        return max(self.series, default=self.stride)
+
+    @property
+    def away_views(self) -> tuple[int, ...]:
+        """By what away arrays are viewed in operands: for all of a series by the same."""
+        return (max(self.series),) if self.series else self.views
+
+    def away_view(self, branch: int) -> int:
+        """The one of `away_views` that a branch's rows are taken from."""
+        return 0 if self.series else self.views.index(self.rates[branch])
+
+    @property
+    def numbering(self) -> tuple[int, int]:
+        """(tiles, residues) by which tile codes are made: constants of a program."""
+        strides = self.series or (self.stride,)
+        return max(self.tiles_of(stride) for stride in strides), max(strides)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some tile does not end with the rows that exist."""
+        return any(self.home % (n * self.block_home) for n in self.series or (self.stride,))
+
+    def tiles_of(self, stride: int) -> int:
+        """Tiles of one residue class of a stride."""
+        return -(-self.home // (stride * self.block_home))
 
 
 def participation(launch: Launch) -> np.ndarray:
@@ -205,17 +243,25 @@ def knows_starts(launch: Launch) -> bool:
 def computes_visits(launch: Launch) -> bool:
     """Whether a kernel computes where a tile looks, and does not read it.
 
-    With one branch all divisors are constants: quicker than a read from memory. (Not for a single
-    tile: there everything would be constant, and a loop known to be empty breaks the lowering.)
+    With one branch all divisors are constants: quicker than a read from memory. (Not in a series,
+    nor for a single tile: there everything would be constant, and a loop known to be empty breaks
+    the lowering.)
     """
-    return len(launch.rates) == 1 and knows_starts(launch) and launch.tiles > 1
+    single = len(launch.rates) == 1 and not launch.series
+    return single and knows_starts(launch) and launch.tiles > 1
 
 
 def kernel_table(launch: Launch, starts: Any) -> Any:
-    """The `geometry` that a kernel gets: of one entry where it does not read it."""
+    """The `geometry` that a kernel gets, `[branch, tile * stride + residue, FIELDS]`.
+
+    Of one entry where the kernel does not read it; for all of a series of one shape.
+    """
     if computes_visits(launch):
-        return np.zeros((1, 1, 1, FIELDS), np.int32)
-    return geometry(launch, starts)
+        return np.zeros((1, 1, FIELDS), np.int32)
+    table = geometry(launch, starts).swapaxes(1, 2).reshape(len(launch.rates), -1, FIELDS)
+    rows = max((n * launch.tiles_of(n) for n in launch.series), default=table.shape[1])
+    xp: Any = np if isinstance(table, np.ndarray) else jnp
+    return xp.pad(table, ((0, 0), (0, rows - table.shape[1]), (0, 0)))
 
 
 def geometry(launch: Launch, starts: Any) -> Any:
@@ -250,14 +296,19 @@ def home_end(launch: Launch, local: Any) -> Any:
     Those past them, up to the end of a tile, are zeros: as keys, whose logits of 0 may be far above
     all that count in a query's lse. Their probabilities would then be infinite.
     """
-    return (launch.home - local + launch.stride - 1) // launch.stride
+    ops = _HOST if isinstance(local, np.ndarray) else TRACED
+    return ops.div(launch.home - local + launch.stride - 1, launch.stride)
+
+
+def hides(launch: Launch) -> bool:
+    """Whether a visit may hold a pair that does not see each other, and so needs masks."""
+    if launch.series or launch.causal or launch.gaps or not knows_starts(launch):
+        return True
+    return _hides_some(launch)
 
 
 @functools.lru_cache(maxsize=256)
-def hides(launch: Launch) -> bool:
-    """Whether a visit may hold a pair that does not see each other, and so needs masks."""
-    if launch.causal or launch.gaps or not knows_starts(launch):
-        return True
+def _hides_some(launch: Launch) -> bool:
     return bool(masked_steps(launch).any())
 
 
@@ -283,6 +334,55 @@ def masked_steps(launch: Launch) -> np.ndarray:
         whole = high // launch.block_away - -(-np.maximum(low, 0) // launch.block_away)
         found.append(steps - np.clip(whole, 0, steps))
     return np.stack(found)
+
+
+# What tells the launches of a series apart: int32 words. The number of the view; the rate; rows of a
+# segment; the branch's number; whether results are added to what is there.
+VIEW, RATE, LENGTH, NUMBER, CONTINUES = range(5)
+
+
+def words(launch: Launch, continues: bool) -> np.ndarray:
+    """The words of a launch; without a series nobody reads them."""
+    if not launch.series:
+        return np.zeros(1, np.int32)
+    view, rate = launch.series.index(launch.stride), launch.stride
+    return np.array([view, rate, launch.lengths[0], launch.numbers[0], continues], np.int32)
+
+
+def in_series(launches: list[Launch], items: int, interpret: bool) -> list[Launch]:
+    """The launches, where those that can run one program know their series.
+
+    They have one branch each, without gaps, and masks. items: tile codes for each tile of a residue
+    class and residue, which must fit 32 bits. The interpreter has one view of an array, so that it
+    runs a program for each.
+    """
+
+    def can(launch: Launch) -> bool:
+        return len(launch.rates) == 1 and not launch.gaps and hides(launch)
+
+    strides = tuple(sorted({launch.stride for launch in launches if can(launch)}))
+    if sum(map(can, launches)) < 2:
+        return launches
+    found = [
+        dataclasses.replace(x, series=(x.stride,) if interpret else strides) if can(x) else x
+        for x in launches
+    ]
+    fits = all(math.prod(x.numbering) * items < 1 << 31 for x in found)
+    return found if fits else launches
+
+
+def program(launch: Launch) -> Launch:
+    """What is static about the launches of a series; a launch without one."""
+    if not launch.series:
+        return launch
+    return dataclasses.replace(
+        launch,
+        rates=(0,),
+        lengths=(0,),
+        offsets=((0,) * launch.heads,),
+        numbers=(0,),
+        stride=launch.home_view,
+    )
 
 
 def common_stride(rates: tuple[int, ...]) -> int:

@@ -37,12 +37,28 @@ class Visit:
 
 def pick(values: tuple[int, ...], index: Any) -> Any:
     """`values[index]` for a static tuple and an index that may be traced."""
+    if len(values) == 1:
+        return values[0]
     if isinstance(index, int) or len(set(values)) == 1:
         return values[0 if len(set(values)) == 1 else index]
     result: Any = jnp.int32(values[-1])
     for i in range(len(values) - 2, -1, -1):
         result = jnp.where(index == i, values[i], result)
     return result
+
+
+def running(launch: Launch, words: Any, continues: bool) -> tuple[Launch, Any]:
+    """The launch that runs, of the series of a program, and whether it continues results.
+
+    words: see `schedule.words`. continues: whether a launch without a series does.
+    """
+    if not launch.series:
+        return launch, continues
+    rate, length, number = (words[i] for i in (schedule.RATE, schedule.LENGTH, schedule.NUMBER))
+    one = dataclasses.replace(
+        launch, rates=(rate,), lengths=(length,), numbers=(number,), stride=rate
+    )
+    return one, words[schedule.CONTINUES] != 0
 
 
 def row_bounds(launch: Launch, length: Any, rows: Any) -> tuple[Any, Any]:
@@ -81,7 +97,7 @@ def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile
     else:
 
         def read() -> tuple[Any, ...]:
-            return tuple(table[branch, residue, tile, i] for i in wanted)
+            return tuple(table[branch, tile * launch.stride + residue, i] for i in wanted)
 
         nothing = (jnp.int32(0),) * len(wanted)
         fields = read() if mask is None else lax.cond(present, read, lambda: nothing)
@@ -90,15 +106,24 @@ def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile
         *fields[: schedule.LOCAL],
         rate=pick(launch.rates, branch),
         length=(length, fields[-1]) if launch.gaps else length,
-        home_step=pick(tuple(launch.stride // r for r in launch.rates), branch),
+        home_step=1
+        if launch.series
+        else pick(tuple(launch.stride // r for r in launch.rates), branch),
     )
+
+
+def before(v: Visit, rows: int) -> Any:
+    """Where the away rows of a visit begin in an array of `rows` ordered by residue."""
+    return v.away_residue * schedule.TRACED.div(rows, v.rate)
 
 
 def place(launch: Launch, table: Any, code: Any, heads: int) -> tuple[Any, ...]:
     """(batch, head, residue, tile, residue in the home array) of a tile code."""
     batch, tile, head, residue = decode(launch, heads, code)
-    if not schedule.knows_starts(launch):
-        local = table[0, residue, tile, schedule.LOCAL]
+    if launch.home_start == 0:
+        local = residue
+    elif launch.series or not schedule.knows_starts(launch):
+        local = table[0, tile * launch.stride + residue, schedule.LOCAL]
     else:
         shifted = residue + (-launch.home_start) % launch.stride
         local = lax.rem(shifted, jnp.int32(launch.stride))
@@ -132,9 +157,10 @@ def first_branch(launch: Launch, table: Any, mask: Any, residue: Any, tile: Any)
 
 def decode(launch: Launch, heads: int, code: Any) -> tuple[Any, Any, Any, Any]:
     """(batch, tile, head, residue) of a tile code."""
-    rest, residue = lax.div(code, jnp.int32(launch.stride)), lax.rem(code, jnp.int32(launch.stride))
+    tiles, residues = launch.numbering
+    rest, residue = lax.div(code, jnp.int32(residues)), lax.rem(code, jnp.int32(residues))
     rest, head = lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads))
-    batch, tile = lax.div(rest, jnp.int32(launch.tiles)), lax.rem(rest, jnp.int32(launch.tiles))
+    batch, tile = lax.div(rest, jnp.int32(tiles)), lax.rem(rest, jnp.int32(tiles))
     return batch, tile, head, residue
 
 

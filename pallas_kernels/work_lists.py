@@ -32,7 +32,8 @@ def work_lists(
     row_bytes: bytes of one position of one kv head, both away arrays together.
     group: query heads for each kv head (items of `transposed` launches are per kv head).
     Returns int32 `[ctas, 1 + items, 3]`: entry 0 holds the count; the others (tile code, branch
-    mask, away tiles), code = ((batch * tiles + tile) * heads + head) * stride + residue.
+    mask, away tiles), code = ((batch * tiles + tile) * heads + head) * residues + residue, with
+    tiles and residues those of `launch.numbering`.
     """
     away_tiles, mask = steps(launch), participation(launch)
     heads = launch.heads
@@ -64,7 +65,8 @@ def work_lists(
     fill = cost[order] <= (ascending[min(largest, len(cost) - 1)] if len(cost) else 0)
     last = order[fill]
     order = np.concatenate([order[~fill], last[np.argsort(-cost[last], kind="stable")]])
-    code = ((example * launch.tiles + tile) * heads + head) * launch.stride + residue
+    tiles, residues = launch.numbering
+    code = ((example * tiles + tile) * heads + head) * residues + residue
     items = np.stack([code, mask[head, residue], cost], axis=-1)[order].astype(np.int32)
     # Loading the home tile and writing the result cost about as much as one more visit.
     cta = _deal(cost[order] + 1, ctas)
