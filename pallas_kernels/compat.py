@@ -217,8 +217,22 @@ def launch(
         return [*(jax.freeze(r) for r in refs), *created]
 
     if jax.__version_info__ < (0, 12):  # it cannot map scratch memory: one call after the other
-        run = jax.custom_batching.sequential_vmap(run)
-    return run(list(operands), list(inplace))
+        return jax.custom_batching.sequential_vmap(run)(list(operands), list(inplace))
+    # To transformations one operation: an array that the kernel updates may be a constant, but
+    # then the reference to it must be neither shared by examples nor kept for the backward pass.
+    whole = jax.custom_batching.custom_vmap(run)
+
+    @whole.def_vmap
+    def _(size: int, mapped: Any, operands: Any, inplace: Any) -> Any:
+        axes = [0 if one else None for one in mapped[0]]
+        inplace = [
+            x if one else jax.lax.broadcast(x, (size,))
+            for x, one in zip(inplace, mapped[1], strict=True)
+        ]
+        results = jax.vmap(run, in_axes=(axes, 0), axis_size=size)(operands, inplace)
+        return results, [True] * len(results)
+
+    return whole(list(operands), list(inplace))
 
 
 def varying_axes(x: Any) -> frozenset[str]:
