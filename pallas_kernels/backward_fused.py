@@ -55,8 +55,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     # Rows of the queries' gradient: the interpreter's is a view `[B, N, T / rate, rate, H]`.
     dq_rows = math.prod(dq_refs[plan.views[0]].shape[2:-1])
     plan, continues = visits.running(plan, words, opt.add)
-    if plan.series:
-        take_view(words[schedule.VIEW], plan.series, opt.interpret)
+    take_view(words[schedule.VIEW], plan.series, opt.interpret)
 
     def visit(branch: Any, head: Any, residue: Any, tile: Any) -> visits.Visit:
         return visits.visit(plan, geometry, branch, part[head, residue], residue, tile)
@@ -133,14 +132,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 piece = tile[:, first : first + width].astype(smem.dtype)
                 store_tile(smem, piece, opt.interpret)
                 plgpu.commit_smem()
-                if not plan.series:
-                    leave(smem, at, opt.add)
-                    continue
                 for adds in (False, True):
-
-                    @pl.when(continues == adds)
-                    def _(at: Any = at, adds: bool = adds) -> None:
-                        leave(smem, at, adds)
+                    # Whether it continues is known at run time only in a series.
+                    pl.when(continues == adds)(functools.partial(leave, smem, at, adds))
 
         def leave(smem: Any, at: Any, adds: bool) -> None:
             if adds:

@@ -177,7 +177,9 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
                     ready = q_ready.at[slot]
                     plgpu.copy_gmem_to_smem(q_refs[rate].at[at], q_smem.at[slot], ready)
                     plgpu.copy_gmem_to_smem(lse_ref.at[b, head, vector], lse_smem.at[slot], ready)
-                    plgpu.copy_gmem_to_smem(delta_ref.at[b, head, vector], delta_smem.at[slot], ready)
+                    plgpu.copy_gmem_to_smem(
+                        delta_ref.at[b, head, vector], delta_smem.at[slot], ready
+                    )
                     opt.marks.bring(ids, (b, vector), mark_smem, slot, ready)
                     pl.when(reused)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                     plgpu.copy_gmem_to_smem(

@@ -71,8 +71,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     bkv = plan.block_away
     head_dim = q_smem.shape[-1]
     plan, continues = visits.running(plan, words, opt.carry)
-    if plan.series:
-        take_view(words[schedule.VIEW], plan.series, opt.interpret)
+    take_view(words[schedule.VIEW], plan.series, opt.interpret)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)

@@ -44,7 +44,7 @@ def take_view(number: Any, rates: Sequence[int], interpret: bool) -> None:
     int32 scalar. The two differ in the descriptors of copies only: example, residue and head lie
     where they were. The interpreter's arrays have one view.
     """
-    if interpret or len(rates) == 1:
+    if interpret or len(rates) < 2:
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
@@ -108,7 +108,9 @@ def load_rows(ref: Any, at: tuple[Any, ...], stride: Any, interpret: bool) -> ja
     return emit(ref, _places(row, residue, stride), *index)
 
 
-def store_rows(ref: Any, at: tuple[Any, ...], stride: Any, rows: jax.Array, interpret: bool) -> None:
+def store_rows(
+    ref: Any, at: tuple[Any, ...], stride: Any, rows: jax.Array, interpret: bool
+) -> None:
     """Stores 64 rows where `load_rows` takes them from."""
     *index, row, residue = at
     if interpret or isinstance(stride, int):
@@ -157,8 +159,8 @@ def add_rows(
     plane, row, column = at
     if interpret:
         for number, ref in enumerate(refs.values()):
-            _, heads, rows, view, _ = ref.shape
-            length = jnp.int32(rows * view)
+            _, heads, rows, stride, _ = ref.shape
+            length = jnp.int32(rows * stride)
             residue, rest = lax.rem(plane, length), lax.div(plane, length)
             example, head = lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads))
             rows, width = aligned_rows(row, smem.shape[0]), smem.shape[1]

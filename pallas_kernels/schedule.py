@@ -342,7 +342,7 @@ VIEW, RATE, LENGTH, NUMBER, CONTINUES = range(5)
 
 
 def words(launch: Launch, continues: bool) -> np.ndarray:
-    """The words of a launch; without a series nobody reads them."""
+    """The words of a launch; without a series nobody uses them."""
     if not launch.series:
         return np.zeros(1, np.int32)
     view, rate = launch.series.index(launch.stride), launch.stride

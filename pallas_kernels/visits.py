@@ -102,13 +102,12 @@ def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile
         nothing = (jnp.int32(0),) * len(wanted)
         fields = read() if mask is None else lax.cond(present, read, lambda: nothing)
     length = pick(launch.lengths, branch)
+    steps = () if launch.series else tuple(launch.stride // r for r in launch.rates)
     return Visit(
         *fields[: schedule.LOCAL],
         rate=pick(launch.rates, branch),
         length=(length, fields[-1]) if launch.gaps else length,
-        home_step=1
-        if launch.series
-        else pick(tuple(launch.stride // r for r in launch.rates), branch),
+        home_step=1 if launch.series else pick(steps, branch),
     )
 
 
