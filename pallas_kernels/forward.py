@@ -14,17 +14,14 @@ from jax import lax
 from pallas_kernels import config, schedule, visits
 from pallas_kernels.compat import (
     COLUMN,
-    ROW,
     TILE,
     Sum,
     aligned_rows,
     launch,
-    load,
     load_shared,
     pl,
     plgpu,
     shared_tile,
-    store,
 )
 from pallas_kernels.config import ROWS
 from pallas_kernels.instructions import load_rows, store_rows, take_view

@@ -153,8 +153,8 @@ def add_rows(
 
     refs: by rate, `[B, N, T, H]`, all the same array; under the interpreter, which cannot add to
     strided rows of one array, arrays `[B, N, T / rate, rate, H]`. view: the number of one of them,
-    may be traced. at: int32 scalars (plane, row of the view, column), plane = (b * N + n) * T + residue.
-    Rows past the end are left out.
+    may be traced. at: int32 scalars (plane, row of the view, column), plane = (b * N + n) * T +
+    residue. Rows past the end are left out.
     """
     plane, row, column = at
     if interpret:

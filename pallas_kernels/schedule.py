@@ -336,8 +336,8 @@ def masked_steps(launch: Launch) -> np.ndarray:
     return np.stack(found)
 
 
-# What tells the launches of a series apart: int32 words. The number of the view; the rate; rows of a
-# segment; the branch's number; whether results are added to what is there.
+# What tells the launches of a series apart: int32 words. The number of the view; the rate; rows of
+# a segment; the branch's number; whether results are added to what is there.
 VIEW, RATE, LENGTH, NUMBER, CONTINUES = range(5)
 
 
