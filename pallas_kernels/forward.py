@@ -14,17 +14,19 @@ from jax import lax
 from pallas_kernels import config, schedule, visits
 from pallas_kernels.compat import (
     COLUMN,
+    ROW,
     TILE,
     Sum,
     aligned_rows,
     launch,
+    load,
     load_shared,
     pl,
     plgpu,
     shared_tile,
+    store,
 )
 from pallas_kernels.config import ROWS
-from pallas_kernels.instructions import load_rows, store_rows, take_view
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 from pallas_kernels.scores import Rows, mask_scores, rows_of
@@ -53,11 +55,13 @@ class Options:
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
+    views = sorted(set(plan.rates))
     it = iter(refs)
-    items, geometry, words, seed_ref, q_ref = (next(it) for _ in range(5))
-    k_refs = [next(it) for _ in plan.away_views]
-    v_refs = [next(it) for _ in plan.away_views]
-    q_marks, k_marks = opt.marks.take(it), [opt.marks.take(it) for _ in plan.away_views]
+    items, geometry, seed_ref = (next(it) for _ in range(3))
+    q_ref = next(it)
+    k_refs = {r: next(it) for r in views}
+    v_refs = {r: next(it) for r in views}
+    q_marks, k_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
     out_ref, lse_ref = next(it), next(it)
     q_smem, k_smem, v_smem, o_smem, mark_smem, p_smem, sum_smem = (next(it) for _ in range(7))
     q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free = it
@@ -67,8 +71,6 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
     head_dim = q_smem.shape[-1]
-    plan, continues = visits.running(plan, words, opt.carry)
-    take_view(words[schedule.VIEW], plan.series, opt.interpret)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
@@ -161,20 +163,14 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             b, n, residue, tile, local = visits.place(plan, geometry, code, plan.heads)
             row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, n)
-            lse_at = (b, n, row, local)
+            lse_at = lse_ref.at[b, n, pl.ds(row, ROWS), local]
             old = None
             if opt.carry:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-                @pl.when(continues)
-                def _() -> None:
-                    plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
-
-                old = load_rows(lse_ref, lse_at, plan.stride, opt.interpret)
+                plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
+                old = load(lse_at, ROW)
             total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
-            home = opt.marks.read(
-                q_marks, lambda ref: load_rows(ref, (b, row, local), plan.stride, opt.interpret)
-            )
+            home = opt.marks.of_rows(q_marks, (b, pl.ds(row, ROWS), local), ROW)
             acc, m, mass = lax.cond(
                 total > base,
                 lambda: look(base, total, mask, (residue, tile), (b, n), row, home),
@@ -187,7 +183,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             if opt.rate:
                 acc = acc * (1.0 / (1.0 - opt.rate))
             if opt.carry:
-                pl.when(continues)(lambda: plgpu.barrier_wait(c_ready.at[wg]))
+                plgpu.barrier_wait(c_ready.at[wg])
                 old = old * LOG2E
                 top = jnp.maximum(m, old)
                 safe = jnp.where(top == -jnp.inf, 0.0, top)
@@ -205,8 +201,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             o_smem.at[wg][...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window])
-            lse = jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf)
-            store_rows(lse_ref, lse_at, plan.stride, lse, opt.interpret)
+            store(lse_at, jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf))
 
         loop.begin()
         first = visits.entry(items, cta, 0, count)
@@ -238,16 +233,15 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             begin = fill
             for branch in range(branches):
                 v = visits.visit(plan, geometry, branch, mask, residue, tile)
-                number = plan.away_view(branch)
-                k_ref, v_ref, ids = k_refs[number], v_refs[number], k_marks[number]
+                rate = plan.rates[branch]
+                ids = k_marks[rate]
                 ordered = visits.before(v, ids[0].shape[-1]) if ids else 0
 
                 def step(
                     j: Any,
                     n_fill: Any,
                     v: Any = v,
-                    k_ref: Any = k_ref,
-                    v_ref: Any = v_ref,
+                    rate: int = rate,
                     ids: Any = ids,
                     ordered: Any = ordered,
                 ) -> Any:
@@ -256,6 +250,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     window = (b, rows, v.away_residue, kv_head)
                     reused = n_fill >= opt.stages
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                    k_ref, v_ref = k_refs[rate], v_refs[rate]
                     plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], k_ready.at[slot])
                     marked = (b, aligned_rows(ordered + v.first + j * bkv, bkv))
                     opt.marks.bring(ids, marked, mark_smem, slot, k_ready.at[slot])
@@ -308,7 +303,6 @@ def forward(
     *,
     out_dtype: Any,
     lse_shape: tuple[int, int, int],
-    continues: bool,
     starts: jax.Array,
     seed: jax.Array,
     marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
@@ -321,33 +315,15 @@ def forward(
     they are created. marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has,
     for whole tiles. Returns out and lse.
     """
-    geometry = jnp.asarray(schedule.kernel_table(plan, starts))
-    words = jnp.asarray(schedule.words(plan, continues))
-    operands = [jnp.asarray(table), geometry, words, seed, view(query, plan.home_view)]
-    operands += [view(x, r) for x in (key, value) for r in plan.away_views]
-    operands += mark_views(plan, *marks)
-    before = (out, lse) if opt.carry else ()
-    return _run(
-        schedule.program(plan), opt, keep, jnp.dtype(out_dtype), lse_shape, operands, before
-    )
-
-
-@functools.partial(jax.jit, static_argnums=range(5))
-def _run(
-    plan: schedule.Launch,
-    opt: Options,
-    keep: Any,
-    out_dtype: Any,
-    lse_shape: tuple[int, int, int],
-    operands: list[jax.Array],
-    before: tuple[jax.Array, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """`forward`; traced once for all launches of a series. before: out and lse."""
-    query = operands[4]
+    views = sorted(set(plan.rates))
     head_dim, dtype = query.shape[-1], query.dtype
-    batch, rows, stride, *rest = query.shape
-    out_shape = (batch, rows * stride, *rest)
-    lse_view = (*lse_shape[:2], lse_shape[2] // plan.home_view, plan.home_view)
+    geometry = jnp.asarray(schedule.kernel_table(plan, starts))
+    operands = [jnp.asarray(table), geometry, seed, view(query, plan.stride)]
+    operands += [view(key, r) for r in views]
+    operands += [view(value, r) for r in views]
+    operands += mark_views(plan, *marks)
+    out_view = (query.shape[0], query.shape[1] // plan.stride, plan.stride, *query.shape[2:])
+    lse_view = (*lse_shape[:2], lse_shape[2] // plan.stride, plan.stride)
     bkv, stages = plan.block_away, opt.stages
     pairs = opt.consumers
     scratch = [
@@ -368,12 +344,11 @@ def _run(
     ]
     args: dict[str, Any] = {}
     if opt.carry:
-        out, lse = before
-        args["inplace"] = [out.reshape(query.shape), lse.reshape(lse_view)]
+        args["inplace"] = [out.reshape(out_view), lse.reshape(lse_view)]
         types = []
     else:
         types = [
-            jax.ShapeDtypeStruct(query.shape, out_dtype),
+            jax.ShapeDtypeStruct(out_view, out_dtype),
             jax.ShapeDtypeStruct(lse_view, jnp.float32),
         ]
     out, lse = launch(
@@ -381,9 +356,9 @@ def _run(
         operands,
         types,
         scratch,
-        ctas=operands[0].shape[0],
+        ctas=table.shape[0],
         threads=pairs + 1,
         name="dilated_forward",
         **args,
     )
-    return out.reshape(out_shape), lse.reshape(lse_shape)
+    return out.reshape(query.shape), lse.reshape(lse_shape)

@@ -183,12 +183,7 @@ def run_forward(
     if carry is not None:
         (out,) = _pad_inputs(sizes, (carry[0].astype(call.out_dtype),), (sizes.padded_T,))
         lse = _rows(carry[1], sizes.rows, -jnp.inf)
-    plans = schedule.in_series(_groups(whole), q.shape[0] * q.shape[2], call.interpret)
-    if plans[0].series and out is None:
-        # A series continues what its first launch, too, is handed.
-        out = jax.lax.empty(q.shape, call.out_dtype)
-        lse = jnp.full((q.shape[0], q.shape[2], sizes.rows), -jnp.inf, jnp.float32)
-    for plan, continues, table in _tables(call, plans, q, k, carry is not None):
+    for plan, continues, table in _tables(call, _groups(whole), q, k, carry is not None):
         options = forward.Options(
             scale=call.scale * LOG2E,
             stages=blocks.stages,
@@ -196,7 +191,7 @@ def run_forward(
             overlap=blocks.overlap,
             lazy=blocks.lazy,
             group=q.shape[2] // k.shape[2],
-            carry=out is not None,
+            carry=continues,
             marks=call.marks,
             rate=call.rate,
             interpret=call.interpret,
@@ -213,7 +208,6 @@ def run_forward(
                 lse,
                 out_dtype=call.out_dtype,
                 lse_shape=(q.shape[0], q.shape[2], sizes.rows),
-                continues=continues,
                 starts=starts,
                 seed=seed,
                 marks=marks,

@@ -302,7 +302,7 @@ def home_end(launch: Launch, local: Any) -> Any:
 
 def hides(launch: Launch) -> bool:
     """Whether a visit may hold a pair that does not see each other, and so needs masks."""
-    if launch.series or launch.causal or launch.gaps or not knows_starts(launch):
+    if launch.causal or launch.gaps or not knows_starts(launch):
         return True
     return _hides_some(launch)
 
@@ -352,13 +352,13 @@ def words(launch: Launch, continues: bool) -> np.ndarray:
 def in_series(launches: list[Launch], items: int, interpret: bool) -> list[Launch]:
     """The launches, where those that can run one program know their series.
 
-    They have one branch each, without gaps, and masks. items: tile codes for each tile of a residue
-    class and residue, which must fit 32 bits. The interpreter has one view of an array, so that it
-    runs a program for each.
+    They have one branch each, causality, so that they need masks, and no gaps. items: tile codes
+    for each tile of a residue class and residue, which must fit 32 bits. The interpreter has one
+    view of an array, so that it runs a program for each.
     """
 
     def can(launch: Launch) -> bool:
-        return len(launch.rates) == 1 and not launch.gaps and hides(launch)
+        return len(launch.rates) == 1 and launch.causal and not launch.gaps
 
     strides = tuple(sorted({launch.stride for launch in launches if can(launch)}))
     if sum(map(can, launches)) < 2:

@@ -206,6 +206,16 @@ def test_visits_see_what_the_definition_says(w, r, T, S, starts, causal, transpo
         np.testing.assert_array_equal(seen[head], wanted)
 
 
+def test_gradients_of_causal_branches_are_one_program():
+    """Four launches forward, each a program, and four of the gradients, which share one."""
+    lists = ((256, 1), (512, 2), (1024, 4), (2048, 8))
+    branches = tuple((w, r, 0, tuple(n % r for n in range(4))) for w, r in lists)
+    options = {"N": 4, "K": 4, "branches": branches, "is_causal": True}
+    for grad, programs in ((False, 4), (True, 5)):
+        text = lower(2048, 64, grad=grad, **options)
+        assert text.count("custom_call @mosaic_gpu") == programs
+
+
 def test_blocks_fit_for_every_supported_head_size():
     for head_dim, marks in itertools.product(range(16, 257, 16), (1, 2)):
         for size in (2, 4):
