@@ -54,7 +54,7 @@ def original(torch: Any, lists: Lists) -> Callable:
             weights = [torch.exp(lse - top) for _, lse in parts]
             total = torch.stack(weights).sum(0)
             weights = [weight / total for weight in weights]
-        out = 0
+        out: Any = 0
         for (part, _), weight in zip(parts, weights, strict=True):
             out = out + part * weight.type_as(part)
         return out.permute(0, 2, 1, 3).reshape(q.shape)
