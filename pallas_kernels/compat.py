@@ -229,7 +229,9 @@ def launch(
             x if one else jax.lax.broadcast(x, (size,))
             for x, one in zip(inplace, mapped[1], strict=True)
         ]
-        results = jax.vmap(run, in_axes=(axes, 0), axis_size=size)(operands, inplace)
+        # Traced again here, perhaps outside of what its caller set: kernels count in int32.
+        with jax.enable_x64(False):
+            results = jax.vmap(run, in_axes=(axes, 0), axis_size=size)(operands, inplace)
         return results, [True] * len(results)
 
     return whole(list(operands), list(inplace))

@@ -112,15 +112,54 @@ print("checked")
 """
 # Cases of one process share its start and what jax compiles for all of them.
 TOGETHER = (CASES[:4], CASES[4:])
+# The launches of a series run one program, told apart by words, as on a GPU; but each has the views
+# of its rate, and what was empty is poisoned.
+SERIES = """
+import jax, jax.numpy as jnp
+from pallas_kernels import schedule
+in_series, strides = schedule.in_series, set()
+def together(launches, items, interpret):
+    found = in_series(launches, items, False)
+    strides.update(launch.series for launch in found)
+    return found
+schedule.in_series = together
+schedule.Launch.home_view = property(lambda plan: plan.stride)
+schedule.Launch.away_views = property(lambda plan: (plan.stride,) if plan.series else plan.views)
+jax.lax.empty = lambda shape, dtype: jnp.full(shape, jnp.nan, dtype)
+"""
 
 
 @pytest.mark.parametrize(
     "cases", TOGETHER, ids=lambda cases: ", ".join(case.name for case in cases)
 )
 def test_kernel_bodies(cases):
+    run(SCRIPT.format(cases=cases))
+
+
+def test_kernels_of_a_series():
+    case = KernelCase(
+        "series",
+        (96, 128),
+        (1, 2),
+        T=150,
+        S=110,
+        starts=(37, 21),
+        H=16,
+        K=1,
+        causal=True,
+        ids=True,
+        rate=0.2,
+        apart=3.0,
+    )
+    script = f"{SERIES}{SCRIPT.format(cases=[case])}"
+    run(script.replace('print("checked")', 'assert (1, 2) in strides\nprint("checked")'))
+
+
+def run(script):
+    """Runs a script that ends with "checked"."""
     environment = os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(cases=cases)],
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         timeout=500,

@@ -330,6 +330,20 @@ def test_transforms_lower(transform):
     assert "dilated_gradients" in text
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_examples_of_a_jitted_function_lower_in_64_bits(deterministic, x64):
+    """The rule for examples traces a kernel once more, where 64-bit integers are the default."""
+    x = jax.ShapeDtypeStruct((2, 1, 256, 2, 64), jnp.bfloat16)
+
+    def total(*arrays):
+        out, _ = flash.attend(*arrays, branches=PAIR, is_causal=True, deterministic=deterministic)
+        return out.astype(jnp.float32).sum()
+
+    examples = jax.jit(jax.vmap(jax.jit(jax.grad(total, (0, 1, 2)))))
+    text = examples.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call @mosaic_gpu" in text
+
+
 def test_shard_map_that_checks_is_refused():
     x = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
     auto = (jax.sharding.AxisType.Auto,)
