@@ -212,9 +212,11 @@ def launch(
     )
 
     def run(operands: Sequence[jax.Array], inplace: Sequence[jax.Array]) -> list[jax.Array]:
-        refs = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in inplace]
-        created = kernel(*operands, *refs)
-        return [*(jax.freeze(r) for r in refs), *created]
+        # A rule for examples traces it once more, outside of what its caller set.
+        with jax.enable_x64(False):
+            refs = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in inplace]
+            created = kernel(*operands, *refs)
+            return [*(jax.freeze(r) for r in refs), *created]
 
     if jax.__version_info__ < (0, 12):  # it cannot map scratch memory: one call after the other
         return jax.custom_batching.sequential_vmap(run)(list(operands), list(inplace))
@@ -229,9 +231,7 @@ def launch(
             x if one else jax.lax.broadcast(x, (size,))
             for x, one in zip(inplace, mapped[1], strict=True)
         ]
-        # Traced again here, perhaps outside of what its caller set: kernels count in int32.
-        with jax.enable_x64(False):
-            results = jax.vmap(run, in_axes=(axes, 0), axis_size=size)(operands, inplace)
+        results = jax.vmap(run, in_axes=(axes, 0), axis_size=size)(operands, inplace)
         return results, [True] * len(results)
 
     return whole(list(operands), list(inplace))
