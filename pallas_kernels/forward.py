@@ -14,22 +14,20 @@ from jax import lax
 from pallas_kernels import config, schedule, visits
 from pallas_kernels.compat import (
     COLUMN,
-    ROW,
     TILE,
     Sum,
     aligned_rows,
     launch,
-    load,
     load_shared,
     pl,
     plgpu,
     shared_tile,
-    store,
 )
 from pallas_kernels.config import ROWS
+from pallas_kernels.instructions import load_rows, store_rows, take_view
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
-from pallas_kernels.scores import Rows, mask_scores, rows_of
+from pallas_kernels.places import Places, places_of, ring
 
 LOG2E = math.log2(math.e)
 
@@ -55,15 +53,15 @@ class Options:
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
-    views = sorted(set(plan.rates))
     it = iter(refs)
-    items, geometry, seed_ref = (next(it) for _ in range(3))
-    q_ref = next(it)
-    k_refs = {r: next(it) for r in views}
-    v_refs = {r: next(it) for r in views}
-    q_marks, k_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
+    items, geometry, words, seed_ref, q_ref = (next(it) for _ in range(5))
+    k_refs = [next(it) for _ in plan.away_views]
+    v_refs = [next(it) for _ in plan.away_views]
+    q_marks, k_marks = opt.marks.take(it), [opt.marks.take(it) for _ in plan.away_views]
     out_ref, lse_ref = next(it), next(it)
-    q_smem, k_smem, v_smem, o_smem, mark_smem, p_smem, sum_smem = (next(it) for _ in range(7))
+    q_smem, k_smem, v_smem, o_smem, mark_smem, place_smem, p_smem, sum_smem = (
+        next(it) for _ in range(8)
+    )
     q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
@@ -71,6 +69,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
     head_dim = q_smem.shape[-1]
+    plan, continues = visits.running(plan, words, opt.carry)
+    take_view(words[schedule.VIEW], plan.series, opt.interpret)
+    places, hides = Places(place_smem, opt.interpret), schedule.hides(plan)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
@@ -90,62 +91,52 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
 
-        def tile_at(j: Any, v: visits.Visit, rows: Rows, at: Any, home: Marks) -> Tile:
-            def mask(s: jax.Array, away: Marks) -> jax.Array:
-                s = mask_scores(plan, v, rows, v.first + j * bkv, s)
-                return opt.marks.hide(s, home, away, plan.transposed)
-
-            def drop(p: jax.Array, away: Marks) -> jax.Array:
-                if not opt.rate:
-                    return p
-                seed, place = (seed_ref[0], seed_ref[1]), (*at, rows.row, v.first + j * bkv)
-                places = opt.marks.places(home, away)
-                seen = visits.kept(plan, keep, opt.rate, seed, v, place, p.shape, places)
-                return jnp.where(seen, p, 0.0)
-
-            return Tile(mask, drop)
-
-        def look(
-            base: Any, total: Any, mask: Any, where: Any, at: Any, row: Any, home: Marks
-        ) -> Any:
+        def look(base: Any, total: Any, at: Any, row: Any, home: Marks) -> Any:
             """(sum, maximum, mass) of the tile; it has at least one step."""
 
-            def visit(branch: Any) -> tuple[visits.Visit, Rows]:
-                v = visits.visit(plan, geometry, branch, mask, *where)
-                return v, rows_of(plan, v, row)
+            def tile_at(n: Any) -> Tile:
+                edge = mine(n, "edges") if hides else False
 
-            def steps(branch: Any, begin: Any, end: Any, state: Any, acc: Sum) -> Any:
-                seen = (*visit(branch), (*at, branch), home)
+                def masked(s: jax.Array) -> jax.Array:
+                    v, start = places.visit(plan, n), places.read(n, "start")
+                    return jnp.where(visits.seen_pairs(plan, v, row, start, s.shape), s, -jnp.inf)
 
-                def step(j: Any, state: Any) -> Any:
-                    return loop.step(state, acc, total, tile_at(j, *seen))
+                def mask(s: jax.Array, away: Marks) -> jax.Array:
+                    if hides:
+                        s = lax.cond(edge, lambda: masked(s), lambda: s)
+                    return opt.marks.hide(s, home, away, plan.transposed)
 
-                return lax.fori_loop(begin, end, step, state)
+                def drop(p: jax.Array, away: Marks) -> jax.Array:
+                    if not opt.rate:
+                        return p
+                    v, seed = places.visit(plan, n), (seed_ref[0], seed_ref[1])
+                    place = (*at, places.read(n, "branch"), row, places.read(n, "start"))
+                    marks = opt.marks.places(home, away)
+                    seen = visits.kept(plan, keep, opt.rate, seed, v, place, p.shape, marks)
+                    return jnp.where(seen, p, 0.0)
 
-            first = visits.first_branch(plan, geometry, mask, *where)
-            state = loop.first(
-                base, total, tile_at(jnp.int32(0), *visit(first), (*at, first), home)
-            )
+                return Tile(mask, drop)
 
-            def all_branches(acc: Sum) -> Any:
-                def one_branch(branch: Any, state: Any) -> Any:
-                    begin = jnp.where(branch == first, 1, 0)
-                    return steps(branch, begin, visit(branch)[0].steps, state, acc)
+            def mine(n: Any, field: str) -> Any:
+                """Whether this warpgroup's bit is set in a field of a tile's place."""
+                return (places.read(n, field) >> wg) & 1 != 0
 
-                if branches == 1:
-                    return loop.last(one_branch(0, state), acc)
-                return loop.last(lax.fori_loop(0, branches, one_branch, state), acc)
+            state = loop.first(base, total, tile_at)
+
+            def all_tiles(acc: Sum) -> Any:
+                step = functools.partial(loop.step, acc, total, tile_at)
+                return loop.last(acc, total, lax.fori_loop(base + 1, total, step, state))
 
             def perhaps_half(acc: Sum) -> Any:
-                """As `all_branches`, of one; the last tile is half a tile if no more is seen."""
-                v, rows = visit(0)
-                end = v.steps - 1
-                middle = v.first + v.away_shift + end * bkv + bkv // 2
-                half = (end > 0) & (rows.end <= middle)
-                done = steps(0, 1, v.steps - jnp.where(half, 1, 0), state, acc)
-                tile = tile_at(end, v, rows, (*at, 0), home)
+                """As `all_tiles`; the last tile is half a tile if no more is seen."""
+                half = mine(base, "halves")
+                end = total - jnp.where(half, 1, 0)
+                step = functools.partial(loop.step, acc, total, tile_at)
+                done = lax.fori_loop(base + 1, end, step, state)
                 return lax.cond(
-                    half, lambda: loop.last_half(done, acc, tile), lambda: loop.last(done, acc)
+                    half,
+                    lambda: loop.last_half(acc, tile_at, end, done),
+                    lambda: loop.last(acc, total, done),
                 )
 
             # Of the tile on the diagonal the first of two warpgroups sees half. (Larger heads gain
@@ -153,7 +144,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             # sees most.)
             halves = plan.causal and branches == 1 and bkv == 2 * ROWS and opt.lazy and opt.overlap
             plain = not (opt.marks.count or opt.rate or plan.gaps) and head_dim <= ROWS
-            return loop.with_sum(perhaps_half if halves and plain else all_branches)
+            return loop.with_sum(perhaps_half if halves and plain else all_tiles)
 
         def one_item(t: Any, state: Any) -> Any:
             base, current = state
@@ -163,17 +154,23 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             b, n, residue, tile, local = visits.place(plan, geometry, code, plan.heads)
             row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, n)
-            lse_at = lse_ref.at[b, n, pl.ds(row, ROWS), local]
+            lse_at = (b, n, row, local)
             old = None
             if opt.carry:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
-                old = load(lse_at, ROW)
+
+                @pl.when(continues)
+                def _() -> None:
+                    plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
+
+                old = load_rows(lse_ref, lse_at, plan.stride, opt.interpret)
             total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
-            home = opt.marks.of_rows(q_marks, (b, pl.ds(row, ROWS), local), ROW)
+            home = opt.marks.read(
+                q_marks, lambda ref: load_rows(ref, (b, row, local), plan.stride, opt.interpret)
+            )
             acc, m, mass = lax.cond(
                 total > base,
-                lambda: look(base, total, mask, (residue, tile), (b, n), row, home),
+                lambda: look(base, total, (b, n), row, home),
                 lambda: nothing_seen(head_dim),
             )
             finish(acc, m, mass, window, lse_at, old)
@@ -182,7 +179,17 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         def finish(acc: Any, m: Any, mass: Any, window: Any, lse_at: Any, old: Any) -> None:
             if opt.rate:
                 acc = acc * (1.0 / (1.0 - opt.rate))
-            if opt.carry:
+            if not opt.carry:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for merges in (False, True):
+                # Whether it continues is known at run time only in a series.
+                pl.when(continues == merges)(
+                    functools.partial(write, acc, m, mass, window, lse_at, old if merges else None)
+                )
+
+        def write(acc: Any, m: Any, mass: Any, window: Any, lse_at: Any, old: Any) -> None:
+            """Writes out and lse, merged with what is there if its lse is given."""
+            if old is not None:
                 plgpu.barrier_wait(c_ready.at[wg])
                 old = old * LOG2E
                 top = jnp.maximum(m, old)
@@ -196,12 +203,11 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 m, mass = top, mass * ours + theirs
             inverse = jnp.where(mass > 0.0, 1.0 / mass, 0.0)
             out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            if not opt.carry:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o_smem.at[wg][...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window])
-            store(lse_at, jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf))
+            lse = jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf)
+            store_rows(lse_ref, lse_at, plan.stride, lse, opt.interpret)
 
         loop.begin()
         first = visits.entry(items, cta, 0, count)
@@ -233,26 +239,35 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             begin = fill
             for branch in range(branches):
                 v = visits.visit(plan, geometry, branch, mask, residue, tile)
-                rate = plan.rates[branch]
-                ids = k_marks[rate]
+                number = plan.away_view(branch)
+                k_ref, v_ref, ids = k_refs[number], v_refs[number], k_marks[number]
                 ordered = visits.before(v, ids[0].shape[-1]) if ids else 0
+                row = tile * plan.block_home
+                place = None
+                if place_smem is not None:
+                    place = places_of(plan, v, branch, row, consumers)
 
                 def step(
                     j: Any,
                     n_fill: Any,
                     v: Any = v,
-                    rate: int = rate,
+                    k_ref: Any = k_ref,
+                    v_ref: Any = v_ref,
                     ids: Any = ids,
                     ordered: Any = ordered,
+                    place: Any = place,
                 ) -> Any:
                     slot = lax.rem(n_fill, jnp.int32(opt.stages))
-                    rows = aligned_rows(v.first + j * bkv, bkv)
+                    start = v.first + j * bkv
+                    rows = aligned_rows(start, bkv)
                     window = (b, rows, v.away_residue, kv_head)
                     reused = n_fill >= opt.stages
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                    k_ref, v_ref = k_refs[rate], v_refs[rate]
                     plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], k_ready.at[slot])
-                    marked = (b, aligned_rows(ordered + v.first + j * bkv, bkv))
+                    if place is not None:
+                        places.leave(n_fill, place(start))
+                        plgpu.barrier_arrive(k_ready.at[slot])
+                    marked = (b, aligned_rows(ordered + start, bkv))
                     opt.marks.bring(ids, marked, mark_smem, slot, k_ready.at[slot])
                     pl.when(n_fill == begin)(load_queries)
                     pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
@@ -303,6 +318,7 @@ def forward(
     *,
     out_dtype: Any,
     lse_shape: tuple[int, int, int],
+    continues: bool,
     starts: jax.Array,
     seed: jax.Array,
     marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
@@ -315,27 +331,46 @@ def forward(
     they are created. marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has,
     for whole tiles. Returns out and lse.
     """
-    views = sorted(set(plan.rates))
-    head_dim, dtype = query.shape[-1], query.dtype
     geometry = jnp.asarray(schedule.kernel_table(plan, starts))
-    operands = [jnp.asarray(table), geometry, seed, view(query, plan.stride)]
-    operands += [view(key, r) for r in views]
-    operands += [view(value, r) for r in views]
+    words = jnp.asarray(schedule.words(plan, continues))
+    operands = [jnp.asarray(table), geometry, words, seed, view(query, plan.home_view)]
+    operands += [view(x, r) for x in (key, value) for r in plan.away_views]
     operands += mark_views(plan, *marks)
-    out_view = (query.shape[0], query.shape[1] // plan.stride, plan.stride, *query.shape[2:])
-    lse_view = (*lse_shape[:2], lse_shape[2] // plan.stride, plan.stride)
+    before = (out, lse) if opt.carry else ()
+    return _run(
+        schedule.program(plan), opt, keep, jnp.dtype(out_dtype), lse_shape, operands, before
+    )
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _run(
+    plan: schedule.Launch,
+    opt: Options,
+    keep: Any,
+    out_dtype: Any,
+    lse_shape: tuple[int, int, int],
+    operands: list[jax.Array],
+    before: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """`forward`; traced once for all launches of a series. before: out and lse."""
+    query = operands[4]
+    head_dim, dtype = query.shape[-1], query.dtype
+    batch, rows, stride, *rest = query.shape
+    out_shape = (batch, rows * stride, *rest)
+    lse_view = (*lse_shape[:2], lse_shape[2] // plan.home_view, plan.home_view)
     bkv, stages = plan.block_away, opt.stages
-    pairs = opt.consumers
+    pairs, tells = opt.consumers, schedule.hides(plan) or opt.rate > 0.0
     scratch = [
         shared_tile((pairs, ROWS, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((pairs, ROWS, head_dim), out_dtype),
         opt.marks.rings(stages, bkv),
+        ring(stages) if tells else None,
         shared_tile((pairs, ROWS, bkv), dtype) if opt.interpret else None,
         plgpu.SMEM((pairs, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=pairs),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=1 + opt.marks.count),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=1 + opt.marks.count + tells),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_barriers=pairs),
@@ -344,11 +379,12 @@ def forward(
     ]
     args: dict[str, Any] = {}
     if opt.carry:
-        args["inplace"] = [out.reshape(out_view), lse.reshape(lse_view)]
+        out, lse = before
+        args["inplace"] = [out.reshape(query.shape), lse.reshape(lse_view)]
         types = []
     else:
         types = [
-            jax.ShapeDtypeStruct(out_view, out_dtype),
+            jax.ShapeDtypeStruct(query.shape, out_dtype),
             jax.ShapeDtypeStruct(lse_view, jnp.float32),
         ]
     out, lse = launch(
@@ -356,9 +392,9 @@ def forward(
         operands,
         types,
         scratch,
-        ctas=table.shape[0],
+        ctas=operands[0].shape[0],
         threads=pairs + 1,
         name="dilated_forward",
         **args,
     )
-    return out.reshape(query.shape), lse.reshape(lse_shape)
+    return out.reshape(out_shape), lse.reshape(lse_shape)

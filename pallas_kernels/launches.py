@@ -183,7 +183,12 @@ def run_forward(
     if carry is not None:
         (out,) = _pad_inputs(sizes, (carry[0].astype(call.out_dtype),), (sizes.padded_T,))
         lse = _rows(carry[1], sizes.rows, -jnp.inf)
-    for plan, continues, table in _tables(call, _groups(whole), q, k, carry is not None):
+    plans = schedule.in_series(_groups(whole), q.shape[0] * q.shape[2], call.interpret)
+    if plans[0].series and out is None:
+        # A series continues what its first launch, too, is handed.
+        out = jax.lax.empty(q.shape, call.out_dtype)
+        lse = jnp.full((q.shape[0], q.shape[2], sizes.rows), -jnp.inf, jnp.float32)
+    for plan, continues, table in _tables(call, plans, q, k, carry is not None):
         options = forward.Options(
             scale=call.scale * LOG2E,
             stages=blocks.stages,
@@ -191,7 +196,7 @@ def run_forward(
             overlap=blocks.overlap,
             lazy=blocks.lazy,
             group=q.shape[2] // k.shape[2],
-            carry=continues,
+            carry=out is not None,
             marks=call.marks,
             rate=call.rate,
             interpret=call.interpret,
@@ -208,6 +213,7 @@ def run_forward(
                 lse,
                 out_dtype=call.out_dtype,
                 lse_shape=(q.shape[0], q.shape[2], sizes.rows),
+                continues=continues,
                 starts=starts,
                 seed=seed,
                 marks=marks,
@@ -233,8 +239,6 @@ def run_backward(
     sizes = _sizes(call, query, key, config.CONSUMERS)
     lengths = (sizes.padded_T, sizes.padded_S, sizes.padded_S, sizes.padded_T)
     arrays = tuple(_pad_inputs(sizes, (query, key, value, do.astype(query.dtype)), lengths))
-    # A row that sees nothing gives nothing, whatever its output's gradient holds.
-    delta = jnp.where(lse == -jnp.inf, 0.0, delta)
     lse = _rows(jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), sizes.rows, jnp.inf)
     delta = _rows(delta, sizes.rows, 0.0)
     marks = pad_marks(marks, sizes.rows, sizes.key_rows)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import schedule
-from pallas_kernels.compat import COLUMN, ROW, plgpu
+from pallas_kernels.compat import COLUMN, ROW, TILE, plgpu
 from pallas_kernels.schedule import Launch
 
 
@@ -33,6 +33,10 @@ class Visit:
     rate: Any
     length: Any
     home_step: Any
+
+    def home_row(self, row: Any) -> Any:
+        """The dilated row of a home row."""
+        return row * self.home_step + self.home_shift
 
 
 def pick(values: tuple[int, ...], index: Any) -> Any:
@@ -101,14 +105,36 @@ def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile
 
         nothing = (jnp.int32(0),) * len(wanted)
         fields = read() if mask is None else lax.cond(present, read, lambda: nothing)
+    names = ("first", "steps", "home_shift", "away_shift", "away_residue", "limit", "origin")
+    found = dict(zip(names, fields[: schedule.LOCAL], strict=True))
+    return running_visit(launch, branch, fields[-1] if launch.gaps else None, **found)
+
+
+def running_visit(launch: Launch, branch: Any, count: Any, **fields: Any) -> Visit:
+    """A visit of a branch; what is not among the fields is None.
+
+    count: rows of a segment, where there are gaps.
+    """
     length = pick(launch.lengths, branch)
     steps = () if launch.series else tuple(launch.stride // r for r in launch.rates)
     return Visit(
-        *fields[: schedule.LOCAL],
+        **dict.fromkeys(("first", "steps", "away_residue")) | fields,
         rate=pick(launch.rates, branch),
-        length=(length, fields[-1]) if launch.gaps else length,
+        length=(length, count) if launch.gaps else length,
         home_step=1 if launch.series else pick(steps, branch),
     )
+
+
+def unmasked(launch: Launch, v: Visit, row: Any, count: int, end: Any = None) -> tuple[Any, Any]:
+    """The first and last start of an away tile that `count` home rows from `row` on see whole.
+
+    end: home rows that exist, or None where all do.
+    """
+    _, high = row_bounds(launch, v.length, v.home_row(row))
+    low, _ = row_bounds(launch, v.length, v.home_row(row + count - 1))
+    if end is not None:
+        low = jnp.where(row + count > end, schedule.UNBOUNDED, low)
+    return low - v.away_shift, jnp.minimum(high - v.away_shift, v.limit) - launch.block_away
 
 
 def before(v: Visit, rows: int) -> Any:
@@ -145,15 +171,6 @@ def known_steps(
     return sum(counts, jnp.int32(0))
 
 
-def first_branch(launch: Launch, table: Any, mask: Any, residue: Any, tile: Any) -> Any:
-    """The first branch that looks at anything from a tile; the last one if none does."""
-    result: Any = len(launch.rates) - 1
-    for branch in range(len(launch.rates) - 2, -1, -1):
-        looks = visit(launch, table, branch, mask, residue, tile).steps > 0
-        result = jnp.where(looks, jnp.int32(branch), result)
-    return result
-
-
 def decode(launch: Launch, heads: int, code: Any) -> tuple[Any, Any, Any, Any]:
     """(batch, tile, head, residue) of a tile code."""
     tiles, residues = launch.numbering
@@ -180,6 +197,21 @@ def visible(
         high = jnp.where(rows < end, high, 0)
     low, high = (lax.broadcast_in_dim(x, columns.shape, [0]) for x in (low, high))
     return (columns >= low) & (columns < high)
+
+
+def seen_pairs(
+    launch: Launch,
+    v: Visit,
+    row: Any,
+    start: Any,
+    shape: tuple[int, int],
+    end: Any = None,
+) -> jax.Array:
+    """Which (home, away) pairs of a tile see each other; home rows from `end` on see nothing."""
+    columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + (start + v.away_shift)
+    iota = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
+    last = schedule.UNBOUNDED if end is None else v.home_row(end)
+    return visible(launch, v.length, v.home_row(iota + row), columns, v.limit + v.away_shift, last)
 
 
 class _Spread:
