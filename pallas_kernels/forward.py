@@ -91,8 +91,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
 
-        def look(base: Any, total: Any, at: Any, row: Any, home: Marks) -> Any:
-            """(sum, maximum, mass) of the tile; it has at least one step."""
+        def look(
+            base: Any, total: Any, at: Any, row: Any, home: Marks, bring: Any, load_old: Any
+        ) -> Any:
+            """(sum, maximum, mass, lse before) of the tile; it has at least one step."""
 
             def tile_at(n: Any) -> Tile:
                 edge = mine(n, "edges") if hides else False
@@ -122,10 +124,14 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 return (places.read(n, field) >> wg) & 1 != 0
 
             state = loop.first(base, total, tile_at)
+            # Only now: what the tile before wrote has left, and nothing waits for it.
+            bring()
 
             def all_tiles(acc: Sum) -> Any:
                 step = functools.partial(loop.step, acc, total, tile_at)
-                return loop.last(acc, total, lax.fori_loop(base + 1, total, step, state))
+                done = lax.fori_loop(base + 1, total, step, state)
+                old = load_old()
+                return *loop.last(acc, total, done), old
 
             def perhaps_half(acc: Sum) -> Any:
                 """As `all_tiles`; the last tile is half a tile if no more is seen."""
@@ -133,11 +139,13 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 end = total - jnp.where(half, 1, 0)
                 step = functools.partial(loop.step, acc, total, tile_at)
                 done = lax.fori_loop(base + 1, end, step, state)
-                return lax.cond(
+                old = load_old()
+                found = lax.cond(
                     half,
                     lambda: loop.last_half(acc, tile_at, end, done),
                     lambda: loop.last(acc, total, done),
                 )
+                return *found, old
 
             # Of the tile on the diagonal the first of two warpgroups sees half. (Larger heads gain
             # nothing, and have no registers left. Before a gap the last row is not the one that
@@ -155,32 +163,41 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             row = tile * plan.block_home + wg * ROWS
             window = (b, aligned_rows(row, ROWS), local, n)
             lse_at = (b, n, row, local)
-            old = None
-            if opt.carry:
+
+            def bring() -> None:
+                """Brings what is there to where the result will be left."""
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                pl.when(continues)(
+                    lambda: plgpu.copy_gmem_to_smem(
+                        out_ref.at[window], o_smem.at[wg], c_ready.at[wg]
+                    )
+                )
 
-                @pl.when(continues)
-                def _() -> None:
-                    plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
+            def load_old() -> Any:
+                """Late, since there are few registers, but ahead of what waits for products."""
+                if not opt.carry:
+                    return None
+                return load_rows(lse_ref, lse_at, plan.stride, opt.interpret)
 
-                old = load_rows(lse_ref, lse_at, plan.stride, opt.interpret)
+            def nothing() -> Any:
+                bring()
+                return *nothing_seen(head_dim), load_old()
+
             total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
             home = opt.marks.read(
                 q_marks, lambda ref: load_rows(ref, (b, row, local), plan.stride, opt.interpret)
             )
-            acc, m, mass = lax.cond(
+            found = lax.cond(
                 total > base,
-                lambda: look(base, total, (b, n), row, home),
-                lambda: nothing_seen(head_dim),
+                lambda: look(base, total, (b, n), row, home, bring, load_old),
+                nothing,
             )
-            finish(acc, m, mass, window, lse_at, old)
+            finish(*found, window, lse_at)
             return total, following
 
-        def finish(acc: Any, m: Any, mass: Any, window: Any, lse_at: Any, old: Any) -> None:
+        def finish(acc: Any, m: Any, mass: Any, old: Any, window: Any, lse_at: Any) -> None:
             if opt.rate:
                 acc = acc * (1.0 / (1.0 - opt.rate))
-            if not opt.carry:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for merges in (False, True):
                 # Whether it continues is known at run time only in a series.
                 pl.when(continues == merges)(

@@ -65,14 +65,16 @@ def running(launch: Launch, words: Any, continues: bool) -> tuple[Launch, Any]:
     return one, words[schedule.CONTINUES] != 0
 
 
-def row_bounds(launch: Launch, length: Any, rows: Any) -> tuple[Any, Any]:
+def row_bounds(launch: Launch, length: Any, rows: Any, start: Any = None) -> tuple[Any, Any]:
     """The dilated away rows [low, high) that dilated home rows see (scalar or vector).
 
-    length: as in `Visit`. A row between two segments sees nothing: [schedule.UNBOUNDED, 0).
+    length: as in `Visit`. start: where their segments begin, if that is known. A row between two
+    segments sees nothing: [schedule.UNBOUNDED, 0).
     """
     period, count = length if isinstance(length, tuple) else (length, length)
-    start = low = lax.div(rows, jnp.int32(period)) * period
-    high = low + count
+    if start is None:
+        start = lax.div(rows, jnp.int32(period)) * period
+    low, high = start, start + count
     if launch.causal and launch.transposed:
         low = jnp.maximum(low, rows)
     elif launch.causal:
@@ -187,11 +189,12 @@ def visible(
     columns: jax.Array,
     limit: Any,
     end: Any = schedule.UNBOUNDED,
+    start: Any = None,
 ) -> Any:
     """Which pairs of dilated home rows `[h]` below `end` and away rows `[h, a]` below `limit` see
-    each other.
+    each other; start: as in `row_bounds`.
     """
-    low, high = row_bounds(launch, length, rows)
+    low, high = row_bounds(launch, length, rows, start)
     high = jnp.minimum(high, limit)
     if end is not schedule.UNBOUNDED:
         high = jnp.where(rows < end, high, 0)
@@ -211,7 +214,12 @@ def seen_pairs(
     columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + (start + v.away_shift)
     iota = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
     last = schedule.UNBOUNDED if end is None else v.home_row(end)
-    return visible(launch, v.length, v.home_row(iota + row), columns, v.limit + v.away_shift, last)
+    rows, begin = v.home_row(iota + row), None
+    if launch.series:
+        # Divisions by what is known at run time only are long: one, for no more than two segments.
+        begin = lax.div(v.home_row(row), v.length) * v.length
+        begin = jnp.where(rows - begin < v.length, begin, begin + v.length)
+    return visible(launch, v.length, rows, columns, v.limit + v.away_shift, last, begin)
 
 
 class _Spread:
