@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import config, schedule, visits
+from pallas_kernels import config, forward_memory, schedule, visits
 from pallas_kernels.compat import (
     COLUMN,
     TILE,
@@ -24,10 +24,10 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import ROWS
+from pallas_kernels.forward_memory import Item, Memory, places_of
 from pallas_kernels.instructions import load_rows, store_rows, take_view
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
-from pallas_kernels.places import Places, places_of, ring
 
 LOG2E = math.log2(math.e)
 
@@ -54,24 +54,25 @@ class Options:
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     it = iter(refs)
-    items, geometry, words, seed_ref, q_ref = (next(it) for _ in range(5))
+    items, geometry, launch_ref, seed_ref, q_ref = (next(it) for _ in range(5))
     k_refs = [next(it) for _ in plan.away_views]
     v_refs = [next(it) for _ in plan.away_views]
     q_marks, k_marks = opt.marks.take(it), [opt.marks.take(it) for _ in plan.away_views]
     out_ref, lse_ref = next(it), next(it)
-    q_smem, k_smem, v_smem, o_smem, mark_smem, place_smem, p_smem, sum_smem = (
-        next(it) for _ in range(8)
-    )
-    q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free = it
+    q_smem, k_smem, v_smem, o_smem, mark_smem, p_smem, sum_smem = (next(it) for _ in range(7))
+    q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free, *words = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     count = items[cta, 0, 0]
     branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
     head_dim = q_smem.shape[-1]
-    plan, continues = visits.running(plan, words, opt.carry)
-    take_view(words[schedule.VIEW], plan.series, opt.interpret)
-    places, hides = Places(place_smem, opt.interpret), schedule.hides(plan)
+    memory, tells = Memory(*words, opt.interpret), tells_places(plan, opt)
+    take_view(launch_ref[schedule.VIEW], plan.series, opt.interpret)
+
+    def running() -> tuple[schedule.Launch, Any]:
+        """`visits.running`, read where it is needed: there are few registers."""
+        return visits.running(plan, launch_ref, opt.carry)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
@@ -91,58 +92,93 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
 
-        def look(
-            base: Any, total: Any, at: Any, row: Any, home: Marks, bring: Any, load_old: Any
-        ) -> Any:
-            """(sum, maximum, mass, lse before) of the tile; it has at least one step."""
+        def tile_at(t: Any, home: Marks, n: Any) -> Tile:
+            """What is special about tile n, of item t."""
+            hides = schedule.hides(plan)
+            edge = mine(n, "edges") if hides else False
 
-            def tile_at(n: Any) -> Tile:
-                edge = mine(n, "edges") if hides else False
+            def masked(s: jax.Array) -> jax.Array:
+                one, row, start = running()[0], first_row(t), memory.place(n, "start")
+                seen = visits.seen_pairs(one, memory.visit(one, n), row, start, s.shape)
+                return jnp.where(seen, s, -jnp.inf)
 
-                def masked(s: jax.Array) -> jax.Array:
-                    v, start = places.visit(plan, n), places.read(n, "start")
-                    return jnp.where(visits.seen_pairs(plan, v, row, start, s.shape), s, -jnp.inf)
+            def mask(s: jax.Array, away: Marks) -> jax.Array:
+                if hides:
+                    s = lax.cond(edge, lambda: masked(s), lambda: s)
+                return opt.marks.hide(s, home, away, plan.transposed)
 
-                def mask(s: jax.Array, away: Marks) -> jax.Array:
-                    if hides:
-                        s = lax.cond(edge, lambda: masked(s), lambda: s)
-                    return opt.marks.hide(s, home, away, plan.transposed)
+            def drop(p: jax.Array, away: Marks) -> jax.Array:
+                if not opt.rate:
+                    return p
+                one, seed = running()[0], (seed_ref[0], seed_ref[1])
+                at = (memory.item(t, "batch"), memory.item(t, "head"), memory.place(n, "branch"))
+                at = (*at, first_row(t), memory.place(n, "start"))
+                v, places = memory.visit(one, n), opt.marks.places(home, away)
+                seen = visits.kept(one, keep, opt.rate, seed, v, at, p.shape, places)
+                return jnp.where(seen, p, 0.0)
 
-                def drop(p: jax.Array, away: Marks) -> jax.Array:
-                    if not opt.rate:
-                        return p
-                    v, seed = places.visit(plan, n), (seed_ref[0], seed_ref[1])
-                    place = (*at, places.read(n, "branch"), row, places.read(n, "start"))
-                    marks = opt.marks.places(home, away)
-                    seen = visits.kept(plan, keep, opt.rate, seed, v, place, p.shape, marks)
-                    return jnp.where(seen, p, 0.0)
+            return Tile(mask, drop)
 
-                return Tile(mask, drop)
+        def mine(n: Any, field: str) -> Any:
+            """Whether this warpgroup's bit is set in a field of a tile's place."""
+            return (memory.place(n, field) >> wg) & 1 != 0
 
-            def mine(n: Any, field: str) -> Any:
-                """Whether this warpgroup's bit is set in a field of a tile's place."""
-                return (places.read(n, field) >> wg) & 1 != 0
+        def first_row(t: Any) -> Any:
+            """The first of this warpgroup's home rows."""
+            return memory.item(t, "row") + wg * ROWS
 
-            state = loop.first(base, total, tile_at)
-            # Only now: what the tile before wrote has left, and nothing waits for it.
-            bring()
+        def window(t: Any) -> tuple[Any, ...]:
+            """This warpgroup's rows of item t in arrays like out."""
+            b, n, residue = (memory.item(t, x) for x in ("batch", "head", "residue"))
+            return b, aligned_rows(first_row(t), ROWS), residue, n
+
+        def lse_at(t: Any) -> tuple[Any, ...]:
+            """Where they begin in lse."""
+            b, row, residue = marks_at(t)
+            return b, memory.item(t, "head"), row, residue
+
+        def marks_at(t: Any) -> tuple[Any, ...]:
+            """Where they begin in marks."""
+            return memory.item(t, "batch"), first_row(t), memory.item(t, "residue")
+
+        def bring(t: Any) -> None:
+            """Brings what is there to where the result will be left."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when(running()[1])(
+                lambda: plgpu.copy_gmem_to_smem(
+                    out_ref.at[window(t)], o_smem.at[wg], c_ready.at[wg]
+                )
+            )
+
+        def load_old(t: Any) -> Any:
+            """The lse that is there. Late: ahead of what waits for products, but not of steps."""
+            if not opt.carry:
+                return None
+            return load_rows(lse_ref, lse_at(t), running()[0].stride, opt.interpret)
+
+        def look(t: Any, base: Any, total: Any, home: Marks) -> Any:
+            """(sum, maximum, mass, lse that is there) of item t; it has at least one step."""
+            tile = functools.partial(tile_at, t, home)
+            state = loop.first(base, total, tile)
+            # Only now, when what the item before wrote has left.
+            bring(t)
 
             def all_tiles(acc: Sum) -> Any:
-                step = functools.partial(loop.step, acc, total, tile_at)
+                step = functools.partial(loop.step, acc, total, tile)
                 done = lax.fori_loop(base + 1, total, step, state)
-                old = load_old()
+                old = load_old(t)
                 return *loop.last(acc, total, done), old
 
             def perhaps_half(acc: Sum) -> Any:
                 """As `all_tiles`; the last tile is half a tile if no more is seen."""
                 half = mine(base, "halves")
                 end = total - jnp.where(half, 1, 0)
-                step = functools.partial(loop.step, acc, total, tile_at)
+                step = functools.partial(loop.step, acc, total, tile)
                 done = lax.fori_loop(base + 1, end, step, state)
-                old = load_old()
+                old = load_old(t)
                 found = lax.cond(
                     half,
-                    lambda: loop.last_half(acc, tile_at, end, done),
+                    lambda: loop.last_half(acc, tile, end, done),
                     lambda: loop.last(acc, total, done),
                 )
                 return *found, old
@@ -154,57 +190,32 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             plain = not (opt.marks.count or opt.rate or plan.gaps) and head_dim <= ROWS
             return loop.with_sum(perhaps_half if halves and plain else all_tiles)
 
-        def one_item(t: Any, state: Any) -> Any:
-            base, current = state
-            code, mask, _ = current
-            # Read early: the next tile must not start by waiting for memory.
-            following = visits.entry(items, cta, t + 1, count)
-            b, n, residue, tile, local = visits.place(plan, geometry, code, plan.heads)
-            row = tile * plan.block_home + wg * ROWS
-            window = (b, aligned_rows(row, ROWS), local, n)
-            lse_at = (b, n, row, local)
-
-            def bring() -> None:
-                """Brings what is there to where the result will be left."""
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                pl.when(continues)(
-                    lambda: plgpu.copy_gmem_to_smem(
-                        out_ref.at[window], o_smem.at[wg], c_ready.at[wg]
-                    )
-                )
-
-            def load_old() -> Any:
-                """Late, since there are few registers, but ahead of what waits for products."""
-                if not opt.carry:
-                    return None
-                return load_rows(lse_ref, lse_at, plan.stride, opt.interpret)
+        def one_item(t: Any, base: Any) -> Any:
+            memory.await_item(t)
+            total, at = base + memory.item(t, "steps"), marks_at(t)
+            home = opt.marks.read(
+                q_marks, lambda ref: load_rows(ref, at, running()[0].stride, opt.interpret)
+            )
 
             def nothing() -> Any:
-                bring()
-                return *nothing_seen(head_dim), load_old()
+                bring(t)
+                return *nothing_seen(head_dim), load_old(t)
 
-            total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
-            home = opt.marks.read(
-                q_marks, lambda ref: load_rows(ref, (b, row, local), plan.stride, opt.interpret)
-            )
-            found = lax.cond(
-                total > base,
-                lambda: look(base, total, (b, n), row, home, bring, load_old),
-                nothing,
-            )
-            finish(*found, window, lse_at)
-            return total, following
+            found = lax.cond(total > base, lambda: look(t, base, total, home), nothing)
+            finish(t, *found)
+            memory.release_item(t)
+            return total
 
-        def finish(acc: Any, m: Any, mass: Any, old: Any, window: Any, lse_at: Any) -> None:
+        def finish(t: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
             if opt.rate:
                 acc = acc * (1.0 / (1.0 - opt.rate))
             for merges in (False, True):
                 # Whether it continues is known at run time only in a series.
-                pl.when(continues == merges)(
-                    functools.partial(write, acc, m, mass, window, lse_at, old if merges else None)
+                pl.when(running()[1] == merges)(
+                    functools.partial(write, t, acc, m, mass, old if merges else None)
                 )
 
-        def write(acc: Any, m: Any, mass: Any, window: Any, lse_at: Any, old: Any) -> None:
+        def write(t: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
             """Writes out and lse, merged with what is there if its lse is given."""
             if old is not None:
                 plgpu.barrier_wait(c_ready.at[wg])
@@ -222,23 +233,29 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
             o_smem.at[wg][...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window])
+            plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window(t)])
             lse = jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf)
-            store_rows(lse_ref, lse_at, plan.stride, lse, opt.interpret)
+            store_rows(lse_ref, lse_at(t), running()[0].stride, lse, opt.interpret)
 
         loop.begin()
-        first = visits.entry(items, cta, 0, count)
-        lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
+        lax.fori_loop(0, count, one_item, jnp.int32(0))
         loop.end()
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
         config.set_registers(consumers, computes=False)
 
+        one = running()[0]
+
         def one_item(t: Any, state: Any) -> Any:
-            fill, queries, (code, mask, _) = state
+            fill, queries, current = state
+            code, mask, _ = current
+            # Read early: the next item must not start by waiting for memory.
             following = visits.entry(items, cta, t + 1, count)
-            b, n, residue, tile, local = visits.place(plan, geometry, code, plan.heads)
+            b, n, residue, tile, local = visits.place(one, geometry, code, plan.heads)
+            row = tile * plan.block_home
+            steps = visits.known_steps(one, geometry, current, mask, residue, tile)
+            memory.bring_item(t, Item(steps, b, n, row, local))
             kv_head = lax.div(n, jnp.int32(opt.group))
 
             def load_queries() -> None:
@@ -248,21 +265,18 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     def _(i: int = i) -> None:
                         plgpu.barrier_wait(q_free.at[i])
 
-                    rows = aligned_rows(tile * plan.block_home + i * ROWS, ROWS)
+                    rows = aligned_rows(row + i * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(
                         q_ref.at[b, rows, local, n], q_smem.at[i], q_ready.at[i]
                     )
 
             begin = fill
             for branch in range(branches):
-                v = visits.visit(plan, geometry, branch, mask, residue, tile)
+                v = visits.visit(one, geometry, branch, mask, residue, tile)
                 number = plan.away_view(branch)
                 k_ref, v_ref, ids = k_refs[number], v_refs[number], k_marks[number]
                 ordered = visits.before(v, ids[0].shape[-1]) if ids else 0
-                row = tile * plan.block_home
-                place = None
-                if place_smem is not None:
-                    place = places_of(plan, v, branch, row, consumers)
+                place = places_of(one, v, branch, row, consumers) if tells else None
 
                 def step(
                     j: Any,
@@ -282,8 +296,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                     plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], k_ready.at[slot])
                     if place is not None:
-                        places.leave(n_fill, place(start))
-                        plgpu.barrier_arrive(k_ready.at[slot])
+                        memory.leave(n_fill, place(start), k_ready.at[slot])
                     marked = (b, aligned_rows(ordered + start, bkv))
                     opt.marks.bring(ids, marked, mark_smem, slot, k_ready.at[slot])
                     pl.when(n_fill == begin)(load_queries)
@@ -299,6 +312,11 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
     pl.when(wg < consumers)(consume)
     pl.when(wg == consumers)(produce)
+
+
+def tells_places(plan: schedule.Launch, opt: Options) -> bool:
+    """Whether steps want to know where their keys lie."""
+    return schedule.hides(plan) or opt.rate > 0.0
 
 
 def view(x: jax.Array, rate: int) -> jax.Array:
@@ -376,14 +394,13 @@ def _run(
     out_shape = (batch, rows * stride, *rest)
     lse_view = (*lse_shape[:2], lse_shape[2] // plan.home_view, plan.home_view)
     bkv, stages = plan.block_away, opt.stages
-    pairs, tells = opt.consumers, schedule.hides(plan) or opt.rate > 0.0
+    pairs, tells = opt.consumers, tells_places(plan, opt)
     scratch = [
         shared_tile((pairs, ROWS, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((pairs, ROWS, head_dim), out_dtype),
         opt.marks.rings(stages, bkv),
-        ring(stages) if tells else None,
         shared_tile((pairs, ROWS, bkv), dtype) if opt.interpret else None,
         plgpu.SMEM((pairs, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=pairs),
@@ -393,6 +410,7 @@ def _run(
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=pairs),
+        *forward_memory.scratch(stages, pairs),
     ]
     args: dict[str, Any] = {}
     if opt.carry:
