@@ -38,6 +38,9 @@ from pallas_kernels.forward import LOG2E
 from pallas_kernels.instructions import load_rows, store_tile, take_view
 from pallas_kernels.marks import Marks
 
+# Among the words of an item: the number of the view of a series.
+VIEW = 6
+
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     it = iter(refs)
@@ -55,7 +58,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     # Rows of the queries' gradient: the interpreter's is a view `[B, N, T / rate, rate, H]`.
     dq_rows = math.prod(dq_refs[plan.views[0]].shape[2:-1])
     plan, continues = visits.running(plan, words, opt.add)
-    take_view(words[schedule.VIEW], plan.series, opt.interpret)
+    take_view(memory.first_item(), VIEW, plan.series, opt.interpret)
 
     def visit(branch: Any, head: Any, residue: Any, tile: Any) -> visits.Visit:
         return visits.visit(plan, geometry, branch, part[head, residue], residue, tile)
@@ -152,6 +155,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
     def produce() -> None:
         config.set_fused_registers(memory.head_dim, "copies")
+        view = words[schedule.VIEW] if plan.series else jnp.int32(0)
 
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
@@ -163,11 +167,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 return k_ref.at[b, row, local, kv_head], v_ref.at[b, row, local, kv_head]
 
             steps = steps_of(current, kv_head, residue, tile)
-            memory.bring_home(t, home, steps, b, kv_head, residue, tile, local)
+            memory.bring_home(t, home, steps, b, kv_head, residue, tile, local, view)
 
             def member(m: Any, fill: Any, branch: int) -> Any:
                 head, number = kv_head * opt.group + m, plan.away_view(branch)
-                view = words[schedule.VIEW] if plan.series else number
                 lse_ref, delta_ref = lse_refs[number], delta_refs[number]
                 v = visit(branch, head, residue, tile)
                 first, end = tile * plan.block_home, home_end(plan, local)
@@ -180,7 +183,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     start = v.first + j * bq
                     rows = aligned_rows(start, bq)
                     at, vector = (b, rows, v.away_residue, head), aligned_rows(ordered + start, bq)
-                    place = gradient_memory.Place(start, *limits, plane, view, branch, head)
+                    place = gradient_memory.Place(
+                        start, *limits, plane, view if plan.series else number, branch, head
+                    )
                     marks = [ref.at[b, vector] for ref in q_marks[number]]
                     tiles = (q_refs[number].at[at], marks, do_refs[number].at[at])
                     vectors = (ref.at[b, head, vector] for ref in (lse_ref, delta_ref))

@@ -25,7 +25,7 @@ from pallas_kernels.compat import (
 )
 from pallas_kernels.config import ROWS
 from pallas_kernels.forward_memory import Item, Memory, places_of
-from pallas_kernels.instructions import load_rows, store_rows, take_view
+from pallas_kernels.instructions import load_rows, recomputed, store_rows, take_view
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 
@@ -63,16 +63,11 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free, *words = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-    count = items[cta, 0, 0]
     branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
     head_dim = q_smem.shape[-1]
     memory, tells = Memory(*words, opt.interpret), tells_places(plan, opt)
-    take_view(launch_ref[schedule.VIEW], plan.series, opt.interpret)
-
-    def running() -> tuple[schedule.Launch, Any]:
-        """`visits.running`, read where it is needed: there are few registers."""
-        return visits.running(plan, launch_ref, opt.carry)
+    take_view(memory.launch, schedule.VIEW, plan.series, opt.interpret)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
@@ -91,6 +86,14 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             free=(q_free.at[wg], k_free, v_free),
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
+
+        # All of this is computed where it is needed: there are no registers to keep it.
+        def running() -> tuple[schedule.Launch, Any]:
+            return visits.running(plan, memory.launch, opt.carry)
+
+        def me() -> Any:
+            """The number of this warpgroup, and what follows from it."""
+            return recomputed(wg, opt.interpret)
 
         def tile_at(t: Any, home: Marks, n: Any) -> Tile:
             """What is special about tile n, of item t."""
@@ -125,7 +128,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
         def first_row(t: Any) -> Any:
             """The first of this warpgroup's home rows."""
-            return memory.item(t, "row") + wg * ROWS
+            return memory.item(t, "row") + me() * ROWS
 
         def window(t: Any) -> tuple[Any, ...]:
             """This warpgroup's rows of item t in arrays like out."""
@@ -146,7 +149,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             pl.when(running()[1])(
                 lambda: plgpu.copy_gmem_to_smem(
-                    out_ref.at[window(t)], o_smem.at[wg], c_ready.at[wg]
+                    out_ref.at[window(t)], o_smem.at[me()], c_ready.at[me()]
                 )
             )
 
@@ -217,13 +220,14 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
         def write(t: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
             """Writes out and lse, merged with what is there if its lse is given."""
+            smem = o_smem.at[me()]
             if old is not None:
-                plgpu.barrier_wait(c_ready.at[wg])
+                plgpu.barrier_wait(c_ready.at[me()])
                 old = old * LOG2E
                 top = jnp.maximum(m, old)
                 safe = jnp.where(top == -jnp.inf, 0.0, top)
                 ours, theirs = jnp.exp2(m - safe), jnp.exp2(old - safe)
-                previous = load_shared(o_smem.at[wg], TILE).astype(jnp.float32)
+                previous = load_shared(smem, TILE).astype(jnp.float32)
                 theirs_tile = lax.broadcast_in_dim(theirs, acc.shape, [0])
                 # What lies under an lse of -inf was never written and may be NaN.
                 previous = jnp.where(theirs_tile > 0.0, previous * theirs_tile, 0.0)
@@ -231,13 +235,14 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 m, mass = top, mass * ours + theirs
             inverse = jnp.where(mass > 0.0, 1.0 / mass, 0.0)
             out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            o_smem.at[wg][...] = out.astype(o_smem.dtype)
+            smem[...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window(t)])
+            plgpu.copy_smem_to_gmem(smem, out_ref.at[window(t)])
             lse = jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf)
             store_rows(lse_ref, lse_at(t), running()[0].stride, lse, opt.interpret)
 
         loop.begin()
+        count = items[recomputed(cta, opt.interpret), 0, 0]
         lax.fori_loop(0, count, one_item, jnp.int32(0))
         loop.end()
         plgpu.wait_smem_to_gmem(0)
@@ -245,13 +250,16 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     def produce() -> None:
         config.set_registers(consumers, computes=False)
 
-        one = running()[0]
+        block = recomputed(cta, opt.interpret)
+        count = items[block, 0, 0]
+        one, _ = visits.running(plan, launch_ref, opt.carry)
+        memory.bring_launch([launch_ref[i] for i in range(launch_ref.shape[0])])
 
         def one_item(t: Any, state: Any) -> Any:
             fill, queries, current = state
             code, mask, _ = current
             # Read early: the next item must not start by waiting for memory.
-            following = visits.entry(items, cta, t + 1, count)
+            following = visits.entry(items, block, t + 1, count)
             b, n, residue, tile, local = visits.place(one, geometry, code, plan.heads)
             row = tile * plan.block_home
             steps = visits.known_steps(one, geometry, current, mask, residue, tile)
@@ -307,7 +315,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 fill = lax.fori_loop(0, v.steps, step, fill)
             return fill, queries + jnp.where(fill > begin, 1, 0), following
 
-        first = visits.entry(items, cta, 0, count)
+        first = visits.entry(items, block, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), jnp.int32(0), first))
 
     pl.when(wg < consumers)(consume)

@@ -13,8 +13,10 @@ from pallas_kernels.config import ROWS
 from pallas_kernels.instructions import store_words
 from pallas_kernels.visits import Visit, row_bounds, running_visit, unmasked
 
-# Of an `Item` or a `Place`.
+# Of an `Item` or a `Place`, or of the launch.
 WORDS = 16
+# Where they are: of two items, of the launch, of places.
+LAUNCH, PLACES = 2, 3
 
 
 class Item(NamedTuple):
@@ -54,7 +56,7 @@ class Place(NamedTuple):
 def scratch(stages: int, consumers: int) -> list[Any]:
     """Shared memory and barriers of `Memory`, in the order of its fields."""
     return [
-        plgpu.SMEM(((2 + 2 * stages) * WORDS,), jnp.int32),
+        plgpu.SMEM(((PLACES + 2 * stages) * WORDS,), jnp.int32),
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_barriers=2, num_arrivals=consumers),
     ]
@@ -72,6 +74,15 @@ class Memory:
     ready: Any
     free: Any
     interpret: bool
+
+    @property
+    def launch(self) -> Any:
+        """The words of the launch, see `schedule.words`; there as soon as an item is."""
+        return self._words(LAUNCH)
+
+    def bring_launch(self, words: Sequence[Any]) -> None:
+        """Leaves the words of the launch (the warpgroup that copies)."""
+        store_words(self.launch, words, self.interpret)
 
     def bring_item(self, t: Any, item: Item) -> None:
         """Leaves item t (the warpgroup that copies)."""
@@ -112,8 +123,8 @@ class Memory:
         return lax.rem(t, jnp.int32(2))
 
     def _place(self, n: Any) -> Any:
-        places = self.words.shape[0] // WORDS - 2
-        return self._words(lax.rem(n, jnp.int32(places)) + 2)
+        places = self.words.shape[0] // WORDS - PLACES
+        return self._words(lax.rem(n, jnp.int32(places)) + PLACES)
 
     def _words(self, entry: Any) -> Any:
         return self.words.at[pl.ds(entry * WORDS, WORDS)]
