@@ -38,9 +38,6 @@ from pallas_kernels.forward import LOG2E
 from pallas_kernels.instructions import load_rows, store_tile, take_view
 from pallas_kernels.marks import Marks
 
-# Among the words of an item: the number of the view of a series.
-VIEW = 6
-
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     it = iter(refs)
@@ -58,7 +55,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     # Rows of the queries' gradient: the interpreter's is a view `[B, N, T / rate, rate, H]`.
     dq_rows = math.prod(dq_refs[plan.views[0]].shape[2:-1])
     plan, continues = visits.running(plan, words, opt.add)
-    take_view(memory.first_item(), VIEW, plan.series, opt.interpret)
+    take_view(words[schedule.VIEW], plan.series, opt.interpret)
 
     def visit(branch: Any, head: Any, residue: Any, tile: Any) -> visits.Visit:
         return visits.visit(plan, geometry, branch, part[head, residue], residue, tile)
@@ -155,7 +152,6 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
     def produce() -> None:
         config.set_fused_registers(memory.head_dim, "copies")
-        view = words[schedule.VIEW] if plan.series else jnp.int32(0)
 
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
@@ -167,14 +163,15 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 return k_ref.at[b, row, local, kv_head], v_ref.at[b, row, local, kv_head]
 
             steps = steps_of(current, kv_head, residue, tile)
-            memory.bring_home(t, home, steps, b, kv_head, residue, tile, local, view)
+            memory.bring_home(t, home, steps, b, kv_head, residue, tile, local)
 
             def member(m: Any, fill: Any, branch: int) -> Any:
                 head, number = kv_head * opt.group + m, plan.away_view(branch)
+                view = words[schedule.VIEW] if plan.series else number
                 lse_ref, delta_ref = lse_refs[number], delta_refs[number]
                 v = visit(branch, head, residue, tile)
                 first, end = tile * plan.block_home, home_end(plan, local)
-                whole = visits.unmasked(plan, v, first, plan.block_home, end)
+                whole = visits.unmasked(plan, v, first, 0, plan.block_home, end)
                 limits = (*whole, *hidden(plan, v, tile))
                 plane = (b * plan.heads + head) * dq_rows + v.away_residue
                 ordered = visits.before(v, lse_ref.shape[-1])
@@ -183,9 +180,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     start = v.first + j * bq
                     rows = aligned_rows(start, bq)
                     at, vector = (b, rows, v.away_residue, head), aligned_rows(ordered + start, bq)
-                    place = gradient_memory.Place(
-                        start, *limits, plane, view if plan.series else number, branch, head
-                    )
+                    place = gradient_memory.Place(start, *limits, plane, view, branch, head)
                     marks = [ref.at[b, vector] for ref in q_marks[number]]
                     tiles = (q_refs[number].at[at], marks, do_refs[number].at[at])
                     vectors = (ref.at[b, head, vector] for ref in (lse_ref, delta_ref))
@@ -220,9 +215,9 @@ def hidden(plan: schedule.Launch, v: visits.Visit, tile: Any) -> tuple[Any, Any]
     """
     if plan.gaps:
         return jnp.int32(-schedule.UNBOUNDED), jnp.int32(schedule.UNBOUNDED)
-    second = v.home_row(tile * plan.block_home + ROWS)
-    low, _ = visits.row_bounds(plan, v.length, second)
-    _, high = visits.row_bounds(plan, v.length, second - v.home_step)
+    first = tile * plan.block_home
+    low, _ = visits.bounds_of(plan, v, first, ROWS)
+    _, high = visits.bounds_of(plan, v, first, ROWS - 1)
     return low - v.away_shift - plan.block_away, high - v.away_shift
 
 

@@ -67,7 +67,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     bkv = plan.block_away
     head_dim = q_smem.shape[-1]
     memory, tells = Memory(*words, opt.interpret), tells_places(plan, opt)
-    take_view(memory.launch, schedule.VIEW, plan.series, opt.interpret)
+    take_view(launch_ref[schedule.VIEW], plan.series, opt.interpret)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
@@ -145,13 +145,12 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             return memory.item(t, "batch"), first_row(t), memory.item(t, "residue")
 
         def bring(t: Any) -> None:
-            """Brings what is there to where the result will be left."""
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(running()[1])(
-                lambda: plgpu.copy_gmem_to_smem(
-                    out_ref.at[window(t)], o_smem.at[me()], c_ready.at[me()]
-                )
-            )
+            """Brings what is there, if this continues it, to where the result will be left."""
+
+            @pl.when(running()[1])
+            def _() -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.copy_gmem_to_smem(out_ref.at[window(t)], o_smem.at[me()], c_ready.at[me()])
 
         def load_old(t: Any) -> Any:
             """The lse that is there. Late: ahead of what waits for products, but not of steps."""
@@ -221,7 +220,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         def write(t: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
             """Writes out and lse, merged with what is there if its lse is given."""
             smem = o_smem.at[me()]
-            if old is not None:
+            if old is None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            else:
                 plgpu.barrier_wait(c_ready.at[me()])
                 old = old * LOG2E
                 top = jnp.maximum(m, old)

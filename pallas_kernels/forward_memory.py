@@ -11,7 +11,7 @@ from pallas_kernels import schedule
 from pallas_kernels.compat import pl, plgpu
 from pallas_kernels.config import ROWS
 from pallas_kernels.instructions import store_words
-from pallas_kernels.visits import Visit, row_bounds, running_visit, unmasked
+from pallas_kernels.visits import Visit, bounds_of, running_visit, unmasked
 
 # Of an `Item` or a `Place`, or of the launch.
 WORDS = 16
@@ -133,9 +133,9 @@ class Memory:
 def places_of(launch: schedule.Launch, v: Visit, branch: Any, row: Any, consumers: int) -> Any:
     """(first row of a tile of keys -> its place) for a visit by queries from `row` on."""
     groups = range(consumers)
-    bounds = [unmasked(launch, v, row + w * ROWS, ROWS) for w in groups]
+    bounds = [unmasked(launch, v, row, w * ROWS, ROWS) for w in groups]
     middle = v.first + (v.steps - 1) * launch.block_away + launch.block_away // 2
-    ends = [row_bounds(launch, v.length, v.home_row(row + (w + 1) * ROWS - 1))[1] for w in groups]
+    ends = [bounds_of(launch, v, row, (w + 1) * ROWS - 1)[1] for w in groups]
     halves = _bits([(v.steps > 1) & (end - v.away_shift <= middle) for end in ends])
     count = v.length[1] if launch.gaps else 0
     rest = (v.home_shift, v.away_shift, v.limit, v.origin, count)

@@ -119,15 +119,15 @@ class Memory:
         return lax.rem(n, jnp.int32(self.q.shape[0]))
 
     def bring_home(self, t: Any, sources: Callable[[int], tuple[Any, Any]], *words: Any) -> None:
-        """Leaves the words of item t, and copies its keys and values (the warpgroup that copies).
+        """Copies keys and values of item t, and leaves its words (the warpgroup that copies).
 
         sources: number of a warpgroup -> its keys and values. words: the steps first.
         """
         pl.when(t > 0)(lambda: plgpu.barrier_wait(self.k_free))
-        store_words(self._words(self._item(t)), words, self.interpret)
         for w in range(CONSUMERS):
             for source, target in zip(sources(w), (self.k, self.v), strict=True):
                 plgpu.copy_gmem_to_smem(source, target.at[w], self.k_ready)
+        store_words(self._words(self._item(t)), words, self.interpret)
         plgpu.barrier_arrive(self.k_ready)
 
     def bring(
@@ -155,10 +155,6 @@ class Memory:
     def item(self, t: Any, i: Any) -> Any:
         """Word i of item t."""
         return self._words(self._item(t))[i]
-
-    def first_item(self) -> Any:
-        """The words of the first item, and of every other one."""
-        return self._words(self._item(jnp.int32(0)))
 
     def square(self, slot: Any, i: Any) -> Any:
         """Where 64 queries of a tile lie in `ds`."""

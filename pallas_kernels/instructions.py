@@ -37,19 +37,19 @@ MEETING = 14
 DYNAMIC = -(1 << 31)
 
 
-def take_view(words: Any, index: int, rates: Sequence[int], interpret: bool) -> None:
+def take_view(number: Any, rates: Sequence[int], interpret: bool) -> None:
     """Makes tiles of arrays `[B, T / r, r, N, H]` come from and go to `[B, T / rate, rate, N, H]`.
 
-    In all of the kernel that follows, whatever their static r; rate = rates[words[index]], of a
-    reference to int32, read again for each copy. The two differ in the descriptors of copies only:
-    example, residue and head lie where they were. The interpreter's arrays have one view.
+    In all of the kernel that follows, whatever their static r; rate = rates[number], number an
+    int32 scalar. The two differ in the descriptors of copies only: example, residue and head lie
+    where they were. The interpreter's arrays have one view.
     """
     if interpret or len(rates) < 2:
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def emit(context: Any, numbers: Any) -> None:
-        method, place = context._get_tma_desc, mgpu_utils.ir.IndexType.get()
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def emit(context: Any, view: Any) -> None:
+        method, chosen = context._get_tma_desc, view.registers[()]
 
         def described(ref: Any, transforms: Any, *args: Any, **options: Any) -> Any:
             if mgpu_utils.ir.MemRefType(ref.type).rank != len("BTrNH"):
@@ -58,12 +58,11 @@ def take_view(words: Any, index: int, rates: Sequence[int], interpret: bool) -> 
             def one(rate: int) -> Any:
                 return method(ref, (_Viewed(rate), *transforms), *args, **options)
 
-            number = mgpu_utils.memref.load(numbers, [mgpu_utils.c(index, place)])
-            return _one_of(context, one, rates, number)
+            return _one_of(context, one, rates, chosen)
 
         context._get_tma_desc = described
 
-    emit(words)
+    emit(number)
 
 
 def _one_of(

@@ -21,8 +21,6 @@ from jax import lax
 UNBOUNDED = 1 << 30
 # Copies to swizzled shared memory start at a multiple of this many rows.
 ROW_ALIGNMENT = 8
-# Home rows of a warpgroup.
-WARPGROUP_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,14 +352,14 @@ def words(launch: Launch, continues: bool) -> np.ndarray:
 def in_series(launches: list[Launch], items: int, interpret: bool) -> list[Launch]:
     """The launches, where those that can run one program know their series.
 
-    They have one branch each, causality, so that they need masks, and no gaps; the rows of a
-    warpgroup lie in two segments at most. items: tile codes for each tile of a residue class and
+    They have one branch each, causality, so that they need masks, and no gaps; the rows of a tile
+    lie in two segments at most. items: tile codes for each tile of a residue class and
     residue, which must fit 32 bits. The interpreter has one view of an array, so that it runs a
     program for each.
     """
 
     def can(launch: Launch) -> bool:
-        one = len(launch.rates) == 1 and launch.lengths[0] >= WARPGROUP_ROWS
+        one = len(launch.rates) == 1 and launch.lengths[0] >= launch.block_home
         return one and launch.causal and not launch.gaps
 
     strides = tuple(sorted({launch.stride for launch in launches if can(launch)}))

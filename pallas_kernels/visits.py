@@ -112,6 +112,18 @@ def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile
     return running_visit(launch, branch, fields[-1] if launch.gaps else None, **found)
 
 
+def segment_start(launch: Launch, v: Visit, row: Any, rows: Any) -> Any:
+    """Where the segments of dilated rows begin, from home row `row` on; for `row_bounds`.
+
+    Divisions by what is known at run time only are long: in a series one, for rows that lie in two
+    segments at most.
+    """
+    if not launch.series:
+        return None
+    begin = lax.div(v.home_row(row), v.length) * v.length
+    return jnp.where(rows - begin < v.length, begin, begin + v.length)
+
+
 def running_visit(launch: Launch, branch: Any, count: Any, **fields: Any) -> Visit:
     """A visit of a branch; what is not among the fields is None.
 
@@ -127,16 +139,23 @@ def running_visit(launch: Launch, branch: Any, count: Any, **fields: Any) -> Vis
     )
 
 
-def unmasked(launch: Launch, v: Visit, row: Any, count: int, end: Any = None) -> tuple[Any, Any]:
-    """The first and last start of an away tile that `count` home rows from `row` on see whole.
+def unmasked(launch: Launch, v: Visit, tile: Any, first: int, count: int, end: Any = None) -> Any:
+    """The first and last start of an away tile that some home rows of a tile see whole.
 
-    end: home rows that exist, or None where all do.
+    first, count: which, of the tile that begins with row `tile`. end: home rows that exist, or None
+    where all do.
     """
-    _, high = row_bounds(launch, v.length, v.home_row(row))
-    low, _ = row_bounds(launch, v.length, v.home_row(row + count - 1))
+    _, high = bounds_of(launch, v, tile, first)
+    low, _ = bounds_of(launch, v, tile, first + count - 1)
     if end is not None:
-        low = jnp.where(row + count > end, schedule.UNBOUNDED, low)
+        low = jnp.where(tile + first + count > end, schedule.UNBOUNDED, low)
     return low - v.away_shift, jnp.minimum(high - v.away_shift, v.limit) - launch.block_away
+
+
+def bounds_of(launch: Launch, v: Visit, tile: Any, i: int) -> tuple[Any, Any]:
+    """`row_bounds` of row i of the tile that begins with home row `tile`."""
+    row = v.home_row(tile + i)
+    return row_bounds(launch, v.length, row, segment_start(launch, v, tile, row))
 
 
 def before(v: Visit, rows: int) -> Any:
@@ -214,12 +233,9 @@ def seen_pairs(
     columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + (start + v.away_shift)
     iota = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
     last = schedule.UNBOUNDED if end is None else v.home_row(end)
-    rows, begin = v.home_row(iota + row), None
-    if launch.series:
-        # Divisions by what is known at run time only are long: one, for no more than two segments.
-        begin = lax.div(v.home_row(row), v.length) * v.length
-        begin = jnp.where(rows - begin < v.length, begin, begin + v.length)
-    return visible(launch, v.length, rows, columns, v.limit + v.away_shift, last, begin)
+    rows = v.home_row(iota + row)
+    start = segment_start(launch, v, row, rows)
+    return visible(launch, v.length, rows, columns, v.limit + v.away_shift, last, start)
 
 
 class _Spread:
