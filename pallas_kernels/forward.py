@@ -87,21 +87,25 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
 
-        # All of this is computed where it is needed: there are no registers to keep it.
-        def running() -> tuple[schedule.Launch, Any]:
-            return visits.running(plan, memory.launch, opt.carry)
+        # Larger heads leave no registers: what they want to know they read when they need it.
+        reads_again = head_dim > ROWS
 
         def me() -> Any:
             """The number of this warpgroup, and what follows from it."""
-            return recomputed(wg, opt.interpret)
+            return recomputed(wg, opt.interpret) if reads_again else wg
 
-        def tile_at(t: Any, home: Marks, n: Any) -> Tile:
-            """What is special about tile n, of item t."""
+        def running() -> tuple[schedule.Launch, Any]:
+            return visits.running(plan, memory.launch, opt.carry) if reads_again else known
+
+        known = visits.running(plan, launch_ref, opt.carry)
+
+        def tile_at(item: Any, home: Marks, n: Any) -> Tile:
+            """What is special about tile n, of an item."""
             hides = schedule.hides(plan)
             edge = mine(n, "edges") if hides else False
 
             def masked(s: jax.Array) -> jax.Array:
-                one, row, start = running()[0], first_row(t), memory.place(n, "start")
+                one, row, start = running()[0], first_row(item), memory.place(n, "start")
                 seen = visits.seen_pairs(one, memory.visit(one, n), row, start, s.shape)
                 return jnp.where(seen, s, -jnp.inf)
 
@@ -114,8 +118,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 if not opt.rate:
                     return p
                 one, seed = running()[0], (seed_ref[0], seed_ref[1])
-                at = (memory.item(t, "batch"), memory.item(t, "head"), memory.place(n, "branch"))
-                at = (*at, first_row(t), memory.place(n, "start"))
+                at = (item().batch, item().head, memory.place(n, "branch"))
+                at = (*at, first_row(item), memory.place(n, "start"))
                 v, places = memory.visit(one, n), opt.marks.places(home, away)
                 seen = visits.kept(one, keep, opt.rate, seed, v, at, p.shape, places)
                 return jnp.where(seen, p, 0.0)
@@ -126,49 +130,44 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             """Whether this warpgroup's bit is set in a field of a tile's place."""
             return (memory.place(n, field) >> wg) & 1 != 0
 
-        def first_row(t: Any) -> Any:
+        def first_row(item: Any) -> Any:
             """The first of this warpgroup's home rows."""
-            return memory.item(t, "row") + me() * ROWS
+            return item().row + me() * ROWS
 
-        def window(t: Any) -> tuple[Any, ...]:
-            """This warpgroup's rows of item t in arrays like out."""
-            b, n, residue = (memory.item(t, x) for x in ("batch", "head", "residue"))
-            return b, aligned_rows(first_row(t), ROWS), residue, n
+        def window(item: Any) -> tuple[Any, ...]:
+            """This warpgroup's rows of an item in arrays like out."""
+            it = item()
+            return it.batch, aligned_rows(first_row(item), ROWS), it.residue, it.head
 
-        def lse_at(t: Any) -> tuple[Any, ...]:
+        def lse_at(item: Any) -> tuple[Any, ...]:
             """Where they begin in lse."""
-            b, row, residue = marks_at(t)
-            return b, memory.item(t, "head"), row, residue
+            return item().batch, item().head, first_row(item), item().residue
 
-        def marks_at(t: Any) -> tuple[Any, ...]:
-            """Where they begin in marks."""
-            return memory.item(t, "batch"), first_row(t), memory.item(t, "residue")
-
-        def bring(t: Any) -> None:
+        def bring(item: Any) -> None:
             """Brings what is there, if this continues it, to where the result will be left."""
 
             @pl.when(running()[1])
             def _() -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.copy_gmem_to_smem(out_ref.at[window(t)], o_smem.at[me()], c_ready.at[me()])
+                plgpu.copy_gmem_to_smem(out_ref.at[window(item)], o_smem.at[me()], c_ready.at[me()])
 
-        def load_old(t: Any) -> Any:
+        def load_old(item: Any) -> Any:
             """The lse that is there. Late: ahead of what waits for products, but not of steps."""
             if not opt.carry:
                 return None
-            return load_rows(lse_ref, lse_at(t), running()[0].stride, opt.interpret)
+            return load_rows(lse_ref, lse_at(item), running()[0].stride, opt.interpret)
 
-        def look(t: Any, base: Any, total: Any, home: Marks) -> Any:
-            """(sum, maximum, mass, lse that is there) of item t; it has at least one step."""
-            tile = functools.partial(tile_at, t, home)
+        def look(item: Any, base: Any, total: Any, home: Marks) -> Any:
+            """(sum, maximum, mass, lse that is there) of an item; it has at least one step."""
+            tile = functools.partial(tile_at, item, home)
             state = loop.first(base, total, tile)
             # Only now, when what the item before wrote has left.
-            bring(t)
+            bring(item)
 
             def all_tiles(acc: Sum) -> Any:
                 step = functools.partial(loop.step, acc, total, tile)
                 done = lax.fori_loop(base + 1, total, step, state)
-                old = load_old(t)
+                old = load_old(item)
                 return *loop.last(acc, total, done), old
 
             def perhaps_half(acc: Sum) -> Any:
@@ -177,7 +176,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 end = total - jnp.where(half, 1, 0)
                 step = functools.partial(loop.step, acc, total, tile)
                 done = lax.fori_loop(base + 1, end, step, state)
-                old = load_old(t)
+                old = load_old(item)
                 found = lax.cond(
                     half,
                     lambda: loop.last_half(acc, tile, end, done),
@@ -194,30 +193,35 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
         def one_item(t: Any, base: Any) -> Any:
             memory.await_item(t)
-            total, at = base + memory.item(t, "steps"), marks_at(t)
+            held = memory.item(t)
+
+            def item() -> Item:
+                return memory.item(t) if reads_again else held
+
+            total, at = base + held.steps, (held.batch, held.row + wg * ROWS, held.residue)
             home = opt.marks.read(
                 q_marks, lambda ref: load_rows(ref, at, running()[0].stride, opt.interpret)
             )
 
             def nothing() -> Any:
-                bring(t)
-                return *nothing_seen(head_dim), load_old(t)
+                bring(item)
+                return *nothing_seen(head_dim), load_old(item)
 
-            found = lax.cond(total > base, lambda: look(t, base, total, home), nothing)
-            finish(t, *found)
+            found = lax.cond(total > base, lambda: look(item, base, total, home), nothing)
+            finish(item, *found)
             memory.release_item(t)
             return total
 
-        def finish(t: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
+        def finish(item: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
             if opt.rate:
                 acc = acc * (1.0 / (1.0 - opt.rate))
             for merges in (False, True):
                 # Whether it continues is known at run time only in a series.
                 pl.when(running()[1] == merges)(
-                    functools.partial(write, t, acc, m, mass, old if merges else None)
+                    functools.partial(write, item, acc, m, mass, old if merges else None)
                 )
 
-        def write(t: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
+        def write(item: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
             """Writes out and lse, merged with what is there if its lse is given."""
             smem = o_smem.at[me()]
             if old is None:
@@ -238,9 +242,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
             smem[...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem, out_ref.at[window(t)])
+            plgpu.copy_smem_to_gmem(smem, out_ref.at[window(item)])
             lse = jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf)
-            store_rows(lse_ref, lse_at(t), running()[0].stride, lse, opt.interpret)
+            store_rows(lse_ref, lse_at(item), running()[0].stride, lse, opt.interpret)
 
         loop.begin()
         count = items[recomputed(cta, opt.interpret), 0, 0]

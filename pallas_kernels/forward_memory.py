@@ -95,9 +95,10 @@ class Memory:
         """Waits until item t may be read."""
         plgpu.barrier_wait(self.ready.at[self._item(t)])
 
-    def item(self, t: Any, field: str) -> Any:
-        """A field of item t."""
-        return self._words(self._item(t))[Item._fields.index(field)]
+    def item(self, t: Any) -> Item:
+        """Item t."""
+        words = self._words(self._item(t))
+        return Item(*(words[i] for i in range(len(Item._fields))))
 
     def release_item(self, t: Any) -> None:
         """Says that this warpgroup reads item t no more."""
