@@ -124,7 +124,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 plgpu.barrier_arrive(v_free.at[slot])
                 # The next tile arrives while this one finishes.
                 pl.when(i + 1 == total)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-                low, high = visits.unmasked(plan, v, row, 0, ROWS)
+                low, high = visits.unmasked(plan, v, row, ROWS)
                 s = lax.cond(
                     (start < low) | (start > high),
                     lambda: jnp.where(visits.seen_pairs(plan, v, row, start, shape), s, -jnp.inf),

@@ -85,6 +85,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             def seen(me: Any, place: gradient_memory.Place) -> jax.Array:
                 _, residue, tile, row, local = home(me)
                 v, end = visited(place, residue, tile), home_end(plan, local)
+                v = visits.segmented(plan, v, tile * plan.block_home)
                 return visits.seen_pairs(plan, v, row, place.start, shape, end)
 
             def marks(me: Any, slot: Any) -> tuple[Marks, Marks]:
@@ -171,8 +172,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 lse_ref, delta_ref = lse_refs[number], delta_refs[number]
                 v = visit(branch, head, residue, tile)
                 first, end = tile * plan.block_home, home_end(plan, local)
-                whole = visits.unmasked(plan, v, first, 0, plan.block_home, end)
-                limits = (*whole, *hidden(plan, v, tile))
+                v = visits.segmented(plan, v, first)
+                whole = visits.unmasked(plan, v, first, plan.block_home, end)
+                limits = (*whole, *hidden(plan, v, first))
                 plane = (b * plan.heads + head) * dq_rows + v.away_residue
                 ordered = visits.before(v, lse_ref.shape[-1])
 
@@ -209,15 +211,14 @@ def home_end(plan: schedule.Launch, local: Any) -> Any:
     return schedule.home_end(plan, local) if plan.ragged else None
 
 
-def hidden(plan: schedule.Launch, v: visits.Visit, tile: Any) -> tuple[Any, Any]:
+def hidden(plan: schedule.Launch, v: visits.Visit, row: Any) -> tuple[Any, Any]:
     """The last start of an away tile of which the second half of a tile's home rows sees nothing,
-    and the first of which the first half sees nothing.
+    and the first of which the first half sees nothing; row: the tile's first.
     """
     if plan.gaps:
         return jnp.int32(-schedule.UNBOUNDED), jnp.int32(schedule.UNBOUNDED)
-    first = tile * plan.block_home
-    low, _ = visits.bounds_of(plan, v, first, ROWS)
-    _, high = visits.bounds_of(plan, v, first, ROWS - 1)
+    low, _ = visits.row_bounds(plan, v, v.home_row(row + ROWS))
+    _, high = visits.row_bounds(plan, v, v.home_row(row + ROWS - 1))
     return low - v.away_shift - plan.block_away, high - v.away_shift
 
 

@@ -79,7 +79,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
                 s = product(k_smem.at[wg], q_smem.at[slot].transpose((1, 0)), shape, lambda: None)
                 lse = load(lse_smem.at[slot], COLUMN)
                 away = opt.marks.of_slot(mark_smem, slot, COLUMN)
-                low, high = visits.unmasked(plan, v, row, 0, ROWS)
+                low, high = visits.unmasked(plan, v, row, ROWS)
                 s = lax.cond(
                     (start < low) | (start > high),
                     lambda: jnp.where(visits.seen_pairs(plan, v, row, start, shape), s, -jnp.inf),

@@ -11,7 +11,7 @@ from pallas_kernels import schedule
 from pallas_kernels.compat import pl, plgpu
 from pallas_kernels.config import ROWS
 from pallas_kernels.instructions import store_words
-from pallas_kernels.visits import Visit, bounds_of, running_visit, unmasked
+from pallas_kernels.visits import Visit, row_bounds, running_visit, segmented, unmasked
 
 # Of an `Item` or a `Place`, or of the launch.
 WORDS = 16
@@ -39,7 +39,7 @@ class Place(NamedTuple):
     start: its first row in its view. edges: bit w says whether some pair of warpgroup w is hidden
     by its place. halves: bit w says whether warpgroup w sees nothing of the second half of the last
     tile that the branch visits. branch: its number in the launch; home_shift, away_shift, limit,
-    origin: as in `visits.Visit`; count: rows of a segment, where there are gaps.
+    origin, segment: as in `visits.Visit`; count: rows of a segment, where there are gaps.
     """
 
     start: Any
@@ -51,6 +51,7 @@ class Place(NamedTuple):
     limit: Any
     origin: Any
     count: Any
+    segment: Any
 
 
 def scratch(stages: int, consumers: int) -> list[Any]:
@@ -115,9 +116,9 @@ class Memory:
 
     def visit(self, launch: schedule.Launch, n: Any) -> Visit:
         """The visit that tile n belongs to, without what only concerns copies."""
-        names = ("home_shift", "away_shift", "limit", "origin")
+        names = ("home_shift", "away_shift", "limit", "origin", "segment")
         count = self.place(n, "count") if launch.gaps else None
-        fields = {name: self.place(n, name) for name in names}
+        fields = {name: self.place(n, name) for name in names[: 4 + bool(launch.series)]}
         return running_visit(launch, self.place(n, "branch"), count, **fields)
 
     def _item(self, t: Any) -> Any:
@@ -134,12 +135,14 @@ class Memory:
 def places_of(launch: schedule.Launch, v: Visit, branch: Any, row: Any, consumers: int) -> Any:
     """(first row of a tile of keys -> its place) for a visit by queries from `row` on."""
     groups = range(consumers)
-    bounds = [unmasked(launch, v, row, w * ROWS, ROWS) for w in groups]
+    v = segmented(launch, v, row)
+    bounds = [unmasked(launch, v, row + w * ROWS, ROWS) for w in groups]
     middle = v.first + (v.steps - 1) * launch.block_away + launch.block_away // 2
-    ends = [bounds_of(launch, v, row, (w + 1) * ROWS - 1)[1] for w in groups]
+    ends = [row_bounds(launch, v, v.home_row(row + (w + 1) * ROWS - 1))[1] for w in groups]
     halves = _bits([(v.steps > 1) & (end - v.away_shift <= middle) for end in ends])
     count = v.length[1] if launch.gaps else 0
-    rest = (v.home_shift, v.away_shift, v.limit, v.origin, count)
+    segment = v.segment if launch.series else 0
+    rest = (v.home_shift, v.away_shift, v.limit, v.origin, count, segment)
 
     def place(start: Any) -> Place:
         edges = _bits([(start < low) | (start > high) for low, high in bounds])

@@ -20,7 +20,8 @@ class Visit:
     home row m is `m * home_step + home_shift`. away_shift: dilated row of away row 0.
     away_residue: residue of the away rows in the away array viewed as `[rows, rate]`. limit: away
     rows that exist. origin: position of dilated row 0. rate, length: of the branch; where there are
-    gaps length is a pair, the rows from one segment to the next and those in a segment.
+    gaps length is a pair, the rows from one segment to the next and those in a segment. segment:
+    the dilated row where the segment of the tile's first row begins, see `segmented`, or None.
     """
 
     first: Any
@@ -33,6 +34,7 @@ class Visit:
     rate: Any
     length: Any
     home_step: Any
+    segment: Any = None
 
     def home_row(self, row: Any) -> Any:
         """The dilated row of a home row."""
@@ -65,24 +67,36 @@ def running(launch: Launch, words: Any, continues: bool) -> tuple[Launch, Any]:
     return one, words[schedule.CONTINUES] != 0
 
 
-def row_bounds(launch: Launch, length: Any, rows: Any, start: Any = None) -> tuple[Any, Any]:
+def row_bounds(launch: Launch, v: Visit, rows: Any) -> tuple[Any, Any]:
     """The dilated away rows [low, high) that dilated home rows see (scalar or vector).
 
-    length: as in `Visit`. start: where their segments begin, if that is known. A row between two
-    segments sees nothing: [schedule.UNBOUNDED, 0).
+    A row between two segments sees nothing: [schedule.UNBOUNDED, 0).
     """
-    period, count = length if isinstance(length, tuple) else (length, length)
-    if start is None:
+    period, count = v.length if isinstance(v.length, tuple) else (v.length, v.length)
+    if v.segment is None:
         start = lax.div(rows, jnp.int32(period)) * period
+    else:
+        start = jnp.where(rows - v.segment < period, v.segment, v.segment + period)
     low, high = start, start + count
     if launch.causal and launch.transposed:
         low = jnp.maximum(low, rows)
     elif launch.causal:
         high = jnp.minimum(high, rows + 1)
-    if isinstance(length, tuple):
+    if isinstance(v.length, tuple):
         inside = rows - start < count
         low, high = jnp.where(inside, low, schedule.UNBOUNDED), jnp.where(inside, high, 0)
     return low, high
+
+
+def segmented(launch: Launch, v: Visit, row: Any) -> Visit:
+    """A visit that knows where the segment of home row `row` begins, if it is one of a series.
+
+    Divisions by what is known at run time only are long; of the tile from this row on, whose rows
+    lie in two segments at most, it is the only one.
+    """
+    if not launch.series:
+        return v
+    return dataclasses.replace(v, segment=lax.div(v.home_row(row), v.length) * v.length)
 
 
 def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile: Any) -> Visit:
@@ -112,18 +126,6 @@ def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile
     return running_visit(launch, branch, fields[-1] if launch.gaps else None, **found)
 
 
-def segment_start(launch: Launch, v: Visit, row: Any, rows: Any) -> Any:
-    """Where the segments of dilated rows begin, from home row `row` on; for `row_bounds`.
-
-    Divisions by what is known at run time only are long: in a series one, for rows that lie in two
-    segments at most.
-    """
-    if not launch.series:
-        return None
-    begin = lax.div(v.home_row(row), v.length) * v.length
-    return jnp.where(rows - begin < v.length, begin, begin + v.length)
-
-
 def running_visit(launch: Launch, branch: Any, count: Any, **fields: Any) -> Visit:
     """A visit of a branch; what is not among the fields is None.
 
@@ -139,23 +141,16 @@ def running_visit(launch: Launch, branch: Any, count: Any, **fields: Any) -> Vis
     )
 
 
-def unmasked(launch: Launch, v: Visit, tile: Any, first: int, count: int, end: Any = None) -> Any:
-    """The first and last start of an away tile that some home rows of a tile see whole.
+def unmasked(launch: Launch, v: Visit, row: Any, count: int, end: Any = None) -> tuple[Any, Any]:
+    """The first and last start of an away tile that `count` home rows from `row` on see whole.
 
-    first, count: which, of the tile that begins with row `tile`. end: home rows that exist, or None
-    where all do.
+    end: home rows that exist, or None where all do.
     """
-    _, high = bounds_of(launch, v, tile, first)
-    low, _ = bounds_of(launch, v, tile, first + count - 1)
+    _, high = row_bounds(launch, v, v.home_row(row))
+    low, _ = row_bounds(launch, v, v.home_row(row + count - 1))
     if end is not None:
-        low = jnp.where(tile + first + count > end, schedule.UNBOUNDED, low)
+        low = jnp.where(row + count > end, schedule.UNBOUNDED, low)
     return low - v.away_shift, jnp.minimum(high - v.away_shift, v.limit) - launch.block_away
-
-
-def bounds_of(launch: Launch, v: Visit, tile: Any, i: int) -> tuple[Any, Any]:
-    """`row_bounds` of row i of the tile that begins with home row `tile`."""
-    row = v.home_row(tile + i)
-    return row_bounds(launch, v.length, row, segment_start(launch, v, tile, row))
 
 
 def before(v: Visit, rows: int) -> Any:
@@ -201,26 +196,6 @@ def decode(launch: Launch, heads: int, code: Any) -> tuple[Any, Any, Any, Any]:
     return batch, tile, head, residue
 
 
-def visible(
-    launch: Launch,
-    length: Any,
-    rows: jax.Array,
-    columns: jax.Array,
-    limit: Any,
-    end: Any = schedule.UNBOUNDED,
-    start: Any = None,
-) -> Any:
-    """Which pairs of dilated home rows `[h]` below `end` and away rows `[h, a]` below `limit` see
-    each other; start: as in `row_bounds`.
-    """
-    low, high = row_bounds(launch, length, rows, start)
-    high = jnp.minimum(high, limit)
-    if end is not schedule.UNBOUNDED:
-        high = jnp.where(rows < end, high, 0)
-    low, high = (lax.broadcast_in_dim(x, columns.shape, [0]) for x in (low, high))
-    return (columns >= low) & (columns < high)
-
-
 def seen_pairs(
     launch: Launch,
     v: Visit,
@@ -231,11 +206,13 @@ def seen_pairs(
 ) -> jax.Array:
     """Which (home, away) pairs of a tile see each other; home rows from `end` on see nothing."""
     columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + (start + v.away_shift)
-    iota = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
-    last = schedule.UNBOUNDED if end is None else v.home_row(end)
-    rows = v.home_row(iota + row)
-    start = segment_start(launch, v, row, rows)
-    return visible(launch, v.length, rows, columns, v.limit + v.away_shift, last, start)
+    rows = v.home_row(plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROW) + row)
+    low, high = row_bounds(launch, v, rows)
+    high = jnp.minimum(high, v.limit + v.away_shift)
+    if end is not None:
+        high = jnp.where(rows < v.home_row(end), high, 0)
+    low, high = (lax.broadcast_in_dim(x, shape, [0]) for x in (low, high))
+    return (columns >= low) & (columns < high)
 
 
 class _Spread:
