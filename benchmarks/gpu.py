@@ -34,6 +34,7 @@ from benchmarks.gpu_lab import (
     HEADS,
     Lab,
     Program,
+    Rival,
     Shape,
     Step,
     deviation,
@@ -77,43 +78,54 @@ def measured(lab: Lab, shape: Shape, who: str, *, backward: bool = True) -> Step
 
 
 def compete(
-    lab: Lab, name: str, entries: list[tuple[Shape, str]], *, backward: bool = True
+    lab: Lab,
+    name: str,
+    entries: list[tuple[Shape, str]],
+    rivals: Iterable[Rival] = (),
+    *,
+    backward: bool = True,
 ) -> Step:
-    """Times forward, and forward with backward, of several (shape, who) in turns."""
-    works = ("forward", "both") if backward else ("forward",)
+    """Times forward, and forward with backward, of several (shape, who) and rivals in turns."""
+    works, rivals = ("forward", "both") if backward else ("forward",), tuple(rivals)
     programs = tuple(Program(shape, who, work) for work in works for shape, who in entries)
+    everybody = (*entries, *((rival.shape, rival.who) for rival in rivals))
 
     def run(*executables: Any) -> None:
         arrays = {shape: shape.inputs() for shape, _ in entries}
         calls: dict[str, dict[int, Any]] = {work: {} for work in works}
         rows = {}
-        for n, (shape, who) in enumerate(entries):
-            mine = dict(zip(works, executables[n :: len(entries)], strict=True))
+        for n, (shape, who) in enumerate(everybody):
+            row = Row(shape.name, who)
             try:
-                _run_once(mine.values(), arrays[shape])
+                if n < len(entries):
+                    mine = dict(zip(works, executables[n :: len(entries)], strict=True))
+                    found = {work: _call(mine[work], arrays[shape]) for work in works}
+                    for work, executable in mine.items():
+                        record_memory(row, work, executable)
+                else:
+                    found = rivals[n - len(entries)].calls()
+                for call, wait in found.values():
+                    wait(call())
             except Exception as problem:  # the others are timed without it
                 lab.fail(f"{shape.name}, {who}", problem)
                 continue
-            rows[n] = Row(shape.name, who)
-            for work, executable in mine.items():
-                record_memory(rows[n], work, executable)
-                call = functools.partial(executable, *arrays[shape])
-                calls[work][n] = call, jax.block_until_ready
+            rows[n] = row
+            for work in works:
+                calls[work][n] = found[work]
         for work in works:
             for n, seconds in in_turns(calls[work]).items():
-                record(rows[n], entries[n][0], work, seconds)
+                record(rows[n], everybody[n][0], work, seconds)
         for row in rows.values():
             lab.add(row)
 
-    return Step(name, programs, run, alone=False)
+    return Step(name, programs, run, alone=False, rivals=rivals)
 
 
-def _run_once(executables: Iterable[Any], arrays: Any) -> None:
-    """Runs each, or raises what is there in its place."""
-    for executable in executables:
-        if isinstance(executable, Exception):
-            raise executable
-        jax.block_until_ready(executable(*arrays))
+def _call(executable: Any, arrays: Any) -> tuple[Callable, Callable]:
+    """(run, wait) of an executable; raises what is there in its place."""
+    if isinstance(executable, Exception):
+        raise executable
+    return functools.partial(executable, *arrays), jax.block_until_ready
 
 
 def checked(lab: Lab, shape: Shape, who: str) -> Step:
@@ -184,8 +196,8 @@ def bars(lab: Lab) -> list[Step]:
         if peers.has_switch():
             entries.append((dilated, DETERMINISTIC))
         kind = "causal" if causal else "full"
-        steps.append(compete(lab, f"dense and LongNet {kind} H={H}", entries))
-        steps.append(gpu_torch.dense(lab, whole))
+        name, rivals = f"dense and LongNet {kind} H={H}", [gpu_torch.dense(whole)]
+        steps.append(compete(lab, name, entries, rivals))
     return steps
 
 
@@ -243,8 +255,8 @@ def giga(lab: Lab) -> list[Step]:
     times, checks = [], []
     for T in (10000, 45000):
         shape = gigapath(T)
-        times += [measured(lab, shape, OURS), *gpu_torch.torchscale(lab, shape)]
-        times.append(gpu_torch.dense(lab, shape))
+        rivals = [*gpu_torch.torchscale(shape), gpu_torch.dense(shape)]
+        times.append(compete(lab, f"{shape.name}, everybody", [(shape, OURS)], rivals))
         checks += [checked(lab, shape, OURS), *gpu_torch.torchscale_compared(lab, shape)]
         checks.append(gpu_torch.dense_compared(lab, shape))
     return times + checks

@@ -21,7 +21,6 @@ import numpy as np
 from benchmarks import gpu_peers as peers
 from benchmarks import gpu_table
 from benchmarks.rows import exact_row, keys_of, relative
-from benchmarks.turns import in_turns
 
 HEADS = 16
 
@@ -100,17 +99,30 @@ def results(executables: Iterable[Callable], arrays: Iterable[Any]) -> list[Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Rival:
+    """What is timed and is no program of JAX.
+
+    calls: () -> (run, wait) of "forward" and "both".
+    """
+
+    shape: Shape
+    who: str
+    calls: Callable[[], dict[str, tuple[Callable, Callable]]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """A measurement: what it needs compiled, and what to do with the executables, in order.
 
     alone: the step fails with any of its programs; if not, run gets the exceptions of those that
-    failed in their places.
+    failed in their places. rivals: what else it times.
     """
 
     name: str
     programs: tuple[Program, ...]
     run: Callable[..., None]
     alone: bool = True
+    rivals: tuple[Rival, ...] = ()
 
 
 class Lab:
@@ -212,13 +224,6 @@ class Lab:
             print(note)
         sys.stdout.flush()
         os._exit(1 if self.notes() else 0)
-
-
-def timed(row: gpu_table.Row, shape: Shape, forward: Any, both: Any, wait: Any) -> None:
-    """Fills in the times of a row from functions without arguments; either may be None."""
-    for work, call in (("forward", forward), ("both", both)):
-        if call is not None:
-            record(row, shape, work, in_turns({work: (call, wait)})[work])
 
 
 def record(row: gpu_table.Row, shape: Shape, work: str, seconds: float) -> None:

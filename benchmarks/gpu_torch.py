@@ -13,14 +13,13 @@ from benchmarks import torchscale_peer
 from benchmarks.gpu_lab import (
     HEADS,
     Lab,
+    Rival,
     Shape,
     Step,
     deviation,
     out_and_gradients,
     results,
-    timed,
 )
-from benchmarks.gpu_table import Row
 
 DENSE = "dense torch SDPA"
 # Of each, how the arithmetic is written.
@@ -30,14 +29,14 @@ TORCHSCALE = {
 }
 
 
-def dense(lab: Lab, shape: Shape) -> Step:
+def dense(shape: Shape) -> Rival:
     """Dense attention over all T, whatever the shape's lists."""
-    return _step(lab, _everything(shape), DENSE, lambda t: peers.torch_dense(t, shape.causal))
+    return rival(_everything(shape), DENSE, lambda t: peers.torch_dense(t, shape.causal))
 
 
-def torchscale(lab: Lab, shape: Shape) -> list[Step]:
+def torchscale(shape: Shape) -> list[Rival]:
     """The shape's lists with torchscale's operations, as it runs them and rewritten."""
-    return [_step(lab, shape, who, _on_lists(shape, make)) for who, make in TORCHSCALE.items()]
+    return [rival(shape, who, _on_lists(shape, make)) for who, make in TORCHSCALE.items()]
 
 
 def dense_compared(lab: Lab, shape: Shape) -> Step:
@@ -84,30 +83,28 @@ def outcome(make: Callable[[Any], Callable], arrays: Iterable[jax.Array]) -> lis
     return [jnp.from_dlpack(x) for x in found]
 
 
-def _step(lab: Lab, shape: Shape, who: str, make: Callable[[Any], Callable]) -> Step:
-    return Step(f"{shape.name}, {who}", (), lambda: lab.add(row(shape, who, make, "cuda")))
+def rival(shape: Shape, who: str, make: Callable[[Any], Callable], device: str = "cuda") -> Rival:
+    """A function of torch tensors [1, T, N, H]."""
 
+    def calls() -> dict[str, tuple[Callable, Callable]]:
+        import torch
 
-def row(shape: Shape, who: str, make: Callable[[Any], Callable], device: str) -> Row:
-    """Times forward, and forward with backward, of a function of torch tensors [1, T, N, H]."""
-    import torch
+        size, dtype = (1, shape.T, HEADS, shape.H), getattr(torch, shape.dtype)
+        q, k, v, do = (torch.randn(size, device=device, dtype=dtype) for _ in range(4))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        attend = make(torch)
 
-    size = (1, shape.T, HEADS, shape.H)
-    dtype = getattr(torch, shape.dtype)
-    q, k, v, do = (torch.randn(size, device=device, dtype=dtype) for _ in range(4))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    attend, found = make(torch), Row(shape.name, who)
+        def wait(_: Any) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
 
-    def wait(_: Any) -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+        def forward() -> Any:
+            with torch.no_grad():
+                return attend(*leaves)
 
-    def both() -> Any:
-        return torch.autograd.grad(attend(*leaves), leaves, do)
+        def both() -> Any:
+            return torch.autograd.grad(attend(*leaves), leaves, do)
 
-    with torch.no_grad():
-        timed(found, shape, functools.partial(attend, *leaves), None, wait)
-    timed(found, shape, None, both, wait)
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    return found
+        return {"forward": (forward, wait), "both": (both, wait)}
+
+    return Rival(shape, who, calls)

@@ -239,6 +239,8 @@ def run_backward(
     sizes = _sizes(call, query, key, config.CONSUMERS)
     lengths = (sizes.padded_T, sizes.padded_S, sizes.padded_S, sizes.padded_T)
     arrays = tuple(_pad_inputs(sizes, (query, key, value, do.astype(query.dtype)), lengths))
+    # A row that sees nothing gives nothing, whatever its output's gradient holds.
+    delta = jnp.where(lse == -jnp.inf, 0.0, delta)
     lse = _rows(jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), sizes.rows, jnp.inf)
     delta = _rows(delta, sizes.rows, 0.0)
     marks = pad_marks(marks, sizes.rows, sizes.key_rows)

@@ -95,7 +95,7 @@ def test_a_peer_that_is_missing_has_its_row(tmp_path, monkeypatch):
     lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
     names = []
     for step in gpu.bars(lab):
-        if not step.programs and "torch" not in step.name:
+        if not step.programs:
             names.append(step.name)
             step.run()
     assert len(names) == 10  # two peers in four calls, tokamax's tiles in two
@@ -118,9 +118,9 @@ def test_every_result_that_is_timed_is_checked(tmp_path, monkeypatch):
     lab = gpu_lab.Lab(tmp_path, 900.0, "a card")
     parts = (gpu.bars, gpu.errors, gpu.composed, gpu.giga, gpu.sweep)
     steps = [step for part in parts for step in part(lab)]
-    # Steps that are timed take programs that fail; torch's have none.
+    # Steps that are timed take programs that fail.
     timed = {f"{p.shape.name}, {p.who}" for step in steps if not step.alone for p in step.programs}
-    timed |= {step.name for step in steps if not step.programs}
+    timed |= {f"{rival.shape.name}, {rival.who}" for step in steps for rival in step.rivals}
     assert {name.partition(", ")[2] for name in timed} >= {gpu_torch.DENSE, *gpu_torch.TORCHSCALE}
     checked = {step.name.rpartition(", ")[0] for step in steps if step.alone and step.programs}
     assert timed == checked
