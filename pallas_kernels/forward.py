@@ -27,9 +27,11 @@ from pallas_kernels.compat import (
     store,
 )
 from pallas_kernels.config import ROWS
+from pallas_kernels.copies import copy_boxes, piece, piece_columns
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 from pallas_kernels.scores import Rows, mask_scores, rows_of
+from pallas_kernels.support import tile_columns
 
 LOG2E = math.log2(math.e)
 
@@ -70,7 +72,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     count = items[cta, 0, 0]
     branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
-    head_dim = q_smem.shape[-1]
+    head_dim, width = q_smem.shape[-1], o_smem.shape[-1]
+    copy_boxes(head_dim, opt.interpret)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
@@ -167,7 +170,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             old = None
             if opt.carry:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.copy_gmem_to_smem(out_ref.at[window], o_smem.at[wg], c_ready.at[wg])
+                for i, ref in enumerate(pieces(window)):
+                    plgpu.copy_gmem_to_smem(ref, o_smem.at[wg, i], c_ready.at[wg])
                 old = load(lse_at, ROW)
             total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
             home = opt.marks.of_rows(q_marks, (b, pl.ds(row, ROWS), local), ROW)
@@ -179,6 +183,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             finish(acc, m, mass, window, lse_at, old)
             return total, following
 
+        def pieces(window: Any) -> Any:
+            firsts = range(0, head_dim, width)
+            return [out_ref.at[(*window, piece(first, width))] for first in firsts]
+
         def finish(acc: Any, m: Any, mass: Any, window: Any, lse_at: Any, old: Any) -> None:
             if opt.rate:
                 acc = acc * (1.0 / (1.0 - opt.rate))
@@ -188,19 +196,23 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 top = jnp.maximum(m, old)
                 safe = jnp.where(top == -jnp.inf, 0.0, top)
                 ours, theirs = jnp.exp2(m - safe), jnp.exp2(old - safe)
-                previous = load_shared(o_smem.at[wg], TILE).astype(jnp.float32)
-                theirs_tile = lax.broadcast_in_dim(theirs, acc.shape, [0])
-                # What lies under an lse of -inf was never written and may be NaN.
-                previous = jnp.where(theirs_tile > 0.0, previous * theirs_tile, 0.0)
-                acc = acc * lax.broadcast_in_dim(ours, acc.shape, [0]) + previous
                 m, mass = top, mass * ours + theirs
             inverse = jnp.where(mass > 0.0, 1.0 / mass, 0.0)
-            out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
             if not opt.carry:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o_smem.at[wg][...] = out.astype(o_smem.dtype)
+            for i in range(head_dim // width):
+                out = acc[:, i * width : (i + 1) * width]
+                if opt.carry:
+                    previous = load_shared(o_smem.at[wg, i], TILE).astype(jnp.float32)
+                    theirs_tile = lax.broadcast_in_dim(theirs, out.shape, [0])
+                    # What lies under an lse of -inf was never written and may be NaN.
+                    previous = jnp.where(theirs_tile > 0.0, previous * theirs_tile, 0.0)
+                    out = out * lax.broadcast_in_dim(ours, out.shape, [0]) + previous
+                out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
+                o_smem.at[wg, i][...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[window])
+            for i, ref in enumerate(pieces(window)):
+                plgpu.copy_smem_to_gmem(o_smem.at[wg, i], ref)
             store(lse_at, jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf))
 
         loop.begin()
@@ -211,6 +223,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
     def produce() -> None:
         config.set_registers(consumers, computes=False)
+        columns = piece(0, head_dim)
 
         def one_item(t: Any, state: Any) -> Any:
             fill, queries, (code, mask, _) = state
@@ -227,7 +240,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
                     rows = aligned_rows(tile * plan.block_home + i * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(
-                        q_ref.at[b, rows, local, n], q_smem.at[i], q_ready.at[i]
+                        q_ref.at[b, rows, local, n, columns], q_smem.at[i], q_ready.at[i]
                     )
 
             begin = fill
@@ -247,7 +260,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 ) -> Any:
                     slot = lax.rem(n_fill, jnp.int32(opt.stages))
                     rows = aligned_rows(v.first + j * bkv, bkv)
-                    window = (b, rows, v.away_residue, kv_head)
+                    window = (b, rows, v.away_residue, kv_head, columns)
                     reused = n_fill >= opt.stages
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                     k_ref, v_ref = k_refs[rate], v_refs[rate]
@@ -310,13 +323,15 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one launch.
 
-    query [B, T', N, H], key and value [B, S', K, H], lengths already multiples of 8 x stride.
+    query [B, T', N, H], key and value [B, S', K, H], lengths and heads as `launches`
+    pads them.
     out [B, T', N, H] and lse [B, N, rows] are continued from and updated when opt.carry; otherwise
     they are created. marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has,
     for whole tiles. Returns out and lse.
     """
     views = sorted(set(plan.rates))
-    head_dim, dtype = query.shape[-1], query.dtype
+    head_dim, dtype = tile_columns(query.shape[-1], opt.interpret), query.dtype
+    width = piece_columns(head_dim, out_dtype, opt.interpret)
     geometry = jnp.asarray(schedule.kernel_table(plan, starts))
     operands = [jnp.asarray(table), geometry, seed, view(query, plan.stride)]
     operands += [view(key, r) for r in views]
@@ -330,14 +345,14 @@ def forward(
         shared_tile((pairs, ROWS, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
-        shared_tile((pairs, ROWS, head_dim), out_dtype),
+        shared_tile((pairs, head_dim // width, ROWS, width), out_dtype),
         opt.marks.rings(stages, bkv),
         shared_tile((pairs, ROWS, bkv), dtype) if opt.interpret else None,
         plgpu.SMEM((pairs, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=1 + opt.marks.count),
         plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=pairs),
+        plgpu.Barrier(num_barriers=pairs, num_arrivals=head_dim // width),
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=pairs),
