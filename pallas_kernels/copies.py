@@ -9,6 +9,7 @@ and the last column of an array and writes nothing there: arrays need no padding
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.compat import aligned_rows, mgpu_launch, mgpu_utils, plgpu
 
@@ -37,8 +38,9 @@ def piece_columns(columns: int, dtype: Any, interpret: bool) -> int:
 
 def piece(first: int, columns: int) -> Any:
     """The slice [first, first + columns) of an array's columns, of which it may have fewer."""
-    # JAX would refuse one that it knows to go past the end.
-    return aligned_rows(jnp.int32(first), columns)
+    # JAX refuses a slice past the end where it knows it, and Mosaic a start that is an array.
+    start = jnp.int32(first)
+    return aligned_rows(lax.optimization_barrier(start) if first else start, columns)
 
 
 def copy_boxes(head_dim: int, interpret: bool) -> None:
