@@ -9,6 +9,7 @@ import importlib.metadata
 import itertools
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -60,6 +61,10 @@ CALLS = {
     "three warpgroups": {"T": 4500, "H": 64, "branches": ((1 << 20, 1, 0, (0, 0)),)},
     "groups of branches": {"T": 1024, "H": 128},
     "ragged gqa": {"T": 333, "H": 48, "K": 1, "dtype": "float16"},
+    "boxes": {"T": 1003, "S": 778, "H": 40, "K": 1, "dtype": "float16"},
+    "boxes of a series": {"T": 330, "H": 24, "is_causal": True},
+    "boxes, two passes": {"T": 330, "H": 56, "deterministic": True},
+    "boxes continue": {"T": 331, "H": 48, "carry": partial(331, 48)},
     "cross": {"T": 100, "S": 300, "H": 64, "q_start": 50, "k_start": 9},
     "nothing visible": {"T": 100, "H": 64, "k_start": 1000, "is_causal": True},
     "traced starts": {"T": 256, "H": 64, "q_start": ints(), "k_start": ints()},
@@ -214,6 +219,30 @@ def test_gradients_of_causal_branches_are_one_program():
     for grad, programs in ((False, 4), (True, 5)):
         text = lower(2048, 64, grad=grad, **options)
         assert text.count("custom_call @mosaic_gpu") == programs
+
+
+FIVE = tuple(
+    (w, r, 0, tuple(n % r for n in range(16)))
+    for w, r in ((1024, 1), (5792, 2), (32768, 4), (185363, 8), (1 << 20, 16))
+)
+
+
+def moved(text):
+    """Shapes that arrays `[B, T, N, H]` are padded or cut to, and the ones they had."""
+    lines = re.findall(r"stablehlo\.(?:pad|slice).* : \(tensor<(.*?)>.*-> tensor<(.*?)>", text)
+    return sorted(shapes for shapes in lines if shapes[0].count("x") == 4)
+
+
+def test_small_heads_need_no_padding():
+    """Rows of a residue that are no multiple of 8, columns that are no power of 2."""
+    options = {"H": 48, "N": 16, "K": 16, "branches": FIVE, "dtype": "float16"}
+    assert moved(lower(10000, grad=False, **options)) == []
+    # A sum of its own, cut where it is rounded.
+    cut = ("1x10112x16x48xf16", "1x10000x16x48xf16")
+    assert moved(lower(10000, **options)) == [cut]
+    # To whole rows of the common stride, which a view needs.
+    padded = [("1x9999x16x48xf16", "1x10000x16x48xf16"), ("1x10000x16x48xf16", "1x9999x16x48xf16")]
+    assert set(moved(lower(9999, grad=False, **options))) == set(padded)
 
 
 def test_blocks_fit_for_every_supported_head_size():
