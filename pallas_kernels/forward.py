@@ -323,11 +323,10 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one launch.
 
-    query [B, T', N, H], key and value [B, S', K, H], lengths and heads as `launches`
-    pads them.
-    out [B, T', N, H] and lse [B, N, rows] are continued from and updated when opt.carry; otherwise
-    they are created. marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has,
-    for whole tiles. Returns out and lse.
+    query [B, T', N, H'], key and value [B, S', K, H'], padded as `launches` does. out like query
+    and lse [B, N, rows] are continued from and updated when opt.carry; otherwise they are created.
+    marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has, for whole tiles.
+    Returns out and lse.
     """
     views = sorted(set(plan.rates))
     head_dim, dtype = tile_columns(query.shape[-1], opt.interpret), query.dtype
