@@ -33,6 +33,7 @@ from pallas_kernels.config import ROWS
 from pallas_kernels.copies import copy_boxes, piece, piece_columns
 from pallas_kernels.forward import LOG2E, mark_views, view
 from pallas_kernels.marks import Kinds
+from pallas_kernels.products import multiply_columns
 from pallas_kernels.support import tile_columns
 
 
@@ -113,6 +114,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
     count, branches, bkv = items[cta, 0, 0], len(plan.rates), plan.block_away
     head_dim, width = q_smem.shape[-1], dq_smem.shape[-1]
     copy_boxes(head_dim, opt.interpret)
+    multiply_columns(q_ref.shape[-1], opt.interpret)
 
     def place(entry: Any) -> tuple[Any, ...]:
         return *visits.place(plan, geometry, entry[0], plan.heads), entry[1]

@@ -38,6 +38,7 @@ from pallas_kernels.copies import copy_boxes, piece
 from pallas_kernels.forward import LOG2E
 from pallas_kernels.instructions import load_rows, store_tile, take_view
 from pallas_kernels.marks import Marks
+from pallas_kernels.products import multiply_columns
 from pallas_kernels.support import tile_columns
 
 
@@ -59,6 +60,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     plan, continues = visits.running(plan, words, opt.add)
     take_view(words[schedule.VIEW], plan.series, opt.interpret)
     copy_boxes(memory.head_dim, opt.interpret)
+    multiply_columns(k_ref.shape[-1], opt.interpret)
 
     def visit(branch: Any, head: Any, residue: Any, tile: Any) -> visits.Visit:
         return visits.visit(plan, geometry, branch, part[head, residue], residue, tile)

@@ -27,6 +27,7 @@ from pallas_kernels.compat import (
 from pallas_kernels.config import ROWS
 from pallas_kernels.copies import copy_boxes, piece, piece_columns
 from pallas_kernels.forward import LOG2E, by_residue, mark_views, view
+from pallas_kernels.products import multiply_columns
 from pallas_kernels.support import tile_columns
 
 
@@ -52,6 +53,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     head_dim, (stagings, width) = k_smem.shape[-1], (out_smem.shape[0], out_smem.shape[-1])
     dtype = k_smem.dtype
     copy_boxes(head_dim, opt.interpret)
+    multiply_columns(k_ref.shape[-1], opt.interpret)
 
     def place(entry: Any) -> tuple[Any, ...]:
         return visits.place(plan, geometry, entry[0], kv_heads)

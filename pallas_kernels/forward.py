@@ -30,6 +30,7 @@ from pallas_kernels.config import ROWS
 from pallas_kernels.copies import copy_boxes, piece, piece_columns
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
+from pallas_kernels.products import multiply_columns
 from pallas_kernels.scores import Rows, mask_scores, rows_of
 from pallas_kernels.support import tile_columns
 
@@ -74,6 +75,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     bkv = plan.block_away
     head_dim, width = q_smem.shape[-1], o_smem.shape[-1]
     copy_boxes(head_dim, opt.interpret)
+    multiply_columns(q_ref.shape[-1], opt.interpret)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
