@@ -2,7 +2,7 @@
 
 Mosaic multiplies tiles whole. A kernel says at its start how many columns its heads have; of each
 product that sums over columns, or gives some, only the steps and the columns that count are then
-computed. What lies in the other registers of a sum nobody should read.
+computed. The other columns of a sum keep what they held: the zeros that it started with.
 """
 
 import contextvars
@@ -27,8 +27,8 @@ STEP, GROUP = 16, 8
 def multiply_columns(columns: int, interpret: bool) -> None:
     """Makes all products that follow in the kernel leave out columns of tiles past the first ones.
 
-    columns: of heads, which are rows of two tiles from shared memory, whose product sums over
-    them, or of the right one, which gives them.
+    columns: of heads. They lie along rows of the tiles: a product with one transposed sums over
+    them, any other gives them.
     """
     if interpret:
         return
@@ -45,7 +45,7 @@ def _instructions(acc: Any, a: Any, b: Any, *, b_transpose: bool, **options: Any
     columns = _COLUMNS.get()
     if columns is None:
         return _whole(acc, a, b, b_transpose=b_transpose, **options)
-    if not b_transpose:  # columns lie along rows of both factors
+    if not b_transpose:  # Pallas transposed it: what it sums over lies along rows
         row_bytes = min(options["swizzle"], -(-columns // STEP) * STEP * 2)
         return _whole(acc, a, b, b_transpose=False, **options | {"swizzle": row_bytes})
     n = min(options["n"], -(-columns // GROUP) * GROUP)

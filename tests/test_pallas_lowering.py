@@ -4,6 +4,7 @@ Lowering runs on plain jaxlib and finds wrong shapes, layouts and shared memory 
 compile needs the `aot` dependency group and runs with `-m aot`.
 """
 
+import collections
 import dataclasses
 import importlib.metadata
 import itertools
@@ -299,21 +300,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-@pytest.mark.aot
-@pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"),
-    reason="the aot dependency group is for Linux on x86-64",
-)
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_compiles_for_an_h100_without_spills(head_dim, causal, backward):
+def compiled(head_dim, causal, backward, dump):
+    """What a compilation for an H100 prints; dump: PTX or PTXAS."""
     code = AOT.format(target=TARGET, H=head_dim, causal=causal, backward=backward)
     # The group's ptxas first: XLA prefers one on PATH, and another release spills differently.
     ptxas = importlib.metadata.distribution("nvidia-cuda-nvcc").locate_file("nvidia/cu13/bin")
     settings = {
         "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        f"MOSAIC_GPU_DUMP_{dump}": "1",
         "PATH": f"{ptxas}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": ".",
     }
@@ -327,10 +321,39 @@ def test_compiles_for_an_h100_without_spills(head_dim, causal, backward):
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-3000:]
+    return log
+
+
+COMPILES = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="the aot dependency group is for Linux on x86-64",
+)
+
+
+@pytest.mark.aot
+@COMPILES
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_compiles_for_an_h100_without_spills(head_dim, causal, backward):
+    log = compiled(head_dim, causal, backward, "PTXAS")
     assert "bytes spill stores" in log
     spilled = [int(part.split()[-1]) for part in log.split(" bytes spill stores")[:-1]]
     assert max(spilled) <= SPILLS.get((head_dim, causal, backward), 0), log[-3000:]
     assert not any(warning in log for warning in ("C7510", "C7511", "C7512", "C7517"))
+
+
+@pytest.mark.aot
+@COMPILES
+def test_products_have_the_columns_of_heads():
+    """Of 64 in shared memory: 3 of 4 steps of sums over 40, 5 of 8 groups of results."""
+    log = compiled(40, False, True, "PTX")
+    found = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16", log)
+    counts = collections.Counter(map(int, found))
+    assert counts.pop(40)
+    # Scores and, backward, the gradients of probabilities: of 128 or 256 rows at once.
+    assert counts
+    assert not any(rows % 128 or count % 3 for rows, count in counts.items())
 
 
 @pytest.mark.parametrize("transform", ["vmap", "remat", "scan", "shard_map"])
