@@ -56,31 +56,6 @@ class Options:
     interpret: bool
 
 
-def seen_pairs(
-    plan: schedule.Launch,
-    v: visits.Visit,
-    row: Any,
-    start: Any,
-    shape: tuple[int, int],
-    end: Any = None,
-) -> jax.Array:
-    """Which (home, away) pairs of this step see each other; home rows from `end` on see nothing."""
-    columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + (start + v.away_shift)
-    iota = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
-    rows = (iota + row) * v.home_step + v.home_shift
-    last = schedule.UNBOUNDED if end is None else end * v.home_step + v.home_shift
-    return visits.visible(plan, v.length, rows, columns, v.limit + v.away_shift, last)
-
-
-def is_edge(plan: schedule.Launch, v: visits.Visit, row: Any, start: Any, block: int) -> Any:
-    """Whether some pair of this step is masked by position."""
-    g_first = row * v.home_step + v.home_shift
-    _, high = visits.row_bounds(plan, v.length, g_first)
-    low, _ = visits.row_bounds(plan, v.length, g_first + (ROWS - 1) * v.home_step)
-    first = start + v.away_shift
-    return (first < low) | (first + block > high) | (start + block > v.limit)
-
-
 def write_tile(tile: jax.Array, smem: Any, refs: Sequence[Any], barrier: Any, add: bool) -> None:
     """Writes one warpgroup's result tile, in pieces, adding to what is there if asked."""
     if add:
@@ -161,9 +136,10 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 plgpu.barrier_arrive(v_free.at[slot])
                 # The next tile arrives while this one finishes.
                 pl.when(i + 1 == total)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+                low, high = visits.unmasked(plan, v, row, 0, ROWS)
                 s = lax.cond(
-                    is_edge(plan, v, row, start, bkv),
-                    lambda: jnp.where(seen_pairs(plan, v, row, start, shape), s, -jnp.inf),
+                    (start < low) | (start > high),
+                    lambda: jnp.where(visits.seen_pairs(plan, v, row, start, shape), s, -jnp.inf),
                     lambda: s,
                 )
                 s = opt.marks.hide(s, home, away, plan.transposed)

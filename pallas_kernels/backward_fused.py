@@ -22,7 +22,7 @@ from pallas_kernels import (
     schedule,
     visits,
 )
-from pallas_kernels.backward import Options, seen_pairs
+from pallas_kernels.backward import Options
 from pallas_kernels.backward_keys import operands_of
 from pallas_kernels.compat import (
     COLUMN,
@@ -90,7 +90,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             def seen(me: Any, place: gradient_memory.Place) -> jax.Array:
                 _, residue, tile, row, local = home(me)
                 v, end = visited(place, residue, tile), home_end(plan, local)
-                return seen_pairs(plan, v, row, place.start, shape, end)
+                return visits.seen_pairs(plan, v, row, place.start, shape, end)
 
             def marks(me: Any, slot: Any) -> tuple[Marks, Marks]:
                 b, _, _, row, local = home(me)
@@ -177,7 +177,9 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 view = words[schedule.VIEW] if plan.series else number
                 lse_ref, delta_ref = lse_refs[number], delta_refs[number]
                 v = visit(branch, head, residue, tile)
-                limits = (*unmasked(plan, v, tile, home_end(plan, local)), *hidden(plan, v, tile))
+                first, end = tile * plan.block_home, home_end(plan, local)
+                whole = visits.unmasked(plan, v, first, 0, plan.block_home, end)
+                limits = (*whole, *hidden(plan, v, tile))
                 plane = (b * plan.heads + head) * dq_rows + v.away_residue
                 ordered = visits.before(v, lse_ref.shape[-1])
 
@@ -214,28 +216,15 @@ def home_end(plan: schedule.Launch, local: Any) -> Any:
     return schedule.home_end(plan, local) if plan.ragged else None
 
 
-def unmasked(plan: schedule.Launch, v: visits.Visit, tile: Any, end: Any = None) -> tuple[Any, Any]:
-    """The first and last start of an away tile that all home rows of a tile see whole.
-
-    end: see `home_end`.
-    """
-    first = tile * plan.block_home * v.home_step + v.home_shift
-    _, high = visits.row_bounds(plan, v.length, first)
-    low, _ = visits.row_bounds(plan, v.length, first + (plan.block_home - 1) * v.home_step)
-    if end is not None:
-        low = jnp.where((tile + 1) * plan.block_home > end, schedule.UNBOUNDED, low)
-    return low - v.away_shift, jnp.minimum(high - v.away_shift, v.limit) - plan.block_away
-
-
 def hidden(plan: schedule.Launch, v: visits.Visit, tile: Any) -> tuple[Any, Any]:
     """The last start of an away tile of which the second half of a tile's home rows sees nothing,
     and the first of which the first half sees nothing.
     """
     if plan.gaps:
         return jnp.int32(-schedule.UNBOUNDED), jnp.int32(schedule.UNBOUNDED)
-    second = (tile * plan.block_home + ROWS) * v.home_step + v.home_shift
-    low, _ = visits.row_bounds(plan, v.length, second)
-    _, high = visits.row_bounds(plan, v.length, second - v.home_step)
+    first = tile * plan.block_home
+    low, _ = visits.bounds_of(plan, v, first, ROWS)
+    _, high = visits.bounds_of(plan, v, first, ROWS - 1)
     return low - v.away_shift - plan.block_away, high - v.away_shift
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import config, schedule, visits
-from pallas_kernels.backward import Options, is_edge, seen_pairs
+from pallas_kernels.backward import Options
 from pallas_kernels.compat import (
     COLUMN,
     ROW,
@@ -84,9 +84,10 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
                 s = product(k_smem.at[wg], q_smem.at[slot].transpose((1, 0)), shape, lambda: None)
                 lse = load(lse_smem.at[slot], COLUMN)
                 away = opt.marks.of_slot(mark_smem, slot, COLUMN)
+                low, high = visits.unmasked(plan, v, row, 0, ROWS)
                 s = lax.cond(
-                    is_edge(plan, v, row, start, bq),
-                    lambda: jnp.where(seen_pairs(plan, v, row, start, shape), s, -jnp.inf),
+                    (start < low) | (start > high),
+                    lambda: jnp.where(visits.seen_pairs(plan, v, row, start, shape), s, -jnp.inf),
                     lambda: s,
                 )
                 s = opt.marks.hide(s, home, away, plan.transposed)

@@ -106,13 +106,14 @@ def _body(plan: block_schedule.Plan, opt: Options, keep: Any, *refs: Any) -> Non
                 odd = block_lists.decode(second).empty != 0
 
             def look() -> Any:
-                state = loop.first(base, total, tile_at(jnp.int32(0), item, at, home, odd))
+                def tile(n: Any) -> Tile:
+                    return tile_at(n - base, item, at, home, odd)
+
+                state = loop.first(base, total, tile)
 
                 def steps(acc: Sum) -> Any:
-                    def step(j: Any, state: Any) -> Any:
-                        return loop.step(state, acc, total, tile_at(j, item, at, home, odd))
-
-                    return loop.last(lax.fori_loop(1, item.steps, step, state), acc)
+                    step = functools.partial(loop.step, acc, total, tile)
+                    return loop.last(acc, total, lax.fori_loop(base + 1, total, step, state))
 
                 return loop.with_sum(steps)
 

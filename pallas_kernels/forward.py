@@ -11,27 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import config, schedule, visits
+from pallas_kernels import config, forward_memory, schedule, visits
 from pallas_kernels.compat import (
     COLUMN,
-    ROW,
     TILE,
     Sum,
     aligned_rows,
     launch,
-    load,
     load_shared,
     pl,
     plgpu,
     shared_tile,
-    store,
 )
 from pallas_kernels.config import ROWS
 from pallas_kernels.copies import copy_boxes, piece, piece_columns
+from pallas_kernels.forward_memory import Item, Memory, places_of
+from pallas_kernels.instructions import load_rows, recomputed, store_rows, take_view
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 from pallas_kernels.products import multiply_columns
-from pallas_kernels.scores import Rows, mask_scores, rows_of
 from pallas_kernels.support import tile_columns
 
 LOG2E = math.log2(math.e)
@@ -58,22 +56,21 @@ class Options:
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
-    views = sorted(set(plan.rates))
     it = iter(refs)
-    items, geometry, seed_ref = (next(it) for _ in range(3))
-    q_ref = next(it)
-    k_refs = {r: next(it) for r in views}
-    v_refs = {r: next(it) for r in views}
-    q_marks, k_marks = opt.marks.take(it), {r: opt.marks.take(it) for r in views}
+    items, geometry, launch_ref, seed_ref, q_ref = (next(it) for _ in range(5))
+    k_refs = [next(it) for _ in plan.away_views]
+    v_refs = [next(it) for _ in plan.away_views]
+    q_marks, k_marks = opt.marks.take(it), [opt.marks.take(it) for _ in plan.away_views]
     out_ref, lse_ref = next(it), next(it)
     q_smem, k_smem, v_smem, o_smem, mark_smem, p_smem, sum_smem = (next(it) for _ in range(7))
-    q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free = it
+    q_ready, k_ready, v_ready, c_ready, q_free, k_free, v_free, *words = it
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-    count = items[cta, 0, 0]
     branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
     head_dim, width = q_smem.shape[-1], o_smem.shape[-1]
+    memory, tells = Memory(*words, opt.interpret), tells_places(plan, opt)
+    take_view(launch_ref[schedule.VIEW], plan.series, opt.interpret)
     copy_boxes(head_dim, opt.interpret)
     multiply_columns(q_ref.shape[-1], opt.interpret)
 
@@ -95,131 +92,177 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             stand_in=None if p_smem is None else (sum_smem.at[wg], p_smem.at[wg]),
         )
 
-        def tile_at(j: Any, v: visits.Visit, rows: Rows, at: Any, home: Marks) -> Tile:
+        # Larger heads leave no registers: what they want to know they read when they need it.
+        reads_again = head_dim > ROWS
+
+        def me() -> Any:
+            """The number of this warpgroup, and what follows from it."""
+            return recomputed(wg, opt.interpret) if reads_again else wg
+
+        def running() -> tuple[schedule.Launch, Any]:
+            return visits.running(plan, memory.launch, opt.carry) if reads_again else known
+
+        known = visits.running(plan, launch_ref, opt.carry)
+
+        def tile_at(item: Any, home: Marks, n: Any) -> Tile:
+            """What is special about tile n, of an item."""
+            hides = schedule.hides(plan)
+            edge = mine(n, "edges") if hides else False
+
+            def masked(s: jax.Array) -> jax.Array:
+                one, row, start = running()[0], first_row(item), memory.place(n, "start")
+                seen = visits.seen_pairs(one, memory.visit(one, n), row, start, s.shape)
+                return jnp.where(seen, s, -jnp.inf)
+
             def mask(s: jax.Array, away: Marks) -> jax.Array:
-                s = mask_scores(plan, v, rows, v.first + j * bkv, s)
+                if hides:
+                    s = lax.cond(edge, lambda: masked(s), lambda: s)
                 return opt.marks.hide(s, home, away, plan.transposed)
 
             def drop(p: jax.Array, away: Marks) -> jax.Array:
                 if not opt.rate:
                     return p
-                seed, place = (seed_ref[0], seed_ref[1]), (*at, rows.row, v.first + j * bkv)
-                places = opt.marks.places(home, away)
-                seen = visits.kept(plan, keep, opt.rate, seed, v, place, p.shape, places)
+                one, seed = running()[0], (seed_ref[0], seed_ref[1])
+                at = (item().batch, item().head, memory.place(n, "branch"))
+                at = (*at, first_row(item), memory.place(n, "start"))
+                v, places = memory.visit(one, n), opt.marks.places(home, away)
+                seen = visits.kept(one, keep, opt.rate, seed, v, at, p.shape, places)
                 return jnp.where(seen, p, 0.0)
 
             return Tile(mask, drop)
 
-        def look(
-            base: Any, total: Any, mask: Any, where: Any, at: Any, row: Any, home: Marks
-        ) -> Any:
-            """(sum, maximum, mass) of the tile; it has at least one step."""
+        def mine(n: Any, field: str) -> Any:
+            """Whether this warpgroup's bit is set in a field of a tile's place."""
+            return (memory.place(n, field) >> wg) & 1 != 0
 
-            def visit(branch: Any) -> tuple[visits.Visit, Rows]:
-                v = visits.visit(plan, geometry, branch, mask, *where)
-                return v, rows_of(plan, v, row)
+        def first_row(item: Any) -> Any:
+            """The first of this warpgroup's home rows."""
+            return item().row + me() * ROWS
 
-            def steps(branch: Any, begin: Any, end: Any, state: Any, acc: Sum) -> Any:
-                seen = (*visit(branch), (*at, branch), home)
+        def window(item: Any) -> tuple[Any, ...]:
+            """This warpgroup's rows of an item in arrays like out."""
+            it = item()
+            return it.batch, aligned_rows(first_row(item), ROWS), it.residue, it.head
 
-                def step(j: Any, state: Any) -> Any:
-                    return loop.step(state, acc, total, tile_at(j, *seen))
+        def lse_at(item: Any) -> tuple[Any, ...]:
+            """Where they begin in lse."""
+            return item().batch, item().head, first_row(item), item().residue
 
-                return lax.fori_loop(begin, end, step, state)
+        def pieces(item: Any) -> list[Any]:
+            at, firsts = window(item), range(0, head_dim, width)
+            return [out_ref.at[(*at, piece(first, width))] for first in firsts]
 
-            first = visits.first_branch(plan, geometry, mask, *where)
-            state = loop.first(
-                base, total, tile_at(jnp.int32(0), *visit(first), (*at, first), home)
-            )
+        def bring(item: Any) -> None:
+            """Brings what is there, if this continues it, to where the result will be left."""
 
-            def all_branches(acc: Sum) -> Any:
-                def one_branch(branch: Any, state: Any) -> Any:
-                    begin = jnp.where(branch == first, 1, 0)
-                    return steps(branch, begin, visit(branch)[0].steps, state, acc)
+            @pl.when(running()[1])
+            def _() -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for i, ref in enumerate(pieces(item)):
+                    plgpu.copy_gmem_to_smem(ref, o_smem.at[me(), i], c_ready.at[me()])
 
-                if branches == 1:
-                    return loop.last(one_branch(0, state), acc)
-                return loop.last(lax.fori_loop(0, branches, one_branch, state), acc)
+        def load_old(item: Any) -> Any:
+            """The lse that is there. Late: ahead of what waits for products, but not of steps."""
+            if not opt.carry:
+                return None
+            return load_rows(lse_ref, lse_at(item), running()[0].stride, opt.interpret)
+
+        def look(item: Any, base: Any, total: Any, home: Marks) -> Any:
+            """(sum, maximum, mass, lse that is there) of an item; it has at least one step."""
+            tile = functools.partial(tile_at, item, home)
+            state = loop.first(base, total, tile)
+            # Only now, when what the item before wrote has left.
+            bring(item)
+
+            def all_tiles(acc: Sum) -> Any:
+                step = functools.partial(loop.step, acc, total, tile)
+                done = lax.fori_loop(base + 1, total, step, state)
+                old = load_old(item)
+                return *loop.last(acc, total, done), old
 
             def perhaps_half(acc: Sum) -> Any:
-                """As `all_branches`, of one; the last tile is half a tile if no more is seen."""
-                v, rows = visit(0)
-                end = v.steps - 1
-                middle = v.first + v.away_shift + end * bkv + bkv // 2
-                half = (end > 0) & (rows.end <= middle)
-                done = steps(0, 1, v.steps - jnp.where(half, 1, 0), state, acc)
-                tile = tile_at(end, v, rows, (*at, 0), home)
-                return lax.cond(
-                    half, lambda: loop.last_half(done, acc, tile), lambda: loop.last(done, acc)
+                """As `all_tiles`; the last tile is half a tile if no more is seen."""
+                half = mine(base, "halves")
+                end = total - jnp.where(half, 1, 0)
+                step = functools.partial(loop.step, acc, total, tile)
+                done = lax.fori_loop(base + 1, end, step, state)
+                old = load_old(item)
+                found = lax.cond(
+                    half,
+                    lambda: loop.last_half(acc, tile, end, done),
+                    lambda: loop.last(acc, total, done),
                 )
+                return *found, old
 
             # Of the tile on the diagonal the first of two warpgroups sees half. (Larger heads gain
             # nothing, and have no registers left. Before a gap the last row is not the one that
             # sees most.)
             halves = plan.causal and branches == 1 and bkv == 2 * ROWS and opt.lazy and opt.overlap
             plain = not (opt.marks.count or opt.rate or plan.gaps) and head_dim <= ROWS
-            return loop.with_sum(perhaps_half if halves and plain else all_branches)
+            return loop.with_sum(perhaps_half if halves and plain else all_tiles)
 
-        def one_item(t: Any, state: Any) -> Any:
-            base, current = state
-            code, mask, _ = current
-            # Read early: the next tile must not start by waiting for memory.
-            following = visits.entry(items, cta, t + 1, count)
-            b, n, residue, tile, local = visits.place(plan, geometry, code, plan.heads)
-            row = tile * plan.block_home + wg * ROWS
-            window = (b, aligned_rows(row, ROWS), local, n)
-            lse_at = lse_ref.at[b, n, pl.ds(row, ROWS), local]
-            old = None
-            if opt.carry:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for i, ref in enumerate(pieces(window)):
-                    plgpu.copy_gmem_to_smem(ref, o_smem.at[wg, i], c_ready.at[wg])
-                old = load(lse_at, ROW)
-            total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
-            home = opt.marks.of_rows(q_marks, (b, pl.ds(row, ROWS), local), ROW)
-            acc, m, mass = lax.cond(
-                total > base,
-                lambda: look(base, total, mask, (residue, tile), (b, n), row, home),
-                lambda: nothing_seen(head_dim),
+        def one_item(t: Any, base: Any) -> Any:
+            memory.await_item(t)
+            held = memory.item(t)
+
+            def item() -> Item:
+                return memory.item(t) if reads_again else held
+
+            total, at = base + held.steps, (held.batch, held.row + wg * ROWS, held.residue)
+            home = opt.marks.read(
+                q_marks, lambda ref: load_rows(ref, at, running()[0].stride, opt.interpret)
             )
-            finish(acc, m, mass, window, lse_at, old)
-            return total, following
 
-        def pieces(window: Any) -> Any:
-            firsts = range(0, head_dim, width)
-            return [out_ref.at[(*window, piece(first, width))] for first in firsts]
+            def nothing() -> Any:
+                bring(item)
+                return *nothing_seen(head_dim), load_old(item)
 
-        def finish(acc: Any, m: Any, mass: Any, window: Any, lse_at: Any, old: Any) -> None:
+            found = lax.cond(total > base, lambda: look(item, base, total, home), nothing)
+            finish(item, *found)
+            memory.release_item(t)
+            return total
+
+        def finish(item: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
             if opt.rate:
                 acc = acc * (1.0 / (1.0 - opt.rate))
-            if opt.carry:
-                plgpu.barrier_wait(c_ready.at[wg])
+            for merges in (False, True):
+                # Whether it continues is known at run time only in a series.
+                pl.when(running()[1] == merges)(
+                    functools.partial(write, item, acc, m, mass, old if merges else None)
+                )
+
+        def write(item: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
+            """Writes out and lse, merged with what is there if its lse is given."""
+            smem = o_smem.at[me()]
+            if old is None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            else:
+                plgpu.barrier_wait(c_ready.at[me()])
                 old = old * LOG2E
                 top = jnp.maximum(m, old)
                 safe = jnp.where(top == -jnp.inf, 0.0, top)
                 ours, theirs = jnp.exp2(m - safe), jnp.exp2(old - safe)
                 m, mass = top, mass * ours + theirs
             inverse = jnp.where(mass > 0.0, 1.0 / mass, 0.0)
-            if not opt.carry:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for i in range(head_dim // width):
                 out = acc[:, i * width : (i + 1) * width]
-                if opt.carry:
-                    previous = load_shared(o_smem.at[wg, i], TILE).astype(jnp.float32)
+                if old is not None:
+                    previous = load_shared(smem.at[i], TILE).astype(jnp.float32)
                     theirs_tile = lax.broadcast_in_dim(theirs, out.shape, [0])
                     # What lies under an lse of -inf was never written and may be NaN.
                     previous = jnp.where(theirs_tile > 0.0, previous * theirs_tile, 0.0)
                     out = out * lax.broadcast_in_dim(ours, out.shape, [0]) + previous
                 out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
-                o_smem.at[wg, i][...] = out.astype(o_smem.dtype)
+                smem.at[i][...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
-            for i, ref in enumerate(pieces(window)):
-                plgpu.copy_smem_to_gmem(o_smem.at[wg, i], ref)
-            store(lse_at, jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf))
+            for i, ref in enumerate(pieces(item)):
+                plgpu.copy_smem_to_gmem(smem.at[i], ref)
+            lse = jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf)
+            store_rows(lse_ref, lse_at(item), running()[0].stride, lse, opt.interpret)
 
         loop.begin()
-        first = visits.entry(items, cta, 0, count)
-        lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
+        count = items[recomputed(cta, opt.interpret), 0, 0]
+        lax.fori_loop(0, count, one_item, jnp.int32(0))
         loop.end()
         plgpu.wait_smem_to_gmem(0)
 
@@ -227,10 +270,20 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         config.set_registers(consumers, computes=False)
         columns = piece(0, head_dim)
 
+        block = recomputed(cta, opt.interpret)
+        count = items[block, 0, 0]
+        one, _ = visits.running(plan, launch_ref, opt.carry)
+        memory.bring_launch([launch_ref[i] for i in range(launch_ref.shape[0])])
+
         def one_item(t: Any, state: Any) -> Any:
-            fill, queries, (code, mask, _) = state
-            following = visits.entry(items, cta, t + 1, count)
-            b, n, residue, tile, local = visits.place(plan, geometry, code, plan.heads)
+            fill, queries, current = state
+            code, mask, _ = current
+            # Read early: the next item must not start by waiting for memory.
+            following = visits.entry(items, block, t + 1, count)
+            b, n, residue, tile, local = visits.place(one, geometry, code, plan.heads)
+            row = tile * plan.block_home
+            steps = visits.known_steps(one, geometry, current, mask, residue, tile)
+            memory.bring_item(t, Item(steps, b, n, row, local))
             kv_head = lax.div(n, jnp.int32(opt.group))
 
             def load_queries() -> None:
@@ -240,34 +293,39 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     def _(i: int = i) -> None:
                         plgpu.barrier_wait(q_free.at[i])
 
-                    rows = aligned_rows(tile * plan.block_home + i * ROWS, ROWS)
+                    rows = aligned_rows(row + i * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(
                         q_ref.at[b, rows, local, n, columns], q_smem.at[i], q_ready.at[i]
                     )
 
             begin = fill
             for branch in range(branches):
-                v = visits.visit(plan, geometry, branch, mask, residue, tile)
-                rate = plan.rates[branch]
-                ids = k_marks[rate]
+                v = visits.visit(one, geometry, branch, mask, residue, tile)
+                number = plan.away_view(branch)
+                k_ref, v_ref, ids = k_refs[number], v_refs[number], k_marks[number]
                 ordered = visits.before(v, ids[0].shape[-1]) if ids else 0
+                place = places_of(one, v, branch, row, consumers) if tells else None
 
                 def step(
                     j: Any,
                     n_fill: Any,
                     v: Any = v,
-                    rate: int = rate,
+                    k_ref: Any = k_ref,
+                    v_ref: Any = v_ref,
                     ids: Any = ids,
                     ordered: Any = ordered,
+                    place: Any = place,
                 ) -> Any:
                     slot = lax.rem(n_fill, jnp.int32(opt.stages))
-                    rows = aligned_rows(v.first + j * bkv, bkv)
+                    start = v.first + j * bkv
+                    rows = aligned_rows(start, bkv)
                     window = (b, rows, v.away_residue, kv_head, columns)
                     reused = n_fill >= opt.stages
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                    k_ref, v_ref = k_refs[rate], v_refs[rate]
                     plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], k_ready.at[slot])
-                    marked = (b, aligned_rows(ordered + v.first + j * bkv, bkv))
+                    if place is not None:
+                        memory.leave(n_fill, place(start), k_ready.at[slot])
+                    marked = (b, aligned_rows(ordered + start, bkv))
                     opt.marks.bring(ids, marked, mark_smem, slot, k_ready.at[slot])
                     pl.when(n_fill == begin)(load_queries)
                     pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
@@ -277,11 +335,16 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 fill = lax.fori_loop(0, v.steps, step, fill)
             return fill, queries + jnp.where(fill > begin, 1, 0), following
 
-        first = visits.entry(items, cta, 0, count)
+        first = visits.entry(items, block, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), jnp.int32(0), first))
 
     pl.when(wg < consumers)(consume)
     pl.when(wg == consumers)(produce)
+
+
+def tells_places(plan: schedule.Launch, opt: Options) -> bool:
+    """Whether steps want to know where their keys lie."""
+    return schedule.hides(plan) or opt.rate > 0.0
 
 
 def view(x: jax.Array, rate: int) -> jax.Array:
@@ -318,6 +381,7 @@ def forward(
     *,
     out_dtype: Any,
     lse_shape: tuple[int, int, int],
+    continues: bool,
     starts: jax.Array,
     seed: jax.Array,
     marks: tuple[Sequence[jax.Array], Sequence[jax.Array]],
@@ -330,18 +394,36 @@ def forward(
     marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has, for whole tiles.
     Returns out and lse.
     """
-    views = sorted(set(plan.rates))
+    geometry = jnp.asarray(schedule.kernel_table(plan, starts))
+    words = jnp.asarray(schedule.words(plan, continues))
+    operands = [jnp.asarray(table), geometry, words, seed, view(query, plan.home_view)]
+    operands += [view(x, r) for x in (key, value) for r in plan.away_views]
+    operands += mark_views(plan, *marks)
+    before = (out, lse) if opt.carry else ()
+    return _run(
+        schedule.program(plan), opt, keep, jnp.dtype(out_dtype), lse_shape, operands, before
+    )
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _run(
+    plan: schedule.Launch,
+    opt: Options,
+    keep: Any,
+    out_dtype: Any,
+    lse_shape: tuple[int, int, int],
+    operands: list[jax.Array],
+    before: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """`forward`; traced once for all launches of a series. before: out and lse."""
+    query = operands[4]
     head_dim, dtype = tile_columns(query.shape[-1], opt.interpret), query.dtype
     width = piece_columns(head_dim, out_dtype, opt.interpret)
-    geometry = jnp.asarray(schedule.kernel_table(plan, starts))
-    operands = [jnp.asarray(table), geometry, seed, view(query, plan.stride)]
-    operands += [view(key, r) for r in views]
-    operands += [view(value, r) for r in views]
-    operands += mark_views(plan, *marks)
-    out_view = (query.shape[0], query.shape[1] // plan.stride, plan.stride, *query.shape[2:])
-    lse_view = (*lse_shape[:2], lse_shape[2] // plan.stride, plan.stride)
+    batch, rows, stride, *rest = query.shape
+    out_shape = (batch, rows * stride, *rest)
+    lse_view = (*lse_shape[:2], lse_shape[2] // plan.home_view, plan.home_view)
     bkv, stages = plan.block_away, opt.stages
-    pairs = opt.consumers
+    pairs, tells = opt.consumers, tells_places(plan, opt)
     scratch = [
         shared_tile((pairs, ROWS, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
@@ -351,20 +433,22 @@ def forward(
         shared_tile((pairs, ROWS, bkv), dtype) if opt.interpret else None,
         plgpu.SMEM((pairs, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=pairs),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=1 + opt.marks.count),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=1 + opt.marks.count + tells),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=pairs, num_arrivals=head_dim // width),
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=pairs),
+        *forward_memory.scratch(stages, pairs),
     ]
     args: dict[str, Any] = {}
     if opt.carry:
-        args["inplace"] = [out.reshape(out_view), lse.reshape(lse_view)]
+        out, lse = before
+        args["inplace"] = [out.reshape(query.shape), lse.reshape(lse_view)]
         types = []
     else:
         types = [
-            jax.ShapeDtypeStruct(out_view, out_dtype),
+            jax.ShapeDtypeStruct(query.shape, out_dtype),
             jax.ShapeDtypeStruct(lse_view, jnp.float32),
         ]
     out, lse = launch(
@@ -372,9 +456,9 @@ def forward(
         operands,
         types,
         scratch,
-        ctas=table.shape[0],
+        ctas=operands[0].shape[0],
         threads=pairs + 1,
         name="dilated_forward",
         **args,
     )
-    return out.reshape(query.shape), lse.reshape(lse_shape)
+    return out.reshape(out_shape), lse.reshape(lse_shape)

@@ -26,6 +26,7 @@ from pallas_kernels.compat import (
     pl,
     plgpu,
     shared_kind,
+    store,
     tiling_of,
 )
 from pallas_kernels.config import ROWS
@@ -93,25 +94,54 @@ def load_rows(ref: Any, at: tuple[Any, ...], stride: Any, interpret: bool) -> ja
     *index, row, residue = at
     if interpret or isinstance(stride, int):
         return load(ref.at[(*index, pl.ds(row, ROWS), residue)], ROW)
-    iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
-    integer = jnp.issubdtype(ref.dtype, jnp.integer)
+    kind = plgpu.ShapeDtypeStruct((ROWS,), ref.dtype, ROW)
+    count = len(index)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), ROW, *(plgpu.Layout.WG_SPLAT,) * len(index)),
-        return_type=plgpu.ShapeDtypeStruct((ROWS,), ref.dtype, ROW),
+        arg_types=(plgpu.RefType(), ROW, *(plgpu.Layout.WG_SPLAT,) * count), return_type=kind
     )
-    def emit(_: Any, source: Any, places: Any, *scalars: Any) -> Any:
-        kind = mgpu_utils.ir.IndexType.get()
-        casts = functools.partial(mgpu_utils.arith.index_cast, kind)
-        # Places count on from row 0.
-        first = [*(casts(x.registers[()]) for x in scalars), mgpu_utils.c(0, kind)]
-        values = [
-            mgpu_utils.memref.load(source, [*first, casts(_element(register, 0))])
-            for register in places.registers.flat
-        ]
+    def emit(_: Any, source: Any, places: Any, *index: Any) -> Any:
+        values = [mgpu_utils.memref.load(source, i) for i in _elements(places, index)]
         return _row_array(values, values[0].type, places.is_signed if integer else None)
 
-    return emit(ref, (iota + row) * stride + residue, *index)
+    integer = jnp.issubdtype(ref.dtype, jnp.integer)
+    return emit(ref, _places(row, residue, stride), *index)
+
+
+def store_rows(
+    ref: Any, at: tuple[Any, ...], stride: Any, rows: jax.Array, interpret: bool
+) -> None:
+    """Stores 64 rows where `load_rows` takes them from."""
+    *index, row, residue = at
+    if interpret or isinstance(stride, int):
+        store(ref.at[(*index, pl.ds(row, ROWS), residue)], rows)
+        return
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), ROW, ROW, *(plgpu.Layout.WG_SPLAT,) * len(index))
+    )
+    def emit(_: Any, target: Any, array: Any, places: Any, *index: Any) -> None:
+        registers = array.registers.flat
+        for register, i in zip(registers, _elements(places, index), strict=True):
+            mgpu_utils.memref.store(_element(register, 0), target, i)
+
+    emit(ref, rows, _places(row, residue, stride), *index)
+
+
+def _places(row: Any, residue: Any, stride: Any) -> jax.Array:
+    iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+    return (iota + row) * stride + residue
+
+
+def _elements(places: Any, index: Sequence[Any]) -> list[list[Any]]:
+    """Indices of the elements that a thread holds: a row's place counts on from row 0."""
+    arith, kind = mgpu_utils.arith, mgpu_utils.ir.IndexType.get()
+    first = [arith.index_cast(kind, x.registers[()]) for x in index]
+    first.append(mgpu_utils.c(0, kind))
+    return [
+        [*first, arith.index_cast(kind, _element(register, 0))]
+        for register in places.registers.flat
+    ]
 
 
 def add_rows(

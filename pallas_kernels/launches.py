@@ -199,7 +199,12 @@ def run_forward(
     if carry is not None:
         out = _padded(carry[0].astype(call.out_dtype), sizes.query_shape)
         lse = _rows(carry[1], sizes.rows, -jnp.inf)
-    for plan, continues, table in _tables(call, _groups(whole), q, k, carry is not None):
+    plans = schedule.in_series(_groups(whole), q.shape[0] * q.shape[2], call.interpret)
+    if plans[0].series and out is None:
+        # A series continues what its first launch, too, is handed.
+        out = jax.lax.empty(q.shape, call.out_dtype)
+        lse = jnp.full((q.shape[0], q.shape[2], sizes.rows), -jnp.inf, jnp.float32)
+    for plan, continues, table in _tables(call, plans, q, k, carry is not None):
         options = forward.Options(
             scale=call.scale * LOG2E,
             stages=blocks.stages,
@@ -207,7 +212,7 @@ def run_forward(
             overlap=blocks.overlap,
             lazy=blocks.lazy,
             group=q.shape[2] // k.shape[2],
-            carry=continues,
+            carry=out is not None,
             marks=call.marks,
             rate=call.rate,
             interpret=call.interpret,
@@ -224,6 +229,7 @@ def run_forward(
                 lse,
                 out_dtype=call.out_dtype,
                 lse_shape=(q.shape[0], q.shape[2], sizes.rows),
+                continues=continues,
                 starts=starts,
                 seed=seed,
                 marks=marks,
@@ -250,8 +256,6 @@ def run_backward(
     q, do = (_padded(x, sizes.query_shape) for x in (query, do.astype(query.dtype)))
     k, v = (_padded(x, sizes.key_shape) for x in (key, value))
     arrays = (q, k, v, do)
-    # A row that sees nothing gives nothing, whatever its output's gradient holds.
-    delta = jnp.where(lse == -jnp.inf, 0.0, delta)
     lse = _rows(jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), sizes.rows, jnp.inf)
     delta = _rows(delta, sizes.rows, 0.0)
     marks = pad_marks(marks, sizes.rows, sizes.key_rows)

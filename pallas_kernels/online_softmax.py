@@ -43,6 +43,10 @@ class Tile:
     drop: Callable[[jax.Array, Any], jax.Array]
 
 
+# Number of a tile whose keys are there -> what is special about it.
+TileAt = Callable[[Any], Tile]
+
+
 @dataclasses.dataclass(frozen=True)
 class Warpgroup:
     """One of the warpgroups that compute, with what it shares with the one that copies.
@@ -147,21 +151,23 @@ class Warpgroup:
         acc.set(total)
         return p16, m, mass
 
-    def first(self, base: Any, total: Any, tile: Tile) -> Any:
+    def first(self, base: Any, total: Any, tile_at: TileAt) -> Any:
         """The state after the first tile of base to total - 1: weighed, not yet added."""
         plgpu.barrier_wait(self.ready[0])
         plgpu.barrier_wait(self.ready[1].at[self.slot(base)])
+        tile = tile_at(base)
         self.await_turn()
         s = self._scores(base)
         pl.when(base + 1 == total)(lambda: plgpu.barrier_arrive(self.free[0]))
         nothing = filled((ROWS,), -jnp.inf, jnp.float32, ROW)
         p, dropped, m, _ = self._weigh(s, nothing, base, tile)
-        return dropped.astype(self.q.dtype), m, partial_sums(p, self.interpret), base + 1
+        return dropped.astype(self.q.dtype), m, partial_sums(p, self.interpret)
 
-    def step(self, state: Any, acc: Sum, total: Any, tile: Tile) -> Any:
-        """Weighs a tile, and adds the one before."""
-        p16, m, mass, n = state
+    def step(self, acc: Sum, total: Any, tile_at: TileAt, n: Any, state: Any) -> Any:
+        """The state after tile n, weighed; adds the one before."""
+        p16, m, mass = state
         plgpu.barrier_wait(self.ready[1].at[self.slot(n)])
+        tile = tile_at(n)
         plgpu.barrier_wait(self.ready[2].at[self.slot(n - 1)])
         self.await_turn()
 
@@ -183,7 +189,7 @@ class Warpgroup:
         # The next tile's queries arrive while this one finishes.
         pl.when(n + 1 == total)(lambda: plgpu.barrier_arrive(self.free[0]))
         if self.lazy:
-            return *self._weigh_lazily(s, m, mass, n, acc, tile), n + 1
+            return self._weigh_lazily(s, m, mass, n, acc, tile)
         p, dropped, m, alpha = self._weigh(s, m, n, tile)
         mass = mass * alpha + partial_sums(p, self.interpret)
         dropped, m, mass, alpha = lax.optimization_barrier((dropped, m, mass, alpha))
@@ -192,11 +198,11 @@ class Warpgroup:
         acc.set(_scaled(acc.value(), alpha))
         if self.overlap:
             plgpu.barrier_arrive(self.free[2].at[self.slot(n - 1)])
-        return dropped.astype(self.q.dtype), m, mass, n + 1
+        return dropped.astype(self.q.dtype), m, mass
 
-    def last(self, state: Any, acc: Sum) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(sum, maximum, mass) once the last tile is added."""
-        p16, m, mass, n = state
+    def last(self, acc: Sum, n: Any, state: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(sum, maximum, mass) once the last tile, n - 1, is added."""
+        p16, m, mass = state
         plgpu.barrier_wait(self.ready[2].at[self.slot(n - 1)])
         self.await_turn()
         acc.add(p16, self.v.at[self.slot(n - 1)])
@@ -205,11 +211,14 @@ class Warpgroup:
         plgpu.barrier_arrive(self.free[2].at[self.slot(n - 1)])
         return result, m, total_sums(mass, self.interpret)
 
-    def last_half(self, state: Any, acc: Sum, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `step` and `last`, of a tile of whose second half nothing is seen; overlaps."""
-        p16, m, mass, n = state
+    def last_half(
+        self, acc: Sum, tile_at: TileAt, n: Any, state: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `step` and `last`, of a tile n of whose second half nothing is seen; overlaps."""
+        p16, m, mass = state
         slot, before, half = self.slot(n), self.slot(n - 1), self.k.shape[1] // 2
         plgpu.barrier_wait(self.ready[1].at[slot])
+        tile = tile_at(n)
         plgpu.barrier_wait(self.ready[2].at[before])
         self.await_turn()
 

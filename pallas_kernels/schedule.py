@@ -352,13 +352,15 @@ def words(launch: Launch, continues: bool) -> np.ndarray:
 def in_series(launches: list[Launch], items: int, interpret: bool) -> list[Launch]:
     """The launches, where those that can run one program know their series.
 
-    They have one branch each, causality, so that they need masks, and no gaps. items: tile codes
-    for each tile of a residue class and residue, which must fit 32 bits. The interpreter has one
-    view of an array, so that it runs a program for each.
+    They have one branch each, causality, so that they need masks, and no gaps; the rows of a tile
+    lie in two segments at most. items: tile codes for each tile of a residue class and
+    residue, which must fit 32 bits. The interpreter has one view of an array, so that it runs a
+    program for each.
     """
 
     def can(launch: Launch) -> bool:
-        return len(launch.rates) == 1 and launch.causal and not launch.gaps
+        one = len(launch.rates) == 1 and launch.lengths[0] >= launch.block_home
+        return one and launch.causal and not launch.gaps
 
     strides = tuple(sorted({launch.stride for launch in launches if can(launch)}))
     if sum(map(can, launches)) < 2:

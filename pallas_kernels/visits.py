@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import schedule
-from pallas_kernels.compat import COLUMN, ROW, plgpu
+from pallas_kernels.compat import COLUMN, ROW, TILE, plgpu
 from pallas_kernels.schedule import Launch
 
 
@@ -33,6 +33,10 @@ class Visit:
     rate: Any
     length: Any
     home_step: Any
+
+    def home_row(self, row: Any) -> Any:
+        """The dilated row of a home row."""
+        return row * self.home_step + self.home_shift
 
 
 def pick(values: tuple[int, ...], index: Any) -> Any:
@@ -61,14 +65,16 @@ def running(launch: Launch, words: Any, continues: bool) -> tuple[Launch, Any]:
     return one, words[schedule.CONTINUES] != 0
 
 
-def row_bounds(launch: Launch, length: Any, rows: Any) -> tuple[Any, Any]:
+def row_bounds(launch: Launch, length: Any, rows: Any, start: Any = None) -> tuple[Any, Any]:
     """The dilated away rows [low, high) that dilated home rows see (scalar or vector).
 
-    length: as in `Visit`. A row between two segments sees nothing: [schedule.UNBOUNDED, 0).
+    length: as in `Visit`. start: where their segments begin, if that is known. A row between two
+    segments sees nothing: [schedule.UNBOUNDED, 0).
     """
     period, count = length if isinstance(length, tuple) else (length, length)
-    start = low = lax.div(rows, jnp.int32(period)) * period
-    high = low + count
+    if start is None:
+        start = lax.div(rows, jnp.int32(period)) * period
+    low, high = start, start + count
     if launch.causal and launch.transposed:
         low = jnp.maximum(low, rows)
     elif launch.causal:
@@ -101,14 +107,55 @@ def visit(launch: Launch, table: Any, branch: Any, mask: Any, residue: Any, tile
 
         nothing = (jnp.int32(0),) * len(wanted)
         fields = read() if mask is None else lax.cond(present, read, lambda: nothing)
+    names = ("first", "steps", "home_shift", "away_shift", "away_residue", "limit", "origin")
+    found = dict(zip(names, fields[: schedule.LOCAL], strict=True))
+    return running_visit(launch, branch, fields[-1] if launch.gaps else None, **found)
+
+
+def segment_start(launch: Launch, v: Visit, row: Any, rows: Any) -> Any:
+    """Where the segments of dilated rows begin, from home row `row` on; for `row_bounds`.
+
+    Divisions by what is known at run time only are long: in a series one, for rows that lie in two
+    segments at most.
+    """
+    if not launch.series:
+        return None
+    begin = lax.div(v.home_row(row), v.length) * v.length
+    return jnp.where(rows - begin < v.length, begin, begin + v.length)
+
+
+def running_visit(launch: Launch, branch: Any, count: Any, **fields: Any) -> Visit:
+    """A visit of a branch; what is not among the fields is None.
+
+    count: rows of a segment, where there are gaps.
+    """
     length = pick(launch.lengths, branch)
     steps = () if launch.series else tuple(launch.stride // r for r in launch.rates)
     return Visit(
-        *fields[: schedule.LOCAL],
+        **dict.fromkeys(("first", "steps", "away_residue")) | fields,
         rate=pick(launch.rates, branch),
-        length=(length, fields[-1]) if launch.gaps else length,
+        length=(length, count) if launch.gaps else length,
         home_step=1 if launch.series else pick(steps, branch),
     )
+
+
+def unmasked(launch: Launch, v: Visit, tile: Any, first: int, count: int, end: Any = None) -> Any:
+    """The first and last start of an away tile that some home rows of a tile see whole.
+
+    first, count: which, of the tile that begins with row `tile`. end: home rows that exist, or None
+    where all do.
+    """
+    _, high = bounds_of(launch, v, tile, first)
+    low, _ = bounds_of(launch, v, tile, first + count - 1)
+    if end is not None:
+        low = jnp.where(tile + first + count > end, schedule.UNBOUNDED, low)
+    return low - v.away_shift, jnp.minimum(high - v.away_shift, v.limit) - launch.block_away
+
+
+def bounds_of(launch: Launch, v: Visit, tile: Any, i: int) -> tuple[Any, Any]:
+    """`row_bounds` of row i of the tile that begins with home row `tile`."""
+    row = v.home_row(tile + i)
+    return row_bounds(launch, v.length, row, segment_start(launch, v, tile, row))
 
 
 def before(v: Visit, rows: int) -> Any:
@@ -145,15 +192,6 @@ def known_steps(
     return sum(counts, jnp.int32(0))
 
 
-def first_branch(launch: Launch, table: Any, mask: Any, residue: Any, tile: Any) -> Any:
-    """The first branch that looks at anything from a tile; the last one if none does."""
-    result: Any = len(launch.rates) - 1
-    for branch in range(len(launch.rates) - 2, -1, -1):
-        looks = visit(launch, table, branch, mask, residue, tile).steps > 0
-        result = jnp.where(looks, jnp.int32(branch), result)
-    return result
-
-
 def decode(launch: Launch, heads: int, code: Any) -> tuple[Any, Any, Any, Any]:
     """(batch, tile, head, residue) of a tile code."""
     tiles, residues = launch.numbering
@@ -170,16 +208,34 @@ def visible(
     columns: jax.Array,
     limit: Any,
     end: Any = schedule.UNBOUNDED,
+    start: Any = None,
 ) -> Any:
     """Which pairs of dilated home rows `[h]` below `end` and away rows `[h, a]` below `limit` see
-    each other.
+    each other; start: as in `row_bounds`.
     """
-    low, high = row_bounds(launch, length, rows)
+    low, high = row_bounds(launch, length, rows, start)
     high = jnp.minimum(high, limit)
     if end is not schedule.UNBOUNDED:
         high = jnp.where(rows < end, high, 0)
     low, high = (lax.broadcast_in_dim(x, columns.shape, [0]) for x in (low, high))
     return (columns >= low) & (columns < high)
+
+
+def seen_pairs(
+    launch: Launch,
+    v: Visit,
+    row: Any,
+    start: Any,
+    shape: tuple[int, int],
+    end: Any = None,
+) -> jax.Array:
+    """Which (home, away) pairs of a tile see each other; home rows from `end` on see nothing."""
+    columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + (start + v.away_shift)
+    iota = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=ROW)
+    last = schedule.UNBOUNDED if end is None else v.home_row(end)
+    rows = v.home_row(iota + row)
+    start = segment_start(launch, v, row, rows)
+    return visible(launch, v.length, rows, columns, v.limit + v.away_shift, last, start)
 
 
 class _Spread:

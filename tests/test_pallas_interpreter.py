@@ -139,10 +139,10 @@ def test_kernel_bodies(cases):
 def test_kernels_of_a_series():
     case = KernelCase(
         "series",
-        (96, 128),
+        (128, 256),
         (1, 2),
-        T=150,
-        S=110,
+        T=190,
+        S=150,
         starts=(37, 21),
         H=16,
         K=1,
