@@ -30,8 +30,11 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import ROWS
+from pallas_kernels.copies import copy_boxes, piece, piece_columns
 from pallas_kernels.forward import LOG2E, mark_views, view
 from pallas_kernels.marks import Kinds
+from pallas_kernels.products import multiply_columns
+from pallas_kernels.support import tile_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +56,21 @@ class Options:
     interpret: bool
 
 
-def write_tile(tile: jax.Array, smem: Any, ref: Any, barrier: Any, add: bool) -> None:
-    """Writes one warpgroup's result tile, adding to what is there if asked."""
+def write_tile(tile: jax.Array, smem: Any, refs: Sequence[Any], barrier: Any, add: bool) -> None:
+    """Writes one warpgroup's result tile, in pieces, adding to what is there if asked."""
     if add:
         plgpu.barrier_wait(barrier)
-        tile = tile + load_shared(smem, TILE).astype(jnp.float32)
     else:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    smem[...] = tile.astype(smem.dtype)
+    width = smem.shape[-1]
+    for i in range(len(refs)):
+        part = tile[:, i * width : (i + 1) * width]
+        if add:
+            part = part + load_shared(smem.at[i], TILE).astype(jnp.float32)
+        smem.at[i][...] = part.astype(smem.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem, ref)
+    for i, ref in enumerate(refs):
+        plgpu.copy_smem_to_gmem(smem.at[i], ref)
 
 
 def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -79,7 +87,9 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     consumers = plan.block_home // ROWS
     count, branches, bkv = items[cta, 0, 0], len(plan.rates), plan.block_away
-    head_dim = q_smem.shape[-1]
+    head_dim, width = q_smem.shape[-1], dq_smem.shape[-1]
+    copy_boxes(head_dim, opt.interpret)
+    multiply_columns(q_ref.shape[-1], opt.interpret)
 
     def place(entry: Any) -> tuple[Any, ...]:
         return *visits.place(plan, geometry, entry[0], plan.heads), entry[1]
@@ -96,10 +106,12 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
             b, n, residue, tile, local, mask = place(current)
             total = base + visits.known_steps(plan, geometry, current, mask, residue, tile)
             row = tile * plan.block_home + wg * ROWS
-            window = (b, aligned_rows(row, ROWS), local, n)
+            window, firsts = (b, aligned_rows(row, ROWS), local, n), range(0, head_dim, width)
+            pieces = [dq_ref.at[(*window, piece(first, width))] for first in firsts]
             if opt.add:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.copy_gmem_to_smem(dq_ref.at[window], dq_smem.at[wg], c_ready.at[wg])
+                for i, ref in enumerate(pieces):
+                    plgpu.copy_gmem_to_smem(ref, dq_smem.at[wg, i], c_ready.at[wg])
             lse = load(lse_ref.at[b, n, pl.ds(row, ROWS), local], ROW)
             delta = load(delta_ref.at[b, n, pl.ds(row, ROWS), local], ROW)
             home = opt.marks.of_rows(q_marks, (b, pl.ds(row, ROWS), local), ROW)
@@ -152,9 +164,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 dq, end = one_branch(0, (dq, base))
             else:
                 dq, end = lax.fori_loop(0, branches, one_branch, (dq, base))
-            write_tile(
-                dq * (opt.scale / LOG2E), dq_smem.at[wg], dq_ref.at[window], c_ready.at[wg], opt.add
-            )
+            write_tile(dq * (opt.scale / LOG2E), dq_smem.at[wg], pieces, c_ready.at[wg], opt.add)
             return end, following
 
         first = visits.entry(items, cta, 0, count)
@@ -163,6 +173,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
 
     def produce() -> None:
         config.set_registers(consumers, computes=False)
+        columns = piece(0, head_dim)
 
         def one_item(t: Any, state: Any) -> Any:
             fill, used, current = state
@@ -173,7 +184,8 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
             def load_home() -> None:
                 for i in range(consumers):
                     pl.when(used > 0)(lambda i=i: plgpu.barrier_wait(q_free.at[i]))
-                    at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, n)
+                    rows = aligned_rows(tile * plan.block_home + i * ROWS, ROWS)
+                    at = (b, rows, local, n, columns)
                     plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[i], q_ready.at[i])
                     plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[i], q_ready.at[i])
 
@@ -193,7 +205,7 @@ def _queries_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) ->
                 ) -> Any:
                     slot = lax.rem(i, jnp.int32(opt.stages))
                     rows = aligned_rows(v.first + j * bkv, bkv)
-                    at, reused = (b, rows, v.away_residue, kv_head), i >= opt.stages
+                    at, reused = (b, rows, v.away_residue, kv_head, columns), i >= opt.stages
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                     plgpu.copy_gmem_to_smem(k_refs[rate].at[at], k_smem.at[slot], k_ready.at[slot])
                     marked = (b, aligned_rows(ordered + v.first + j * bkv, bkv))
@@ -236,7 +248,8 @@ def queries_gradient(
     """
     query, key, value, do = arrays
     views = sorted(set(plan.rates))
-    head_dim, dtype = query.shape[-1], query.dtype
+    head_dim, dtype = tile_columns(query.shape[-1], opt.interpret), query.dtype
+    width = piece_columns(head_dim, out_dtype, opt.interpret)
     operands = [jnp.asarray(table), jnp.asarray(schedule.kernel_table(plan, starts)), seed]
     operands += [view(query, plan.stride), view(do, plan.stride)]
     rows_view = (*lse.shape[:2], lse.shape[2] // plan.stride, plan.stride)
@@ -249,13 +262,13 @@ def queries_gradient(
         shared_tile((consumers, ROWS, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
-        shared_tile((consumers, ROWS, head_dim), out_dtype),
+        shared_tile((consumers, head_dim // width, ROWS, width), out_dtype),
         opt.marks.rings(stages, bkv),
         shared_tile((consumers, ROWS, bkv), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=consumers, num_arrivals=2),
         plgpu.Barrier(num_barriers=stages, num_arrivals=1 + opt.marks.count),
         plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=consumers),
+        plgpu.Barrier(num_barriers=consumers, num_arrivals=head_dim // width),
         plgpu.Barrier(num_barriers=consumers),
         plgpu.Barrier(num_barriers=stages, num_arrivals=consumers),
         plgpu.Barrier(num_barriers=stages, num_arrivals=consumers),

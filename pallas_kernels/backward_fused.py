@@ -34,9 +34,12 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import CONSUMERS, ROWS
+from pallas_kernels.copies import copy_boxes, piece
 from pallas_kernels.forward import LOG2E
 from pallas_kernels.instructions import load_rows, store_tile, take_view
 from pallas_kernels.marks import Marks
+from pallas_kernels.products import multiply_columns
+from pallas_kernels.support import tile_columns
 
 
 def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -56,6 +59,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     dq_rows = math.prod(dq_refs[plan.views[0]].shape[2:-1])
     plan, continues = visits.running(plan, words, opt.add)
     take_view(words[schedule.VIEW], plan.series, opt.interpret)
+    copy_boxes(memory.head_dim, opt.interpret)
+    multiply_columns(k_ref.shape[-1], opt.interpret)
 
     def visit(branch: Any, head: Any, residue: Any, tile: Any) -> visits.Visit:
         return visits.visit(plan, geometry, branch, part[head, residue], residue, tile)
@@ -128,10 +133,10 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             smem = out_smem.at[wg]
             width = smem.shape[1]
             for first in range(0, tile.shape[1], width):
-                at = ref.at[(*window, pl.ds(first, width))]
+                at = ref.at[(*window, piece(first, width))]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                piece = tile[:, first : first + width].astype(smem.dtype)
-                store_tile(smem, piece, opt.interpret)
+                part = tile[:, first : first + width].astype(smem.dtype)
+                store_tile(smem, part, opt.interpret)
                 plgpu.commit_smem()
                 for adds in (False, True):
                     # Whether it continues is known at run time only in a series.
@@ -153,6 +158,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
     def produce() -> None:
         config.set_fused_registers(memory.head_dim, "copies")
+        columns = piece(0, memory.head_dim)
 
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
@@ -161,7 +167,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
             def home(w: int) -> tuple[Any, Any]:
                 row = aligned_rows(tile * plan.block_home + w * ROWS, ROWS)
-                return k_ref.at[b, row, local, kv_head], v_ref.at[b, row, local, kv_head]
+                at = (b, row, local, kv_head, columns)
+                return k_ref.at[at], v_ref.at[at]
 
             steps = steps_of(current, kv_head, residue, tile)
             memory.bring_home(t, home, steps, b, kv_head, residue, tile, local)
@@ -180,8 +187,8 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
                 def step(j: Any, i: Any) -> Any:
                     start = v.first + j * bq
-                    rows = aligned_rows(start, bq)
-                    at, vector = (b, rows, v.away_residue, head), aligned_rows(ordered + start, bq)
+                    at = (b, aligned_rows(start, bq), v.away_residue, head, columns)
+                    vector = aligned_rows(ordered + start, bq)
                     place = gradient_memory.Place(start, *limits, plane, view, branch, head)
                     marks = [ref.at[b, vector] for ref in q_marks[number]]
                     tiles = (q_refs[number].at[at], marks, do_refs[number].at[at])
@@ -268,18 +275,17 @@ def _run(
     """`fused_gradients`; traced once for all launches of a series. grads: dq, and the others."""
     dq, *others = grads
     shape, dtype = operands[5].shape, operands[5].dtype
-    head_dim = shape[-1]
+    head_dim = tile_columns(shape[-1], opt.interpret)
     # Float32 leaves by columns: there is no room for all of it.
     width = head_dim * 2 // jnp.dtype(out_dtype).itemsize
     scratch = [shared_tile((CONSUMERS, ROWS, width), out_dtype)]
-    scratch += gradient_memory.scratch(
-        head_dim, plan.block_away, opt.stages, dtype, opt.marks.count, opt.interpret
-    )
+    sizes = (head_dim, plan.block_away, opt.stages, dtype, opt.marks.count)
+    scratch += gradient_memory.scratch(*sizes, opt.interpret, dq.shape[-1])
     # The interpreter has no additions to strided rows of one array, so there it is one a view.
     inplace = [dq]
     if opt.interpret:
         planes = (*dq.shape[:2], -1)
-        inplace = [jnp.zeros_like(dq).reshape(*planes, r, head_dim) for r in plan.views]
+        inplace = [jnp.zeros_like(dq).reshape(*planes, r, dq.shape[-1]) for r in plan.views]
     inplace += [x.reshape(shape) for x in others]
     types = [] if others else [jax.ShapeDtypeStruct(shape, out_dtype)] * 2
     *added, dk, dv = launch(

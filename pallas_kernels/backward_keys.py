@@ -25,7 +25,10 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import ROWS
+from pallas_kernels.copies import copy_boxes, piece, piece_columns
 from pallas_kernels.forward import LOG2E, by_residue, mark_views, view
+from pallas_kernels.products import multiply_columns
+from pallas_kernels.support import tile_columns
 
 
 def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
@@ -47,8 +50,10 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
     count, bq = items[cta, 0, 0], plan.block_away
     kv_heads = plan.heads // opt.group
     rounds = len(plan.rates) * opt.group
-    head_dim, stagings = k_smem.shape[-1], out_smem.shape[0]
+    head_dim, (stagings, width) = k_smem.shape[-1], (out_smem.shape[0], out_smem.shape[-1])
     dtype = k_smem.dtype
+    copy_boxes(head_dim, opt.interpret)
+    multiply_columns(k_ref.shape[-1], opt.interpret)
 
     def place(entry: Any) -> tuple[Any, ...]:
         return visits.place(plan, geometry, entry[0], kv_heads)
@@ -131,20 +136,24 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             acc = plgpu.ACC((ROWS, head_dim), jnp.float32)
             dk, dv, end = pl.run_scoped(gradients, acc, acc)
             pl.when((end == base) | (total == base))(lambda: plgpu.barrier_arrive(k_free.at[wg]))
-            write(dv, 0, dv_ref.at[window])
-            write(dk * (opt.scale / LOG2E), stagings - 1, dk_ref.at[window])
+            write(dv, 0, dv_ref, window)
+            write(dk * (opt.scale / LOG2E), stagings - 1, dk_ref, window)
             return end, following
 
-        def write(tile: jax.Array, staging: int, ref: Any) -> None:
+        def write(tile: jax.Array, staging: int, ref: Any, window: tuple[Any, ...]) -> None:
             """Writes one warpgroup's tile, or adds it: each place once a launch, so in order."""
-            plgpu.wait_smem_to_gmem(stagings - 1, wait_read_only=True)
+            firsts = range(0, head_dim, width)
+            plgpu.wait_smem_to_gmem((stagings - 1) * len(firsts), wait_read_only=True)
             smem = out_smem.at[staging, wg]
-            smem[...] = tile.astype(smem.dtype)
+            for i, first in enumerate(firsts):
+                smem.at[i][...] = tile[:, first : first + width].astype(smem.dtype)
             plgpu.commit_smem()
-            if opt.add:
-                add_to_global(smem, ref, opt.interpret)
-            else:
-                plgpu.copy_smem_to_gmem(smem, ref)
+            for i, first in enumerate(firsts):
+                at = ref.at[(*window, piece(first, width))]
+                if opt.add:
+                    add_to_global(smem.at[i], at, opt.interpret)
+                else:
+                    plgpu.copy_smem_to_gmem(smem.at[i], at)
 
         first = visits.entry(items, cta, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
@@ -152,6 +161,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
 
     def produce() -> None:
         config.set_registers(consumers, computes=False)
+        columns = piece(0, head_dim)
 
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
@@ -159,7 +169,8 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
             b, kv_head, residue, tile, local = place(current)
             for i in range(consumers):
                 pl.when(t > 0)(lambda i=i: plgpu.barrier_wait(k_free.at[i]))
-                at = (b, aligned_rows(tile * plan.block_home + i * ROWS, ROWS), local, kv_head)
+                rows = aligned_rows(tile * plan.block_home + i * ROWS, ROWS)
+                at = (b, rows, local, kv_head, columns)
                 plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[i], k_ready.at[i])
                 plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[i], k_ready.at[i])
 
@@ -172,7 +183,7 @@ def _keys_body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> No
                 def step(j: Any, i: Any) -> Any:
                     slot = lax.rem(i, jnp.int32(opt.stages))
                     rows = aligned_rows(v.first + j * bq, bq)
-                    at, reused = (b, rows, v.away_residue, head), i >= opt.stages
+                    at, reused = (b, rows, v.away_residue, head, columns), i >= opt.stages
                     vector = aligned_rows(ordered + v.first + j * bq, bq)
                     pl.when(reused)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                     ready = q_ready.at[slot]
@@ -251,7 +262,8 @@ def keys_gradient(
     """
     query, key, _, _ = arrays
     dk, dv = grads
-    head_dim, dtype = query.shape[-1], query.dtype
+    head_dim, dtype = tile_columns(query.shape[-1], opt.interpret), query.dtype
+    width = piece_columns(head_dim, out_dtype, opt.interpret)
     operands = operands_of(plan, table, arrays, (lse, delta), starts, seed, marks, opt.add)
     bq, stages, consumers = plan.block_away, opt.stages, plan.block_home // ROWS
     vectors = plgpu.SMEM((stages, bq), jnp.float32)
@@ -262,7 +274,7 @@ def keys_gradient(
         shared_tile((stages, bq, head_dim), dtype),
         vectors,
         vectors,
-        shared_tile((opt.stagings, consumers, ROWS, head_dim), out_dtype),
+        shared_tile((opt.stagings, consumers, head_dim // width, ROWS, width), out_dtype),
         opt.marks.rings(stages, bq),
         shared_tile((consumers, ROWS, bq), dtype) if opt.interpret else None,
         plgpu.Barrier(num_barriers=consumers, num_arrivals=2),

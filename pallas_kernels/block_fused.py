@@ -180,7 +180,7 @@ def gradients(
     planes = (B, N, T, 1, head_dim) if opt.interpret else (B, N, T, head_dim)
     scratch = [shared_tile((CONSUMERS, ROWS, head_dim), dtype)]
     sizes = (head_dim, plan.away, opt.stages, dtype, opt.marks.count)
-    scratch += gradient_memory.scratch(*sizes, opt.interpret)
+    scratch += gradient_memory.scratch(*sizes, opt.interpret, head_dim)
     dq, dk, dv, *parts = launch(
         functools.partial(_body, plan, opt, keep),
         operands,

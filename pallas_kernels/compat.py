@@ -7,6 +7,7 @@ take a matrix operand from registers) is also decided here, so that kernel bodie
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax._src import config as jax_config
+from jax._src.pallas.mosaic_gpu import primitives as mgpu_primitives
 from jax.experimental.mosaic.gpu import core as mgpu_core
 from jax.experimental.mosaic.gpu import fragmented_array as mgpu
 from jax.experimental.mosaic.gpu import launch_context as mgpu_launch
@@ -52,6 +54,14 @@ setattr(  # noqa: B010  its own signature lacks what is bound here
     "finalize_size",
     functools.partialmethod(_finalize_size, original=by_bytes),
 )
+
+# The module that makes instructions of a product (its package has a function of that name), and
+# what lowers one, among the rules of others.
+instructions_of_products = importlib.import_module("jax.experimental.mosaic.gpu.wgmma")
+product_primitive = mgpu_primitives.wgmma_p
+lowering_rules = mgpu_primitives.lowering.mosaic_lowering_rules[
+    mgpu_primitives.gpu_core.LANExWG_SEMANTICS
+]
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)

@@ -24,10 +24,13 @@ from pallas_kernels.compat import (
     shared_tile,
 )
 from pallas_kernels.config import ROWS
+from pallas_kernels.copies import copy_boxes, piece, piece_columns
 from pallas_kernels.forward_memory import Item, Memory, places_of
 from pallas_kernels.instructions import load_rows, recomputed, store_rows, take_view
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
+from pallas_kernels.products import multiply_columns
+from pallas_kernels.support import tile_columns
 
 LOG2E = math.log2(math.e)
 
@@ -65,9 +68,11 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
-    head_dim = q_smem.shape[-1]
+    head_dim, width = q_smem.shape[-1], o_smem.shape[-1]
     memory, tells = Memory(*words, opt.interpret), tells_places(plan, opt)
     take_view(launch_ref[schedule.VIEW], plan.series, opt.interpret)
+    copy_boxes(head_dim, opt.interpret)
+    multiply_columns(q_ref.shape[-1], opt.interpret)
 
     def consume() -> None:
         config.set_registers(consumers, computes=True)
@@ -143,13 +148,18 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             """Where they begin in lse."""
             return item().batch, item().head, first_row(item), item().residue
 
+        def pieces(item: Any) -> list[Any]:
+            at, firsts = window(item), range(0, head_dim, width)
+            return [out_ref.at[(*at, piece(first, width))] for first in firsts]
+
         def bring(item: Any) -> None:
             """Brings what is there, if this continues it, to where the result will be left."""
 
             @pl.when(running()[1])
             def _() -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.copy_gmem_to_smem(out_ref.at[window(item)], o_smem.at[me()], c_ready.at[me()])
+                for i, ref in enumerate(pieces(item)):
+                    plgpu.copy_gmem_to_smem(ref, o_smem.at[me(), i], c_ready.at[me()])
 
         def load_old(item: Any) -> Any:
             """The lse that is there. Late: ahead of what waits for products, but not of steps."""
@@ -232,17 +242,21 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 top = jnp.maximum(m, old)
                 safe = jnp.where(top == -jnp.inf, 0.0, top)
                 ours, theirs = jnp.exp2(m - safe), jnp.exp2(old - safe)
-                previous = load_shared(smem, TILE).astype(jnp.float32)
-                theirs_tile = lax.broadcast_in_dim(theirs, acc.shape, [0])
-                # What lies under an lse of -inf was never written and may be NaN.
-                previous = jnp.where(theirs_tile > 0.0, previous * theirs_tile, 0.0)
-                acc = acc * lax.broadcast_in_dim(ours, acc.shape, [0]) + previous
                 m, mass = top, mass * ours + theirs
             inverse = jnp.where(mass > 0.0, 1.0 / mass, 0.0)
-            out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            smem[...] = out.astype(o_smem.dtype)
+            for i in range(head_dim // width):
+                out = acc[:, i * width : (i + 1) * width]
+                if old is not None:
+                    previous = load_shared(smem.at[i], TILE).astype(jnp.float32)
+                    theirs_tile = lax.broadcast_in_dim(theirs, out.shape, [0])
+                    # What lies under an lse of -inf was never written and may be NaN.
+                    previous = jnp.where(theirs_tile > 0.0, previous * theirs_tile, 0.0)
+                    out = out * lax.broadcast_in_dim(ours, out.shape, [0]) + previous
+                out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
+                smem.at[i][...] = out.astype(o_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem, out_ref.at[window(item)])
+            for i, ref in enumerate(pieces(item)):
+                plgpu.copy_smem_to_gmem(smem.at[i], ref)
             lse = jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf)
             store_rows(lse_ref, lse_at(item), running()[0].stride, lse, opt.interpret)
 
@@ -254,6 +268,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
     def produce() -> None:
         config.set_registers(consumers, computes=False)
+        columns = piece(0, head_dim)
 
         block = recomputed(cta, opt.interpret)
         count = items[block, 0, 0]
@@ -280,7 +295,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
 
                     rows = aligned_rows(row + i * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(
-                        q_ref.at[b, rows, local, n], q_smem.at[i], q_ready.at[i]
+                        q_ref.at[b, rows, local, n, columns], q_smem.at[i], q_ready.at[i]
                     )
 
             begin = fill
@@ -304,7 +319,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     slot = lax.rem(n_fill, jnp.int32(opt.stages))
                     start = v.first + j * bkv
                     rows = aligned_rows(start, bkv)
-                    window = (b, rows, v.away_residue, kv_head)
+                    window = (b, rows, v.away_residue, kv_head, columns)
                     reused = n_fill >= opt.stages
                     pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                     plgpu.copy_gmem_to_smem(k_ref.at[window], k_smem.at[slot], k_ready.at[slot])
@@ -374,10 +389,10 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one launch.
 
-    query [B, T', N, H], key and value [B, S', K, H], lengths already multiples of 8 x stride.
-    out [B, T', N, H] and lse [B, N, rows] are continued from and updated when opt.carry; otherwise
-    they are created. marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has,
-    for whole tiles. Returns out and lse.
+    query [B, T', N, H'], key and value [B, S', K, H'], padded as `launches` does. out like query
+    and lse [B, N, rows] are continued from and updated when opt.carry; otherwise they are created.
+    marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has, for whole tiles.
+    Returns out and lse.
     """
     geometry = jnp.asarray(schedule.kernel_table(plan, starts))
     words = jnp.asarray(schedule.words(plan, continues))
@@ -402,7 +417,8 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     """`forward`; traced once for all launches of a series. before: out and lse."""
     query = operands[4]
-    head_dim, dtype = query.shape[-1], query.dtype
+    head_dim, dtype = tile_columns(query.shape[-1], opt.interpret), query.dtype
+    width = piece_columns(head_dim, out_dtype, opt.interpret)
     batch, rows, stride, *rest = query.shape
     out_shape = (batch, rows * stride, *rest)
     lse_view = (*lse_shape[:2], lse_shape[2] // plan.home_view, plan.home_view)
@@ -412,14 +428,14 @@ def _run(
         shared_tile((pairs, ROWS, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
         shared_tile((stages, bkv, head_dim), dtype),
-        shared_tile((pairs, ROWS, head_dim), out_dtype),
+        shared_tile((pairs, head_dim // width, ROWS, width), out_dtype),
         opt.marks.rings(stages, bkv),
         shared_tile((pairs, ROWS, bkv), dtype) if opt.interpret else None,
         plgpu.SMEM((pairs, ROWS, head_dim), jnp.float32) if opt.interpret else None,
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=1 + opt.marks.count + tells),
         plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=pairs),
+        plgpu.Barrier(num_barriers=pairs, num_arrivals=head_dim // width),
         plgpu.Barrier(num_barriers=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=pairs),
         plgpu.Barrier(num_barriers=stages, num_arrivals=pairs),

@@ -159,7 +159,7 @@ class Keys:
             self.queries.send(dq, memory.place(slot), me)
             self._end(slot)
 
-        scores, half = plgpu.ACC(shape, jnp.float32), memory.dq.shape[1:]
+        scores, half = plgpu.ACC(shape, jnp.float32), memory.sum_shape
         pl.run_scoped(products, scores, scores, plgpu.ACC(half, jnp.float32))
 
     def _one_by_one(self, sight: Sight, dk_acc: Any, dv_acc: Any, slot: Any, masks: Any) -> None:

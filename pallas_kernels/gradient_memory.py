@@ -35,13 +35,21 @@ class Place(NamedTuple):
     head: Any
 
 
-def scratch(head_dim: int, away: int, stages: int, dtype: Any, marks: int, interpret: bool) -> list:
+def scratch(
+    head_dim: int,
+    away: int,
+    stages: int,
+    dtype: Any,
+    marks: int,
+    interpret: bool,
+    columns: int,
+) -> list:
     """Shared memory and barriers of a block, in the order of `Memory`'s fields.
 
-    marks: int32 vectors that go along with the queries.
+    marks: int32 vectors that go along with the queries. columns: of the queries' gradient.
     """
     home, tiles = (CONSUMERS, ROWS, head_dim), (stages, away, head_dim)
-    width, readers = min(head_dim, ROWS), CONSUMERS + queries_apart(head_dim)
+    width, readers = min(columns, ROWS), CONSUMERS + queries_apart(head_dim)
     return [
         shared_tile(home, dtype),
         shared_tile(home, dtype),
@@ -68,9 +76,10 @@ class Memory:
     vectors: rings of lse and delta. integers: rings of marks, and a row of words: a ring of
     `Place`; then of two items, ready with k: steps, and what else the kernel wants to know. (One
     array: each takes at least 1024 bytes.) ds: ring of gradients of scores, in squares of 64. dq:
-    of the queries, in two halves. staging: None except under the interpreter. Barriers: what is
-    ready, and what is free again, of the items' (k) and the rings; ds_ready: both warpgroups stored
-    their gradients of scores; ds_free: a third one has multiplied them.
+    of the queries, in two halves; columns past the last of H it may lack. staging: None except
+    under the interpreter. Barriers: what is ready, and what is free again, of the items' (k) and
+    the rings; ds_ready: both warpgroups stored their gradients of scores; ds_free: a third one has
+    multiplied them.
     """
 
     k: Any
@@ -108,6 +117,11 @@ class Memory:
     def delta(self) -> Any:
         """Ring of delta."""
         return self.vectors.at[1]
+
+    @property
+    def sum_shape(self) -> tuple[int, int]:
+        """Of the products that give half of the queries' gradient."""
+        return ROWS, min(self.head_dim, ROWS)
 
     @property
     def interpret(self) -> bool:

@@ -47,7 +47,7 @@ class Queries:
     def send(self, dq: jax.Array, place: Place, half: Any) -> None:
         """Sends a half from registers; what its part of `Memory.dq` held must have left."""
         memory, zero = self.memory, jnp.int32(0)
-        store_tile(memory.dq.at[half], dq, memory.interpret)
+        store_tile(memory.dq.at[half], dq[:, : memory.dq.shape[-1]], memory.interpret)
         see_stores(memory.interpret)
         other = jnp.int32(half * ROWS)
         row, column = (zero, other) if queries_apart(memory.head_dim) else (other, zero)
@@ -67,7 +67,7 @@ class Queries:
                 self.begin(acc, slot, half)
                 return value_while(acc, 0, memory.interpret)
 
-            dq = pl.run_scoped(product, plgpu.ACC(memory.dq.shape[1:], jnp.float32))
+            dq = pl.run_scoped(product, plgpu.ACC(memory.sum_shape, jnp.float32))
             if half == CONSUMERS - 1:
                 plgpu.barrier_arrive(memory.ds_free.at[slot])
             # This half has left, of the step before.

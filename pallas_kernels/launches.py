@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,8 +18,9 @@ from pallas_kernels import (
     schedule,
     work_lists,
 )
+from pallas_kernels.copies import copies_boxes
 from pallas_kernels.marks import Kinds
-from pallas_kernels.support import pad, pad_marks, padded_head
+from pallas_kernels.support import pad, pad_marks, padded_head, tile_columns
 
 LOG2E = math.log2(math.e)
 
@@ -47,12 +47,19 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """True sizes, sizes padded for copies, and for direct reads of whole home tiles (rows)."""
+    """True sizes, and padded ones.
+
+    query_shape, key_shape: (rows, columns) of arrays that tiles are copied from and to. padded_T:
+    rows of vectors that are copied, and of the sum of the queries' gradients. rows, key_rows: of
+    whole home tiles, for what is read directly. head_dim: columns of tiles.
+    """
 
     T: int
     S: int
+    H: int
+    query_shape: tuple[int, int]
+    key_shape: tuple[int, int]
     padded_T: int
-    padded_S: int
     rows: int
     key_rows: int
     head_dim: int
@@ -60,16 +67,25 @@ class _Sizes:
 
 def _sizes(call: Call, query: jax.Array, key: jax.Array, consumers: int) -> _Sizes:
     multiple = schedule.common_stride(tuple(r for _, r, _, _ in call.branches))
-    T, S = query.shape[1], key.shape[1]
-    tile = config.ROWS * consumers * multiple
+    (T, S), H = (query.shape[1], key.shape[1]), query.shape[-1]
+    head_dim = tile_columns(H, call.interpret)
+    boxes = copies_boxes(H, call.interpret)
+
+    def whole(length: int, rows: int) -> int:
+        return -(-length // (rows * multiple)) * rows * multiple
+
+    rows, columns = (1, H) if boxes else (8, head_dim)
+    tile = config.ROWS * consumers
     return _Sizes(
         T,
         S,
-        -(-T // (8 * multiple)) * 8 * multiple,
-        -(-S // (8 * multiple)) * 8 * multiple,
-        -(-T // tile) * tile,
-        -(-S // tile) * tile,
-        query.shape[-1],
+        H,
+        (whole(T, rows), columns),
+        (whole(S, rows), columns),
+        whole(T, 8),
+        whole(T, tile),
+        whole(S, tile),
+        head_dim,
     )
 
 
@@ -147,9 +163,10 @@ def _blocks(call: Call) -> int:
     return config.multiprocessors(call.device_kind)
 
 
-def _pad_inputs(sizes: _Sizes, arrays: Sequence[jax.Array], lengths: Sequence[int]) -> list:
-    head = padded_head(sizes.head_dim)
-    return [pad(pad(x, 1, n), 3, head) for x, n in zip(arrays, lengths, strict=True)]
+def _padded(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """`[B, T, N, H]` with (T', H') in place of (T, H)."""
+    rows, columns = shape
+    return pad(pad(x, 1, rows), 3, columns)
 
 
 def _rows(x: jax.Array, rows: int, fill: float) -> jax.Array:
@@ -162,7 +179,7 @@ def run_forward(
     call: Call, query: Any, key: Any, value: Any, carry: Any, marks: Any, starts: Any, seed: Any
 ) -> tuple[jax.Array, jax.Array]:
     """out `[B, T, N, H]` and lse `[B, T, N]`; arguments of `attend`, checked."""
-    head = padded_head(query.shape[-1])
+    head = tile_columns(query.shape[-1], call.interpret)
     length = min(schedule.rows_of(call.branches, max(query.shape[1], key.shape[1])))
     causal = call.causal or call.marks.causal
     blocks = dict(call.tiles).get("forward") or config.forward_blocks(
@@ -174,20 +191,19 @@ def run_forward(
         dropout=call.rate > 0.0,
     )
     sizes = _sizes(call, query, key, blocks.consumers)
-    q, k, v = _pad_inputs(
-        sizes, (query, key, value), (sizes.padded_T, sizes.padded_S, sizes.padded_S)
-    )
+    q = _padded(query, sizes.query_shape)
+    k, v = (_padded(x, sizes.key_shape) for x in (key, value))
     marks = pad_marks(marks, sizes.rows, sizes.key_rows)
     whole = launch_of(call, q.shape[2], sizes.T, sizes.S, blocks, False)
     out = lse = None
     if carry is not None:
-        (out,) = _pad_inputs(sizes, (carry[0].astype(call.out_dtype),), (sizes.padded_T,))
+        out = _padded(carry[0].astype(call.out_dtype), sizes.query_shape)
         lse = _rows(carry[1], sizes.rows, -jnp.inf)
     plans = schedule.in_series(_groups(whole), q.shape[0] * q.shape[2], call.interpret)
     if plans[0].series and out is None:
         # A series continues what its first launch, too, is handed.
         out = jax.lax.empty(q.shape, call.out_dtype)
-        lse = jnp.full((q.shape[0], q.shape[2], sizes.rows), -jnp.inf, jnp.float32)
+        lse = jax.lax.empty((q.shape[0], q.shape[2], sizes.rows), jnp.float32)
     for plan, continues, table in _tables(call, plans, q, k, carry is not None):
         options = forward.Options(
             scale=call.scale * LOG2E,
@@ -219,7 +235,7 @@ def run_forward(
                 marks=marks,
                 keep=call.keep,
             )
-    return out[:, : sizes.T, :, : sizes.head_dim], lse[:, :, : sizes.T].swapaxes(1, 2)
+    return out[:, : sizes.T, :, : sizes.H], lse[:, :, : sizes.T].swapaxes(1, 2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -237,15 +253,16 @@ def run_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value for the total lse and delta `[B, T, N]`."""
     sizes = _sizes(call, query, key, config.CONSUMERS)
-    lengths = (sizes.padded_T, sizes.padded_S, sizes.padded_S, sizes.padded_T)
-    arrays = tuple(_pad_inputs(sizes, (query, key, value, do.astype(query.dtype)), lengths))
+    q, do = (_padded(x, sizes.query_shape) for x in (query, do.astype(query.dtype)))
+    k, v = (_padded(x, sizes.key_shape) for x in (key, value))
+    arrays = (q, k, v, do)
     # A row that sees nothing gives nothing, whatever its output's gradient holds.
     delta = jnp.where(lse == -jnp.inf, 0.0, delta)
     lse = _rows(jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), sizes.rows, jnp.inf)
     delta = _rows(delta, sizes.rows, 0.0)
     marks = pad_marks(marks, sizes.rows, sizes.key_rows)
     shared = {"starts": starts, "seed": seed, "marks": marks, "keep": call.keep}
-    heads, head_dim = query.shape[2], arrays[0].shape[-1]
+    heads, head_dim = query.shape[2], sizes.head_dim
     options = backward.Options(
         scale=call.scale * LOG2E,
         stages=1,
@@ -257,7 +274,7 @@ def run_backward(
         interpret=call.interpret,
     )
 
-    columns, tiles, count = slice(sizes.head_dim), dict(call.tiles), call.marks.count
+    columns, tiles, count = slice(sizes.H), dict(call.tiles), call.marks.count
     fused = None if call.deterministic else config.fused_blocks(head_dim, count)
 
     def plans(blocks: config.Blocks, transposed: bool) -> Any:
@@ -265,7 +282,7 @@ def run_backward(
         if fused is not None:
             items = query.shape[0] * key.shape[2]
             found = schedule.in_series(found, items, call.interpret)
-        return _tables(call, found, arrays[0], arrays[1], False)
+        return _tables(call, found, q, k, False)
 
     def gradients_dtype(blocks_of: Any) -> tuple[Any, Any]:
         """(blocks, dtype of the gradients between launches)."""
@@ -279,11 +296,12 @@ def run_backward(
     dq = dk = dv = None
     if fused is not None:
         blocks, dtype = gradients_dtype(lambda _: tiles.get("fused") or fused)
-        dq = jnp.zeros((query.shape[0], heads, sizes.padded_T, head_dim), jnp.float32)
+        shape = (query.shape[0], heads, sizes.padded_T, padded_head(sizes.H))
+        dq = jnp.zeros(shape, jnp.float32)
         for plan, continues, table in plans(blocks, True):
             if plan.series and dk is None:
                 # A series adds to what its first launch, too, is handed.
-                dk, dv = (jax.lax.empty(x.shape, dtype) for x in arrays[1:3])
+                dk, dv = (jax.lax.empty(x.shape, dtype) for x in (k, v))
             part = dataclasses.replace(options, stages=blocks.stages, add=dk is not None)
             with jax.named_scope(f"dilated_gradients_{'_'.join(map(str, plan.rates))}"):
                 dq, dk, dv = backward_fused.fused_gradients(

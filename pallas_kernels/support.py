@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels import config, schedule
 from pallas_kernels.compat import varying_axes
+from pallas_kernels.copies import copies_boxes
 from pallas_kernels.marks import kinds_of
 
 
@@ -76,7 +77,7 @@ def unsupported(
     out = result_dtype(query, carry, out_dtype)
     if not reasons and out.name not in ("bfloat16", "float16", "float32"):
         reasons.append(f"out_dtype {out.name}: wanted bfloat16, float16 or float32")
-    head = padded_head(head_dim)
+    head = tile_columns(head_dim, False)
     marks = kinds_of(is_causal, dropout_rate, q_segment_ids, q_positions)
     blocks = (
         config.forward_blocks(head, out.itemsize, 1, causal=is_causal, marks=marks.count),
@@ -184,6 +185,18 @@ def result_dtype(query: Any, carry: Any, out_dtype: Any) -> Any:
 def padded_head(head_dim: int) -> int:
     """wgmma takes the head dimension in steps of 16."""
     return -(-head_dim // 16) * 16
+
+
+def tile_columns(head_dim: int, interpret: bool) -> int:
+    """Columns of a tile in shared memory: where they are boxes as many as a swizzle has.
+
+    Example:
+        >>> tile_columns(48, False), tile_columns(48, True), tile_columns(72, False)
+        (64, 48, 80)
+    """
+    if copies_boxes(head_dim, interpret):
+        return max(16, 1 << (head_dim - 1).bit_length())
+    return padded_head(head_dim)
 
 
 def pad(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:

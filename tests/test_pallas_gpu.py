@@ -7,10 +7,13 @@ and says which cases passed as they do.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import config
+from dilax import xla_attention
+from pallas_kernels import config, flash
+from tests.compare import FACTOR, error
 from tests.test_pallas_cases import KernelCase, check, run_kernel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.kernel]
@@ -24,8 +27,14 @@ TWICE = (
     "ids",
     "positions",
     "dropout",
+    "boxes 48",
+    "boxes 40 series",
+    "boxes 24 mqa",
+    "boxes 56 carry",
 )
 LONG = {"w": (128, 256, 512), "r": (1, 2, 4), "T": 1024, "N": 4}
+TWO = {"w": (64, 256), "r": (2, 4), "N": 4}
+THREE = {"w": (96, 200, 400), "r": (1, 2, 4), "N": 4}
 CASES = [
     KernelCase("dense", (1 << 20,), (1,), T=512),
     KernelCase("dense causal 128", (1 << 20,), (1,), T=640, H=128, causal=True),
@@ -96,6 +105,27 @@ CASES = [
     KernelCase("logits below", (200, 500), (1, 2), T=300, apart=2.0, dtype="float16"),
     KernelCase("logits below 128", (1 << 20,), (1,), T=256, S=300, H=128, apart=4.0),
     KernelCase("scale", (128,), (1,), T=256, scale=0.5),
+    # Tiles go past the last row and column of arrays: a residue has no multiple of 8 rows, a head
+    # no power of 2. Of two examples, one must not write to the other.
+    KernelCase("boxes 48", (128, 512), (1, 2), T=330, H=48, B=2, dtype="float16"),
+    KernelCase("boxes 48 dropout", (128, 512), (1, 2), T=331, H=48, B=2, causal=True, rate=0.2),
+    KernelCase("boxes 48 cross", **TWO, T=334, S=518, H=48, B=2, K=2, dtype="float16"),
+    KernelCase("boxes 40 series", **THREE, T=780, S=516, H=40, B=2, K=2, causal=True),
+    KernelCase("boxes 24 mqa", **TWO, T=1003, S=777, H=24, B=2, K=1, dtype="float16"),
+    KernelCase("boxes 24 ids", **THREE, T=333, H=24, B=2, ids=True, causal=True),
+    KernelCase("boxes 56 carry", (128, 256), (1, 2), T=330, H=56, B=2, carry=True, causal=True),
+    KernelCase("boxes 24 carry", **THREE, T=301, H=24, B=2, carry=True, dtype="float16"),
+    KernelCase("boxes 64", **THREE, T=780, S=516, B=2),
+    KernelCase("boxes 16 one row", (1 << 20,), (8,), T=9, S=17, H=16, N=8, B=2, causal=True),
+    KernelCase(
+        "boxes of five branches",
+        (1024, 5792, 32768, 185363, 1 << 20),
+        (1, 2, 4, 8, 16),
+        T=2000,
+        N=16,
+        H=48,
+        dtype="float16",
+    ),
     *(KernelCase(f"head {h}", (128, 256), (1, 2), T=300, H=h) for h in (16, 24, 40, 72, 80, 96)),
     *(
         KernelCase(f"head {h} causal", (128, 256), (1, 2), T=300, H=h, causal=True)
@@ -132,3 +162,29 @@ def test_repeats_bit_for_bit(name):
 
 def test_every_example_of_a_batch():
     check(KernelCase("batch", (128, 256), (1, 2), T=300, B=3, causal=True))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [24, 48, 64, 128])
+def test_gradients_of_one_part_in_float32(head_dim, deterministic):
+    """`attend_backward`, given the totals; its float32 results leave in pieces."""
+    case = KernelCase("part", **THREE, T=334, S=519, H=head_dim, B=2, K=2, causal=True)
+    (q, k, v, _), (do, dlse) = case.arrays()
+    options = {"branches": case.branches, "is_causal": True}
+
+    def gradients(of, dtype, **extra):
+        stats = jnp.float64 if dtype == jnp.float64 else jnp.float32
+        arrays = [jnp.asarray(x, dtype) for x in (q, k, v, do)]
+        found = of(*arrays, *(jnp.asarray(x, stats) for x in (lse, delta)), **options, **extra)
+        return [np.asarray(x, np.float64) for x in found]
+
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        exact = (jnp.asarray(x, jnp.float64) for x in (q, k, v))
+        out, lse = (np.asarray(x) for x in xla_attention.attend(*exact, **options))
+        delta = (do * out).sum(-1) - np.where(np.isfinite(lse), dlse, 0.0)
+        wanted = gradients(xla_attention.attend_backward, jnp.float64)
+    with jax.default_device(jax.devices("cpu")[0]):
+        rounded = gradients(xla_attention.attend_backward, jnp.bfloat16)
+    found = gradients(flash.attend_backward, jnp.bfloat16, deterministic=deterministic)
+    for name, x, y, z in zip(("dq", "dk", "dv"), found, rounded, wanted, strict=True):
+        assert error(x, z) <= FACTOR * error(y, z), name

@@ -4,11 +4,13 @@ Lowering runs on plain jaxlib and finds wrong shapes, layouts and shared memory 
 compile needs the `aot` dependency group and runs with `-m aot`.
 """
 
+import collections
 import dataclasses
 import importlib.metadata
 import itertools
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -60,6 +62,10 @@ CALLS = {
     "three warpgroups": {"T": 4500, "H": 64, "branches": ((1 << 20, 1, 0, (0, 0)),)},
     "groups of branches": {"T": 1024, "H": 128},
     "ragged gqa": {"T": 333, "H": 48, "K": 1, "dtype": "float16"},
+    "boxes": {"T": 1003, "S": 778, "H": 40, "K": 1, "dtype": "float16"},
+    "boxes of a series": {"T": 330, "H": 24, "is_causal": True},
+    "boxes, two passes": {"T": 330, "H": 56, "deterministic": True},
+    "boxes continue": {"T": 331, "H": 48, "carry": partial(331, 48)},
     "cross": {"T": 100, "S": 300, "H": 64, "q_start": 50, "k_start": 9},
     "nothing visible": {"T": 100, "H": 64, "k_start": 1000, "is_causal": True},
     "traced starts": {"T": 256, "H": 64, "q_start": ints(), "k_start": ints()},
@@ -218,6 +224,30 @@ def test_causal_branches_are_one_program():
         assert text.count("custom_call @mosaic_gpu") == programs
 
 
+FIVE = tuple(
+    (w, r, 0, tuple(n % r for n in range(16)))
+    for w, r in ((1024, 1), (5792, 2), (32768, 4), (185363, 8), (1 << 20, 16))
+)
+
+
+def moved(text):
+    """Shapes that arrays `[B, T, N, H]` are padded or cut to, and the ones they had."""
+    lines = re.findall(r"stablehlo\.(?:pad|slice).* : \(tensor<(.*?)>.*-> tensor<(.*?)>", text)
+    return sorted(shapes for shapes in lines if shapes[0].count("x") == 4)
+
+
+def test_small_heads_need_no_padding():
+    """Rows of a residue that are no multiple of 8, columns that are no power of 2."""
+    options = {"H": 48, "N": 16, "K": 16, "branches": FIVE, "dtype": "float16"}
+    assert moved(lower(10000, grad=False, **options)) == []
+    # A sum of its own, cut where it is rounded.
+    cut = ("1x10112x16x48xf16", "1x10000x16x48xf16")
+    assert moved(lower(10000, **options)) == [cut]
+    # To whole rows of the common stride, which a view needs.
+    padded = [("1x9999x16x48xf16", "1x10000x16x48xf16"), ("1x10000x16x48xf16", "1x9999x16x48xf16")]
+    assert set(moved(lower(9999, grad=False, **options))) == set(padded)
+
+
 def test_blocks_fit_for_every_supported_head_size():
     for head_dim, marks in itertools.product(range(16, 257, 16), (1, 2)):
         for size in (2, 4):
@@ -272,21 +302,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-@pytest.mark.aot
-@pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"),
-    reason="the aot dependency group is for Linux on x86-64",
-)
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_compiles_for_an_h100_without_spills(head_dim, causal, backward):
+def compiled(head_dim, causal, backward, dump):
+    """What a compilation for an H100 prints; dump: PTX or PTXAS."""
     code = AOT.format(target=TARGET, H=head_dim, causal=causal, backward=backward)
     # The group's ptxas first: XLA prefers one on PATH, and another release spills differently.
     ptxas = importlib.metadata.distribution("nvidia-cuda-nvcc").locate_file("nvidia/cu13/bin")
     settings = {
         "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        f"MOSAIC_GPU_DUMP_{dump}": "1",
         "PATH": f"{ptxas}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": ".",
     }
@@ -300,10 +323,39 @@ def test_compiles_for_an_h100_without_spills(head_dim, causal, backward):
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-3000:]
+    return log
+
+
+COMPILES = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="the aot dependency group is for Linux on x86-64",
+)
+
+
+@pytest.mark.aot
+@COMPILES
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_compiles_for_an_h100_without_spills(head_dim, causal, backward):
+    log = compiled(head_dim, causal, backward, "PTXAS")
     assert "bytes spill stores" in log
     spilled = [int(part.split()[-1]) for part in log.split(" bytes spill stores")[:-1]]
     assert max(spilled) <= SPILLS.get((head_dim, causal, backward), 0), log[-3000:]
     assert not any(warning in log for warning in ("C7510", "C7511", "C7512", "C7517"))
+
+
+@pytest.mark.aot
+@COMPILES
+def test_products_have_the_columns_of_heads():
+    """Of 64 in shared memory: 3 of 4 steps of sums over 40, 5 of 8 groups of results."""
+    log = compiled(40, False, True, "PTX")
+    found = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16", log)
+    counts = collections.Counter(map(int, found))
+    assert counts.pop(40)
+    # Scores and, backward, the gradients of probabilities: of 128 or 256 rows at once.
+    assert counts
+    assert not any(rows % 128 or count % 3 for rows, count in counts.items())
 
 
 @pytest.mark.parametrize("transform", ["vmap", "remat", "scan", "shard_map"])
