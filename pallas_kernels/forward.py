@@ -26,7 +26,7 @@ from pallas_kernels.compat import (
 from pallas_kernels.config import ROWS
 from pallas_kernels.copies import copy_boxes, piece, piece_columns
 from pallas_kernels.forward_memory import Item, Memory, places_of
-from pallas_kernels.instructions import load_rows, recomputed, store_rows, take_view
+from pallas_kernels.instructions import load_rows, recomputed, store_rows, store_tile, take_view
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 from pallas_kernels.products import multiply_columns
@@ -253,7 +253,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     previous = jnp.where(theirs_tile > 0.0, previous * theirs_tile, 0.0)
                     out = out * lax.broadcast_in_dim(ours, out.shape, [0]) + previous
                 out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
-                smem.at[i][...] = out.astype(o_smem.dtype)
+                store_tile(smem.at[i], out.astype(o_smem.dtype), opt.interpret)
             plgpu.commit_smem()
             for i, ref in enumerate(pieces(item)):
                 plgpu.copy_smem_to_gmem(smem.at[i], ref)
@@ -459,6 +459,7 @@ def _run(
         ctas=operands[0].shape[0],
         threads=pairs + 1,
         name="dilated_forward",
+        reductions=False,
         **args,
     )
     return out.reshape(out_shape), lse.reshape(lse_shape)

@@ -194,8 +194,7 @@ def test_visits_see_what_the_definition_says(w, r, T, S, starts, causal, transpo
             )
             dilated = row * (plan.stride // rate) + home_shift
             low, high = (
-                np.asarray(x)[:, None]
-                for x in visits.row_bounds(plan, v, dilated.astype(np.int32))
+                np.asarray(x)[:, None] for x in visits.row_bounds(plan, v, dilated.astype(np.int32))
             )
             found = (away + away_shift >= low) & (away + away_shift < high) & (away < limit)
             home = row * plan.stride + local
