@@ -36,7 +36,7 @@ from pallas_kernels.compat import (
 from pallas_kernels.config import CONSUMERS, ROWS
 from pallas_kernels.copies import copy_boxes, piece
 from pallas_kernels.forward import LOG2E
-from pallas_kernels.instructions import load_rows, store_tile, take_view
+from pallas_kernels.instructions import load_rows, recomputed, store_tile, take_view
 from pallas_kernels.marks import Marks
 from pallas_kernels.products import multiply_columns
 from pallas_kernels.support import tile_columns
@@ -53,7 +53,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     queries = gradient_queries.Queries(memory, dq_refs)
 
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-    count, bq = items[cta, 0, 0], plan.block_away
+    bq = plan.block_away
     kv_heads, branches = plan.heads // opt.group, len(plan.rates)
     # Rows of the queries' gradient: the interpreter's is a view `[B, N, T / rate, rate, H]`.
     dq_rows = math.prod(dq_refs[plan.views[0]].shape[2:-1])
@@ -71,6 +71,11 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
         members = [kv_head * opt.group + m for m in range(opt.group)]
         found = [visit(i, n, residue, tile).steps for i in range(branches) for n in members]
         return sum(found, jnp.int32(0))
+
+    def items_of() -> tuple[Any, Any]:
+        """(how many, of which block), read by each warpgroup: what all share takes registers."""
+        block = recomputed(cta, opt.interpret)
+        return items[block, 0, 0], block
 
     def consume() -> None:
         config.set_fused_registers(memory.head_dim, "keys")
@@ -148,21 +153,23 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             else:
                 plgpu.copy_smem_to_gmem(smem, at)
 
-        lax.fori_loop(0, count, one_item, jnp.int32(0))
+        lax.fori_loop(0, items_of()[0], one_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     def multiply() -> None:
         config.set_fused_registers(memory.head_dim, "queries")
-        lax.fori_loop(0, count, queries.run, jnp.int32(0))
+        lax.fori_loop(0, items_of()[0], queries.run, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
         config.set_fused_registers(memory.head_dim, "copies")
         columns = piece(0, memory.head_dim)
 
+        count, block = items_of()
+
         def one_item(t: Any, state: Any) -> Any:
             fill, current = state
-            following = visits.entry(items, cta, t + 1, count)
+            following = visits.entry(items, block, t + 1, count)
             b, kv_head, residue, tile, local = visits.place(plan, geometry, current[0], kv_heads)
 
             def home(w: int) -> tuple[Any, Any]:
@@ -203,7 +210,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 fill = lax.fori_loop(0, opt.group, body, fill) if opt.group > 1 else body(0, fill)
             return fill, following
 
-        first = visits.entry(items, cta, 0, count)
+        first = visits.entry(items, block, 0, count)
         lax.fori_loop(0, count, one_item, (jnp.int32(0), first))
 
     apart = config.queries_apart(memory.head_dim)
