@@ -278,7 +278,7 @@ SPILLS = {
     (64, True, True): 84,
     (128, False, False): 16,
     (128, True, False): 56,
-    (128, False, True): 48,
+    (128, False, True): 52,
     (128, True, True): 92,
 }
 TARGET = """
