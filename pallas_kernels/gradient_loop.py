@@ -94,13 +94,10 @@ class Keys:
             add(None)
             return
 
-        def some() -> None:
-            lax.cond(self._edge(slot), lambda: add(sight.seen), lambda: add(None))
-
         if queries_apart(memory.head_dim):
-            lax.cond(self._hidden(slot), lambda: self._nothing(slot), some)
+            lax.cond(self._hidden(slot), lambda: self._nothing(slot), lambda: add(sight.seen))
         else:
-            some()
+            lax.cond(self._edge(slot), lambda: add(sight.seen), lambda: add(None))
 
     def _edge(self, slot: Any) -> Any:
         """Whether some pair of a tile is hidden by its place."""
@@ -163,7 +160,10 @@ class Keys:
         pl.run_scoped(products, scores, scores, plgpu.ACC(half, jnp.float32))
 
     def _one_by_one(self, sight: Sight, dk_acc: Any, dv_acc: Any, slot: Any, masks: Any) -> None:
-        """As `_at_once`; there are registers for one tile, beside 16 bits of another."""
+        """As `_at_once`; there are registers for one tile, beside 16 bits of another.
+
+        Nothing runs beside the masks, so only they are in a branch: half the code to compile.
+        """
         memory, dtype = self.memory, self.memory.k.dtype
         me, staging = self._me()
         shape = (ROWS, memory.away)
@@ -174,7 +174,11 @@ class Keys:
 
         s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
         if masks is not None:
-            s = jnp.where(masks(me, memory.place(slot)), s, -jnp.inf)
+            s = lax.cond(
+                self._edge(slot),
+                lambda: jnp.where(masks(me, memory.place(slot)), s, -jnp.inf),
+                lambda: s,
+            )
         p = self._probabilities(s, sight, me, slot)
         if sight.kept is not None:
             # What is dropped by its sign: there are no registers for more.
