@@ -279,7 +279,7 @@ SPILLS = {
     (128, False, False): 16,
     (128, True, False): 56,
     (128, False, True): 52,
-    (128, True, True): 92,
+    (128, True, True): 56,
 }
 TARGET = """
 gpu_device_info {
