@@ -15,8 +15,8 @@ from pallas_kernels.visits import Visit, row_bounds, running_visit, segmented, u
 
 # Of an `Item` or a `Place`, or of the launch.
 WORDS = 16
-# Where they are: of two items, of the launch, of places.
-LAUNCH, PLACES = 2, 3
+# Where they are: of two items, of the launch, of so many places, a power of two.
+LAUNCH, PLACES, RING = 2, 3, 8
 
 
 class Item(NamedTuple):
@@ -56,8 +56,10 @@ class Place(NamedTuple):
 
 def scratch(stages: int, consumers: int) -> list[Any]:
     """Shared memory and barriers of `Memory`, in the order of its fields."""
+    if stages >= RING:
+        raise ValueError(f"stages: wanted less than {RING}, got {stages}")
     return [
-        plgpu.SMEM(((PLACES + 2 * stages) * WORDS,), jnp.int32),
+        plgpu.SMEM(((PLACES + RING) * WORDS,), jnp.int32),
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_barriers=2, num_arrivals=consumers),
     ]
@@ -65,7 +67,7 @@ def scratch(stages: int, consumers: int) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Two items, and a ring of places that is twice as long as that of the tiles of keys.
+    """Two items, and a ring of places that is longer than that of the tiles of keys.
 
     So the place of a tile may be read until the next tile's keys are released: no sooner does the
     tile come whose place takes its words. (One array: each takes at least 1024 bytes.)
@@ -125,8 +127,7 @@ class Memory:
         return lax.rem(t, jnp.int32(2))
 
     def _place(self, n: Any) -> Any:
-        places = self.words.shape[0] // WORDS - PLACES
-        return self._words(lax.rem(n, jnp.int32(places)) + PLACES)
+        return self._words((n & (RING - 1)) + PLACES)
 
     def _words(self, entry: Any) -> Any:
         return self.words.at[pl.ds(entry * WORDS, WORDS)]
