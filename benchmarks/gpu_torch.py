@@ -108,3 +108,11 @@ def rival(shape: Shape, who: str, make: Callable[[Any], Callable], device: str =
         return {"forward": (forward, wait), "both": (both, wait)}
 
     return Rival(shape, who, calls)
+
+
+def release() -> None:
+    """Gives back the device memory that torch keeps."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -206,7 +206,8 @@ def tune(config: TuneConfig) -> Iterator[Trial]:
     if reasons:
         raise UnsupportedError(f"query {shown(x)}", {"pallas": reasons})
     settings: Any = sibling("pallas_kernels.config")
-    head_dim = -(-config.head_dim // 16) * 16
+    support: Any = sibling("pallas_kernels.support")
+    head_dim = support.tile_columns(config.head_dim, interpret=False)
     rows = zip(config.segment_lengths, config.dilation_rates, strict=True)
     length = min(min(w, config.length) // r for w, r in rows)
     chosen = {

@@ -6,7 +6,7 @@ import itertools
 from pallas_kernels import schedule
 from pallas_kernels.compat import plgpu
 
-# Of one Hopper multiprocessor, less barriers and reductions.
+# Of one Hopper multiprocessor, less barriers, and reductions or words for other warpgroups.
 REDUCTION_BYTES = 2048
 SHARED_BYTES = 232448 - 1024 - REDUCTION_BYTES
 ROWS = 64

@@ -169,6 +169,14 @@ def _padded(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return pad(pad(x, 1, rows), 3, columns)
 
 
+def _empty(shape: tuple[int, ...], dtype: Any, beside: jax.Array) -> jax.Array:
+    """An array that is not written; one of each iteration of a loop whose `beside` differs.
+
+    Else the loop would share one, and copy it before each kernel that updates it.
+    """
+    return jax.lax.optimization_barrier((jax.lax.empty(shape, dtype), beside))[0]
+
+
 def _rows(x: jax.Array, rows: int, fill: float) -> jax.Array:
     """`[B, T, N]` as `[B, N, rows]`."""
     return pad(x.swapaxes(1, 2), 2, rows, fill)
@@ -202,8 +210,8 @@ def run_forward(
     plans = schedule.in_series(_groups(whole), q.shape[0] * q.shape[2], call.interpret)
     if plans[0].series and out is None:
         # A series continues what its first launch, too, is handed.
-        out = jax.lax.empty(q.shape, call.out_dtype)
-        lse = jax.lax.empty((q.shape[0], q.shape[2], sizes.rows), jnp.float32)
+        out = _empty(q.shape, call.out_dtype, q)
+        lse = _empty((q.shape[0], q.shape[2], sizes.rows), jnp.float32, q)
     for plan, continues, table in _tables(call, plans, q, k, carry is not None):
         options = forward.Options(
             scale=call.scale * LOG2E,
@@ -301,7 +309,7 @@ def run_backward(
         for plan, continues, table in plans(blocks, True):
             if plan.series and dk is None:
                 # A series adds to what its first launch, too, is handed.
-                dk, dv = (jax.lax.empty(x.shape, dtype) for x in (k, v))
+                dk, dv = (_empty(x.shape, dtype, x) for x in (k, v))
             part = dataclasses.replace(options, stages=blocks.stages, add=dk is not None)
             with jax.named_scope(f"dilated_gradients_{'_'.join(map(str, plan.rates))}"):
                 dq, dk, dv = backward_fused.fused_gradients(

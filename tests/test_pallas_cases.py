@@ -12,7 +12,8 @@ import pytest
 from dilax import dropout, xla_attention
 from dilax.spec import DilatedSpec, branches_of
 from pallas_kernels import config, flash
-from pallas_kernels.support import padded_head
+from pallas_kernels.compat import interpreting
+from pallas_kernels.support import tile_columns
 from tests.compare import assert_within, error
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -136,7 +137,11 @@ def run_kernel(case: KernelCase, repeats: int = 0) -> dict[str, Any]:
     starts = tuple(jnp.int32(s) for s in case.starts) if case.traced else None
     extra: dict[str, Any] = {"keep": dropout, "deterministic": case.deterministic}
     if case.tiles_of:
-        sizes = (padded_head(case.H), jnp.dtype(case.dtype).itemsize, case.tiles_of)
+        sizes = (
+            tile_columns(case.H, interpreting()),
+            jnp.dtype(case.dtype).itemsize,
+            case.tiles_of,
+        )
         tiles = config.forward_blocks(*sizes, causal=case.causal, marks=0)
         extra["tiles"] = {"forward": tiles}
     return _run(case, flash.attend, jnp.dtype(case.dtype), starts, repeats, **extra)

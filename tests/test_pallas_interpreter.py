@@ -147,6 +147,7 @@ def test_kernels_of_a_series():
         H=16,
         K=1,
         causal=True,
+        carry=True,
         ids=True,
         rate=0.2,
         apart=3.0,

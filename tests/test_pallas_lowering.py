@@ -341,7 +341,7 @@ def test_compiles_for_an_h100_without_spills(head_dim, causal, backward):
     assert "bytes spill stores" in log
     spilled = [int(part.split()[-1]) for part in log.split(" bytes spill stores")[:-1]]
     assert max(spilled) <= SPILLS.get((head_dim, causal, backward), 0), log[-3000:]
-    assert not any(warning in log for warning in ("C7510", "C7511", "C7512", "C7517"))
+    assert not re.search(r"C751\d", log)  # products one after the other
 
 
 @pytest.mark.aot
