@@ -39,9 +39,9 @@ LOG2E = math.log2(math.e)
 class Options:
     """Static options of the forward kernel beside its `schedule.Launch`.
 
-    consumers: warpgroups that compute. overlap, lazy: see `online_softmax.Warpgroup`. carry: out and
-    lse are handed to it; whether they are continued is said at run time in a series. The others as
-    in `backward`.
+    consumers: warpgroups that compute. overlap, lazy: see `online_softmax.Warpgroup`. carry: out
+    and lse are handed to it; in a series it is said at run time whether it continues them. The
+    others as in `backward`.
     """
 
     scale: float
@@ -392,8 +392,8 @@ def forward(
 
     query [B, T', N, H'], key and value [B, S', K, H'], padded as `launches` does. out like query
     and lse [B, N, rows] are updated when opt.carry, and continued when the launch continues;
-    otherwise they are created. marks: int32 `[B, rows]` of queries and of keys, those that `opt.marks` has, for whole tiles.
-    Returns out and lse.
+    otherwise they are created. marks: int32 `[B, rows]` of queries and of keys, those that
+    `opt.marks` has, for whole tiles. Returns out and lse.
     """
     geometry = jnp.asarray(schedule.kernel_table(plan, starts))
     words = jnp.asarray(schedule.words(plan, continues))

@@ -170,11 +170,22 @@ def _padded(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _empty(shape: tuple[int, ...], dtype: Any, beside: jax.Array) -> jax.Array:
-    """An array that is not written; one of each iteration of a loop whose `beside` differs.
+    """An array that is not written, for each iteration of a loop, and each example, of its own.
 
-    Else the loop would share one, and copy it before each kernel that updates it.
+    beside: an array that differs in each. To transformations it is as if this came from it: else a
+    loop would share one array, and copy it before each kernel that updates it.
     """
-    return jax.lax.optimization_barrier((jax.lax.empty(shape, dtype), beside))[0]
+
+    @jax.custom_batching.custom_vmap
+    def made(_: Any) -> jax.Array:
+        return jax.lax.empty(shape, dtype)
+
+    @made.def_vmap
+    def _(size: int, mapped: Any, _: Any) -> tuple[jax.Array, bool]:
+        del mapped
+        return jax.lax.empty((size, *shape), dtype), True
+
+    return made(beside)
 
 
 def _rows(x: jax.Array, rows: int, fill: float) -> jax.Array:

@@ -397,6 +397,31 @@ def test_examples_of_a_jitted_function_lower_in_64_bits(deterministic, x64):
     assert "custom_call @mosaic_gpu" in text
 
 
+def test_each_iteration_of_a_loop_has_its_own_empty_arrays():
+    """One that they share would be copied before each kernel that updates it."""
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    branches = ((256, 1, 0, (0, 0)), (512, 2, 0, (0, 1)))
+
+    def total(q, k, v):
+        def layer(x, _):
+            return flash.attend(x, k, v, branches=branches, is_causal=True)[0], None
+
+        return jax.lax.scan(layer, q, length=3)[0].astype(jnp.float32).sum()
+
+    def primitives(jaxpr, inside):
+        """(name, whether it lies in a loop) of all equations."""
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name, inside
+            for inner in jax.tree.leaves(list(eqn.params.values())):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from primitives(inner, inside or eqn.primitive.name == "scan")
+
+    found = collections.Counter(primitives(jax.jit(jax.grad(total)).trace(x, x, x).jaxpr, False))
+    assert found["empty", False] == 0
+    assert found["empty", True] == 4  # out and lse, gradients of keys and values
+
+
 def test_shard_map_that_checks_is_refused():
     x = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
     auto = (jax.sharding.AxisType.Auto,)
