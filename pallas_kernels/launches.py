@@ -218,7 +218,9 @@ def run_forward(
     if carry is not None:
         out = _padded(carry[0].astype(call.out_dtype), sizes.query_shape)
         lse = _rows(carry[1], sizes.rows, -jnp.inf)
-    plans = schedule.in_series(_groups(whole), q.shape[0] * q.shape[2], call.interpret)
+    plans, apart = _groups(whole), int(carry is None and config.first_apart(sizes.head_dim))
+    rest = schedule.in_series(plans[apart:], q.shape[0] * q.shape[2], call.interpret)
+    plans = plans[:apart] + rest
     if plans[0].series and out is None:
         # A series continues what its first launch, too, is handed.
         out = _empty(q.shape, call.out_dtype, q)

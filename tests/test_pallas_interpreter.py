@@ -116,7 +116,8 @@ TOGETHER = (CASES[:4], CASES[4:])
 # of its rate, and what was empty is poisoned.
 SERIES = """
 import jax, jax.numpy as jnp
-from pallas_kernels import schedule
+from pallas_kernels import config, schedule
+config.first_apart = lambda head_dim: False
 in_series, strides = schedule.in_series, set()
 def together(launches, items, interpret):
     found = in_series(launches, items, False)
@@ -147,7 +148,6 @@ def test_kernels_of_a_series():
         H=16,
         K=1,
         causal=True,
-        carry=True,
         ids=True,
         rate=0.2,
         apart=3.0,

@@ -213,14 +213,15 @@ def test_visits_see_what_the_definition_says(w, r, T, S, starts, causal, transpo
         np.testing.assert_array_equal(seen[head], wanted)
 
 
-def test_causal_branches_are_one_program():
-    """Four launches forward, which share a program, and four of the gradients, which share one."""
+@pytest.mark.parametrize(("head_dim", "forward"), [(64, 2), (128, 1)])
+def test_causal_branches_share_programs(head_dim, forward):
+    """Four launches forward, and four of the gradients, which are one program."""
     lists = ((256, 1), (512, 2), (1024, 4), (2048, 8))
     branches = tuple((w, r, 0, tuple(n % r for n in range(4))) for w, r in lists)
     options = {"N": 4, "K": 4, "branches": branches, "is_causal": True}
-    for grad, programs in ((False, 1), (True, 2)):
-        text = lower(2048, 64, grad=grad, **options)
-        assert text.count("custom_call @mosaic_gpu") == programs
+    for grad in (False, True):
+        text = lower(2048, head_dim, grad=grad, **options)
+        assert text.count("custom_call @mosaic_gpu") == forward + grad
 
 
 FIVE = tuple(
@@ -399,7 +400,7 @@ def test_examples_of_a_jitted_function_lower_in_64_bits(deterministic, x64):
 
 def test_each_iteration_of_a_loop_has_its_own_empty_arrays():
     """One that they share would be copied before each kernel that updates it."""
-    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
     branches = ((256, 1, 0, (0, 0)), (512, 2, 0, (0, 1)))
 
     def total(q, k, v):
