@@ -31,7 +31,8 @@ from pallas_kernels.compat import (
 )
 from pallas_kernels.config import ROWS
 from pallas_kernels.copies import copy_boxes, piece, piece_columns
-from pallas_kernels.forward import LOG2E, mark_views, view
+from pallas_kernels.forward import mark_views, view
+from pallas_kernels.forward_results import LOG2E
 from pallas_kernels.marks import Kinds
 from pallas_kernels.products import multiply_columns
 from pallas_kernels.support import tile_columns

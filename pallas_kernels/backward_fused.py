@@ -35,7 +35,7 @@ from pallas_kernels.compat import (
 )
 from pallas_kernels.config import CONSUMERS, ROWS
 from pallas_kernels.copies import copy_boxes, piece
-from pallas_kernels.forward import LOG2E
+from pallas_kernels.forward_results import LOG2E
 from pallas_kernels.instructions import load_rows, recomputed, store_tile, take_view
 from pallas_kernels.marks import Marks
 from pallas_kernels.products import multiply_columns

@@ -26,7 +26,8 @@ from pallas_kernels.compat import (
 )
 from pallas_kernels.config import ROWS
 from pallas_kernels.copies import copy_boxes, piece, piece_columns
-from pallas_kernels.forward import LOG2E, by_residue, mark_views, view
+from pallas_kernels.forward import by_residue, mark_views, view
+from pallas_kernels.forward_results import LOG2E
 from pallas_kernels.products import multiply_columns
 from pallas_kernels.support import tile_columns
 

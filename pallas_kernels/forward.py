@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,9 @@ from jax import lax
 from pallas_kernels import config, forward_memory, schedule, visits
 from pallas_kernels.compat import (
     COLUMN,
-    TILE,
     Sum,
     aligned_rows,
     launch,
-    load_shared,
     pl,
     plgpu,
     shared_tile,
@@ -26,13 +23,12 @@ from pallas_kernels.compat import (
 from pallas_kernels.config import ROWS
 from pallas_kernels.copies import copy_boxes, piece, piece_columns
 from pallas_kernels.forward_memory import Item, Memory, places_of
-from pallas_kernels.instructions import load_rows, recomputed, store_rows, store_tile, take_view
+from pallas_kernels.forward_results import Results
+from pallas_kernels.instructions import load_rows, recomputed, take_view
 from pallas_kernels.marks import Kinds, Marks
 from pallas_kernels.online_softmax import Tile, Warpgroup, nothing_seen
 from pallas_kernels.products import multiply_columns
 from pallas_kernels.support import tile_columns
-
-LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +65,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
     branches, consumers = len(plan.rates), opt.consumers
     bkv = plan.block_away
-    head_dim, width = q_smem.shape[-1], o_smem.shape[-1]
+    head_dim = q_smem.shape[-1]
     memory, tells = Memory(*words, opt.interpret), tells_places(plan, opt)
     take_view(launch_ref[schedule.VIEW], plan.series, opt.interpret)
     copy_boxes(head_dim, opt.interpret)
@@ -104,6 +100,17 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             return visits.running(plan, memory.launch, opt.carry) if reads_again else known
 
         known = visits.running(plan, launch_ref, opt.carry)
+        results = Results(
+            number=me,
+            running=running,
+            out=out_ref,
+            lse=lse_ref,
+            tiles=o_smem,
+            ready=c_ready,
+            carry=opt.carry,
+            rate=opt.rate,
+            interpret=opt.interpret,
+        )
 
         def tile_at(item: Any, home: Marks, n: Any) -> Tile:
             """What is special about tile n, of an item."""
@@ -111,7 +118,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             edge = mine(n, "edges") if hides else False
 
             def masked(s: jax.Array) -> jax.Array:
-                one, row, start = running()[0], first_row(item), memory.place(n, "start")
+                one, row, start = running()[0], results.first_row(item), memory.place(n, "start")
                 seen = visits.seen_pairs(one, memory.visit(one, n), row, start, s.shape)
                 return jnp.where(seen, s, -jnp.inf)
 
@@ -125,7 +132,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                     return p
                 one, seed = running()[0], (seed_ref[0], seed_ref[1])
                 at = (item().batch, item().head, memory.place(n, "branch"))
-                at = (*at, first_row(item), memory.place(n, "start"))
+                at = (*at, results.first_row(item), memory.place(n, "start"))
                 v, places = memory.visit(one, n), opt.marks.places(home, away)
                 seen = visits.kept(one, keep, opt.rate, seed, v, at, p.shape, places)
                 return jnp.where(seen, p, 0.0)
@@ -136,49 +143,17 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             """Whether this warpgroup's bit is set in a field of a tile's place."""
             return (memory.place(n, field) >> wg) & 1 != 0
 
-        def first_row(item: Any) -> Any:
-            """The first of this warpgroup's home rows."""
-            return item().row + me() * ROWS
-
-        def window(item: Any) -> tuple[Any, ...]:
-            """This warpgroup's rows of an item in arrays like out."""
-            it = item()
-            return it.batch, aligned_rows(first_row(item), ROWS), it.residue, it.head
-
-        def lse_at(item: Any) -> tuple[Any, ...]:
-            """Where they begin in lse."""
-            return item().batch, item().head, first_row(item), item().residue
-
-        def pieces(item: Any) -> list[Any]:
-            at, firsts = window(item), range(0, head_dim, width)
-            return [out_ref.at[(*at, piece(first, width))] for first in firsts]
-
-        def bring(item: Any) -> None:
-            """Brings what is there, if this continues it, to where the result will be left."""
-
-            @pl.when(running()[1])
-            def _() -> None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for i, ref in enumerate(pieces(item)):
-                    plgpu.copy_gmem_to_smem(ref, o_smem.at[me(), i], c_ready.at[me()])
-
-        def load_old(item: Any) -> Any:
-            """The lse that is there. Late: ahead of what waits for products, but not of steps."""
-            if not opt.carry:
-                return None
-            return load_rows(lse_ref, lse_at(item), running()[0].stride, opt.interpret)
-
         def look(item: Any, base: Any, total: Any, home: Marks) -> Any:
             """(sum, maximum, mass, lse that is there) of an item; it has at least one step."""
             tile = functools.partial(tile_at, item, home)
             state = loop.first(base, total, tile)
             # Only now, when what the item before wrote has left.
-            bring(item)
+            results.bring(item)
 
             def all_tiles(acc: Sum) -> Any:
                 step = functools.partial(loop.step, acc, total, tile)
                 done = lax.fori_loop(base + 1, total, step, state)
-                old = load_old(item)
+                old = results.load_old(item)
                 return *loop.last(acc, total, done), old
 
             def perhaps_half(acc: Sum) -> Any:
@@ -187,7 +162,7 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
                 end = total - jnp.where(half, 1, 0)
                 step = functools.partial(loop.step, acc, total, tile)
                 done = lax.fori_loop(base + 1, end, step, state)
-                old = load_old(item)
+                old = results.load_old(item)
                 found = lax.cond(
                     half,
                     lambda: loop.last_half(acc, tile, end, done),
@@ -215,51 +190,13 @@ def _body(plan: schedule.Launch, opt: Options, keep: Any, *refs: Any) -> None:
             )
 
             def nothing() -> Any:
-                bring(item)
-                return *nothing_seen(head_dim), load_old(item)
+                results.bring(item)
+                return *nothing_seen(head_dim), results.load_old(item)
 
             found = lax.cond(total > base, lambda: look(item, base, total, home), nothing)
-            finish(item, *found)
+            results.finish(item, *found)
             memory.release_item(t)
             return total
-
-        def finish(item: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
-            if opt.rate:
-                acc = acc * (1.0 / (1.0 - opt.rate))
-            for merges in (False, True):
-                # Whether it continues is known at run time only in a series.
-                pl.when(running()[1] == merges)(
-                    functools.partial(write, item, acc, m, mass, old if merges else None)
-                )
-
-        def write(item: Any, acc: Any, m: Any, mass: Any, old: Any) -> None:
-            """Writes out and lse, merged with what is there if its lse is given."""
-            smem = o_smem.at[me()]
-            if old is None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            else:
-                plgpu.barrier_wait(c_ready.at[me()])
-                old = old * LOG2E
-                top = jnp.maximum(m, old)
-                safe = jnp.where(top == -jnp.inf, 0.0, top)
-                ours, theirs = jnp.exp2(m - safe), jnp.exp2(old - safe)
-                m, mass = top, mass * ours + theirs
-            inverse = jnp.where(mass > 0.0, 1.0 / mass, 0.0)
-            for i in range(head_dim // width):
-                out = acc[:, i * width : (i + 1) * width]
-                if old is not None:
-                    previous = load_shared(smem.at[i], TILE).astype(jnp.float32)
-                    theirs_tile = lax.broadcast_in_dim(theirs, out.shape, [0])
-                    # What lies under an lse of -inf was never written and may be NaN.
-                    previous = jnp.where(theirs_tile > 0.0, previous * theirs_tile, 0.0)
-                    out = out * lax.broadcast_in_dim(ours, out.shape, [0]) + previous
-                out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
-                store_tile(smem.at[i], out.astype(o_smem.dtype), opt.interpret)
-            plgpu.commit_smem()
-            for i, ref in enumerate(pieces(item)):
-                plgpu.copy_smem_to_gmem(smem.at[i], ref)
-            lse = jnp.where(mass > 0.0, (m + jnp.log2(mass)) * (1.0 / LOG2E), -jnp.inf)
-            store_rows(lse_ref, lse_at(item), running()[0].stride, lse, opt.interpret)
 
         loop.begin()
         count = items[recomputed(cta, opt.interpret), 0, 0]
